@@ -1,0 +1,173 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+)
+
+// Annotations of a manifest in index.json from which containerd takes the image's name.
+const (
+	annotationImageName = "io.containerd.image.name"
+	annotationRefName   = "org.opencontainers.image.ref.name"
+)
+
+// pack gives the OCI archive of an image that holds the one program.
+func (img image) pack(program, arch string) ([]byte, error) {
+	layer, err := programLayer(program, img.program)
+	if err != nil {
+		return nil, err
+	}
+	base := mutate.MediaType(mutate.ConfigMediaType(empty.Image, types.OCIConfigJSON), types.OCIManifestSchema1)
+	made, err := mutate.Append(base, mutate.Addendum{Layer: layer, MediaType: types.OCILayer})
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := made.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	cfg = cfg.DeepCopy()
+	cfg.OS, cfg.Architecture = "linux", arch
+	cfg.Config.Entrypoint = []string{img.program}
+	cfg.Config.User = img.user
+	cfg.Config.WorkingDir = "/"
+	cfg.Config.Env = []string{"PATH=/"}
+	cfg.Config.Labels = map[string]string{
+		"org.opencontainers.image.title":       img.title,
+		"org.opencontainers.image.description": img.note,
+	}
+	cfg.History = nil
+	if made, err = mutate.ConfigFile(made, cfg); err != nil {
+		return nil, err
+	}
+	return ociArchive(made, img.refs)
+}
+
+// programLayer is a layer with one executable file that belongs to root, dated 1970.
+func programLayer(source, target string) (v1.Layer, error) {
+	data, err := os.ReadFile(source)
+	if err != nil {
+		return nil, err
+	}
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	// /tmp is there for programs that want it: the root file system holds nothing else.
+	entries := []tar.Header{
+		{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(target, "/"), Mode: 0o755, Size: int64(len(data))},
+		{Typeflag: tar.TypeDir, Name: "tmp/", Mode: 0o1777},
+	}
+	for _, h := range entries {
+		h.Format = tar.FormatPAX
+		if err := w.WriteHeader(&h); err != nil {
+			return nil, err
+		}
+		if h.Typeflag == tar.TypeReg {
+			if _, err := w.Write(data); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(buf.Bytes())), nil
+	}, tarball.WithMediaType(types.OCILayer))
+}
+
+// ociArchive writes an image as an OCI layout in a tar. index.json comes first, so that a
+// reader knows names and digest without reading the rest.
+func ociArchive(img v1.Image, refs []string) ([]byte, error) {
+	manifest, err := img.RawManifest()
+	if err != nil {
+		return nil, err
+	}
+	digest, err := img.Digest()
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := img.RawConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	cfgDigest, err := img.ConfigName()
+	if err != nil {
+		return nil, err
+	}
+	index := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+	for _, ref := range refs {
+		_, tag, ok := strings.Cut(ref[strings.LastIndex(ref, "/")+1:], ":")
+		if !ok {
+			return nil, fmt.Errorf("reference %s has no tag", ref)
+		}
+		index.Manifests = append(index.Manifests, v1.Descriptor{
+			MediaType:   types.OCIManifestSchema1,
+			Digest:      digest,
+			Size:        int64(len(manifest)),
+			Annotations: map[string]string{annotationImageName: ref, annotationRefName: tag},
+		})
+	}
+	indexJSON, err := json.Marshal(index)
+	if err != nil {
+		return nil, err
+	}
+
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	add := func(name string, data []byte) error {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(data)), Format: tar.FormatPAX}); err != nil {
+			return err
+		}
+		_, err := w.Write(data)
+		return err
+	}
+	blob := func(h v1.Hash) string { return "blobs/" + h.Algorithm + "/" + h.Hex }
+	if err := add("index.json", indexJSON); err != nil {
+		return nil, err
+	}
+	if err := add("oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`)); err != nil {
+		return nil, err
+	}
+	if err := add(blob(digest), manifest); err != nil {
+		return nil, err
+	}
+	if err := add(blob(cfgDigest), cfg); err != nil {
+		return nil, err
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range layers {
+		h, err := l.Digest()
+		if err != nil {
+			return nil, err
+		}
+		r, err := l.Compressed()
+		if err != nil {
+			return nil, err
+		}
+		data, err := io.ReadAll(r)
+		if err != nil {
+			return nil, err
+		}
+		if err := add(blob(h), data); err != nil {
+			return nil, err
+		}
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
+}

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+func testImage() image {
+	return image{archive: "x", refs: []string{"example.test/a/x:1", "example.test/a/x:latest"}, program: "/x", user: "1:1", title: "x", note: "n"}
+}
+
+func pack(t *testing.T, content string) []byte {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(program, []byte(content), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	data, err := testImage().pack(program, "amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestSameProgramGivesTheSameArchive(t *testing.T) {
+	if !bytes.Equal(pack(t, "program"), pack(t, "program")) {
+		t.Error("two archives of the same program differ")
+	}
+	if bytes.Equal(pack(t, "program"), pack(t, "another")) {
+		t.Error("archives of different programs are equal")
+	}
+}
+
+// Everything the archive refers to must be in it, under the digest it is referred to by.
+func TestArchiveIsComplete(t *testing.T) {
+	files := map[string][]byte{}
+	r := tar.NewReader(bytes.NewReader(pack(t, "program")))
+	for first := true; ; first = false {
+		h, err := r.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first && h.Name != "index.json" {
+			t.Errorf("first file is %s, want index.json", h.Name)
+		}
+		if !h.ModTime.Equal(time.Unix(0, 0)) {
+			t.Errorf("%s is dated %v, want 1970", h.Name, h.ModTime)
+		}
+		if files[h.Name], err = io.ReadAll(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	blob := func(h v1.Hash) []byte {
+		data, ok := files["blobs/sha256/"+h.Hex]
+		if !ok {
+			t.Fatalf("blob %s is missing", h)
+		}
+		if got, _, _ := v1.SHA256(bytes.NewReader(data)); got != h {
+			t.Errorf("blob %s holds %s", h, got)
+		}
+		return data
+	}
+
+	var index v1.IndexManifest
+	if err := json.Unmarshal(files["index.json"], &index); err != nil {
+		t.Fatal(err)
+	}
+	if len(index.Manifests) != 2 {
+		t.Fatalf("%d manifests in the index, want one for each reference", len(index.Manifests))
+	}
+	for i, want := range testImage().refs {
+		if got := index.Manifests[i].Annotations[annotationImageName]; got != want {
+			t.Errorf("reference %d is %q, want %q", i, got, want)
+		}
+	}
+	var manifest v1.Manifest
+	if err := json.Unmarshal(blob(index.Manifests[0].Digest), &manifest); err != nil {
+		t.Fatal(err)
+	}
+	var cfg v1.ConfigFile
+	if err := json.Unmarshal(blob(manifest.Config.Digest), &cfg); err != nil {
+		t.Fatal(err)
+	}
+	if cfg.OS != "linux" || cfg.Architecture != "amd64" || len(cfg.Config.Entrypoint) != 1 || cfg.Config.Entrypoint[0] != "/x" {
+		t.Errorf("wrong configuration: %+v", cfg)
+	}
+	if len(manifest.Layers) != 1 || len(cfg.RootFS.DiffIDs) != 1 {
+		t.Fatalf("%d layers, %d diff ids, want one each", len(manifest.Layers), len(cfg.RootFS.DiffIDs))
+	}
+	blob(manifest.Layers[0].Digest)
+}
+
+func TestUnchangedArchiveIsNotTouched(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dir", "x.tar")
+	for _, step := range []struct {
+		data    string
+		changed bool
+	}{{"one", true}, {"one", false}, {"two", true}} {
+		changed, err := writeChanged(path, []byte(step.data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if changed != step.changed {
+			t.Errorf("writing %q: changed is %v, want %v", step.data, changed, step.changed)
+		}
+	}
+}
+
+func TestReferenceNeedsATag(t *testing.T) {
+	img := testImage()
+	img.refs = []string{"registry.test:5000/x"}
+	program := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(program, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := img.pack(program, "amd64"); err == nil {
+		t.Error("a reference without a tag was accepted")
+	}
+}

@@ -1,0 +1,153 @@
+// Command images builds the container images of the product, and the one the tests use, into
+// OCI archives. There is no registry behind any of them: each holds one static program that
+// this build made from source.
+//
+//	go run ./scripts/images --out build/snap/images --test-out build/test-images
+//
+// The result depends on the sources and the compiler only: times in the archives are zero,
+// and an archive whose content would not change is not touched, so that what depends on it
+// is not built again.
+package main
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"microk8s/internal/atomicfile"
+)
+
+// image is one image to build.
+type image struct {
+	archive string   // file name of the archive, without ".tar"
+	refs    []string // full references under which containerd knows it
+	program string   // path of the program inside the image; also its entry point
+	user    string   // uid:gid it runs as
+	title   string   // org.opencontainers.image.title
+	note    string   // org.opencontainers.image.description
+	test    bool     // for the tests only: goes to --test-out
+	build   func(b builder, out string) error
+}
+
+// images lists everything that is built, in the order in which it is reported.
+var images = []image{
+	{
+		archive: "pause",
+		// The name that the CRI plugin of containerd and the documentation use (cli.md 6.1).
+		refs:    []string{"registry.k8s.io/pause:3.10"},
+		program: "/pause",
+		user:    "65535:65535",
+		title:   "pause",
+		note:    "Pod sandbox program of MicroK8s, built from its own source; not the image of that name published by the Kubernetes project.",
+		build:   func(b builder, out string) error { return b.c("pause/pause.c", out) },
+	},
+	{
+		archive: "web",
+		refs:    []string{"microk8s.test/web:1"},
+		program: "/web",
+		user:    "0:0", // tests write to volumes that belong to root
+		title:   "web",
+		note:    "Server and tools for the tests of MicroK8s.",
+		test:    true,
+		build:   func(b builder, out string) error { return b.golang("microk8s/tests/images/web", out) },
+	},
+}
+
+func main() {
+	out := flag.String("out", "", "directory for the images of the product")
+	testOut := flag.String("test-out", "", "directory for the images of the tests; empty builds none")
+	arch := flag.String("arch", runtime.GOARCH, "architecture, in Go's spelling; a foreign one needs CC")
+	flag.Parse()
+	if err := run(*out, *testOut, *arch); err != nil {
+		fmt.Fprintln(os.Stderr, "images:", err)
+		os.Exit(1)
+	}
+}
+
+func run(out, testOut, arch string) error {
+	if out == "" && testOut == "" {
+		return errors.New("nothing to build: give --out DIR, --test-out DIR or both")
+	}
+	tmp, err := os.MkdirTemp("", "images-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	b := builder{arch: arch}
+	for _, img := range images {
+		dir := out
+		if img.test {
+			dir = testOut
+		}
+		if dir == "" {
+			continue
+		}
+		program := filepath.Join(tmp, img.archive)
+		if err := img.build(b, program); err != nil {
+			return fmt.Errorf("cannot build the program of image %s: %w", img.archive, err)
+		}
+		data, err := img.pack(program, arch)
+		if err != nil {
+			return fmt.Errorf("cannot make image %s: %w", img.archive, err)
+		}
+		path := filepath.Join(dir, img.archive+".tar")
+		changed, err := writeChanged(path, data)
+		if err != nil {
+			return err
+		}
+		state := "unchanged"
+		if changed {
+			state = "written"
+		}
+		fmt.Printf("%s: %s (%s, %d KiB)\n", path, state, strings.Join(img.refs, ", "), len(data)/1024)
+	}
+	return nil
+}
+
+// writeChanged replaces the file at path unless it already has this content.
+func writeChanged(path string, data []byte) (changed bool, err error) {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return false, err
+	}
+	return true, atomicfile.Write(path, data, 0o644, nil)
+}
+
+// builder runs the compilers, from the root of the module.
+type builder struct{ arch string }
+
+// c makes a static program from a C file below this folder.
+func (b builder) c(source, out string) error {
+	cc := os.Getenv("CC")
+	if cc == "" {
+		if b.arch != runtime.GOARCH {
+			return fmt.Errorf("%s for %s needs a cross compiler: set CC", source, b.arch)
+		}
+		cc = "cc"
+	}
+	return command(nil, cc, "-static", "-Os", "-s", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none",
+		"-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections", "-o", out, filepath.Join("scripts/images", source))
+}
+
+// golang makes a static program from a Go package.
+func (b builder) golang(pkg, out string) error {
+	return command([]string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + b.arch},
+		"go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg)
+}
+
+func command(env []string, name string, args ...string) error {
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	if output, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", cmd, err, output)
+	}
+	return nil
+}
