@@ -1,0 +1,115 @@
+package daemons
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/pflag"
+	utilerrors "k8s.io/apimachinery/pkg/util/errors"
+	"k8s.io/apiserver/pkg/util/compatibility"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	cliflag "k8s.io/component-base/cli/flag"
+	"k8s.io/component-base/cli/globalflag"
+	"k8s.io/component-base/logs"
+	logsapi "k8s.io/component-base/logs/api/v1"
+	apiserverapp "k8s.io/kubernetes/cmd/kube-apiserver/app"
+	apiserveroptions "k8s.io/kubernetes/cmd/kube-apiserver/app/options"
+	controllerapp "k8s.io/kubernetes/cmd/kube-controller-manager/app"
+	controlleroptions "k8s.io/kubernetes/cmd/kube-controller-manager/app/options"
+	schedulerapp "k8s.io/kubernetes/cmd/kube-scheduler/app"
+	scheduleroptions "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
+)
+
+// componentGlobals is the registry that the three daemons' options all use by default.
+var componentGlobals = compatibility.DefaultComponentGlobalsRegistry
+
+// parseFlags reads words into the daemon's named flag sets as its cobra command would.
+func parseFlags(name string, sets *cliflag.NamedFlagSets, words []string) error {
+	globalflag.AddGlobalFlags(sets.FlagSet("global"), name, logs.SkipLoggingConfigurationFlags())
+	fs := pflag.NewFlagSet(name, pflag.ContinueOnError)
+	fs.SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
+	fs.Usage = func() {}
+	for _, f := range sets.FlagSets {
+		fs.AddFlagSet(f)
+	}
+	if err := fs.Parse(words); err != nil {
+		return err
+	}
+	if fs.NArg() > 0 {
+		return fmt.Errorf("takes no arguments besides flags, got %q", fs.Args())
+	}
+	return nil
+}
+
+func newAPIServer(words []string) (func(context.Context) error, error) {
+	opts := apiserveroptions.NewServerRunOptions()
+	sets := opts.Flags()
+	if err := parseFlags(APIServer, &sets, words); err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		// The API server talks to itself with types it has deprecated; its own warnings
+		// about that are for other clients.
+		rest.SetDefaultWarningHandler(rest.NoWarnings{})
+		if err := logsapi.ValidateAndApply(opts.Logs, utilfeature.DefaultFeatureGate); err != nil {
+			return err
+		}
+		completed, err := opts.Complete(ctx)
+		if err != nil {
+			return err
+		}
+		if errs := completed.Validate(); len(errs) > 0 {
+			return utilerrors.NewAggregate(errs)
+		}
+		utilfeature.DefaultMutableFeatureGate.AddMetrics()
+		componentGlobals.AddMetrics()
+		return apiserverapp.Run(ctx, completed)
+	}, nil
+}
+
+func newControllerManager(words []string) (func(context.Context) error, error) {
+	opts, err := controlleroptions.NewKubeControllerManagerOptions()
+	if err != nil {
+		return nil, err
+	}
+	known, disabled, aliases := controllerapp.KnownControllers(), controllerapp.ControllersDisabledByDefault(), controllerapp.ControllerAliases()
+	sets := opts.Flags(known, disabled, aliases)
+	opts.ParsedFlags = &sets
+	if err := parseFlags(ControllerManager, &sets, words); err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		if err := logsapi.ValidateAndApply(opts.Logs, utilfeature.DefaultFeatureGate); err != nil {
+			return err
+		}
+		c, err := opts.Config(ctx, known, disabled, aliases)
+		if err != nil {
+			return err
+		}
+		return controllerapp.Run(ctx, c.Complete())
+	}, nil
+}
+
+func newScheduler(words []string) (func(context.Context) error, error) {
+	opts := scheduleroptions.NewOptions()
+	if err := parseFlags(Scheduler, opts.Flags, words); err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context) error {
+		if err := logsapi.ValidateAndApply(opts.Logs, utilfeature.DefaultFeatureGate); err != nil {
+			return err
+		}
+		name, err := cache.NewInformerName(Scheduler)
+		if err != nil {
+			return err
+		}
+		opts.InformerName = name
+		completed, sched, err := schedulerapp.Setup(ctx, opts)
+		if err != nil {
+			return err
+		}
+		return schedulerapp.Run(ctx, completed, sched)
+	}, nil
+}

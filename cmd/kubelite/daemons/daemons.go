@@ -1,0 +1,156 @@
+// Package daemons runs Kubernetes' own daemons (kube-apiserver, kube-controller-manager,
+// kube-scheduler, kube-proxy, kubelet) together in one process, from the unmodified module.
+//
+// Each daemon gets the command line words of its own argument file, exactly as its program
+// would. What Kubernetes keeps global in a process (feature gates, logging, the signal
+// handler) is set once here. Together with main and the pod network this is the only place
+// that imports k8s.io/kubernetes.
+package daemons
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	logsapi "k8s.io/component-base/logs/api/v1"
+)
+
+// Names of the daemons, which are also the names of their argument files.
+const (
+	APIServer         = "kube-apiserver"
+	ControllerManager = "kube-controller-manager"
+	Scheduler         = "kube-scheduler"
+	Proxy             = "kube-proxy"
+	Kubelet           = "kubelet"
+)
+
+// Daemon is a parsed daemon, ready to run once.
+type Daemon struct {
+	Name string
+	// Run blocks until the daemon ends. It ends in good order when ctx does (the kubelet and
+	// kube-proxy also by SIGTERM to the process); any other return is a failure, a nil error
+	// included.
+	Run func(ctx context.Context) error
+}
+
+// parsers make a Daemon of command line words. The returned error is about the words.
+var parsers = map[string]func(words []string) (func(ctx context.Context) error, error){
+	APIServer:         newAPIServer,
+	ControllerManager: newControllerManager,
+	Scheduler:         newScheduler,
+	Proxy:             newProxy,
+	Kubelet:           newKubelet,
+}
+
+// Parse checks the words of every named daemon and sets the process-wide feature gates from
+// all of them; call it once in a process. words maps the daemon's name to its command line
+// without the program name. All errors are returned together, each naming its daemon.
+func Parse(words map[string][]string) (map[string]*Daemon, error) {
+	// Several daemons apply their logging options to the one process; the first wins.
+	logsapi.ReapplyHandling = logsapi.ReapplyHandlingIgnoreUnchanged
+
+	out := make(map[string]*Daemon, len(words))
+	var errs []error
+	for _, name := range []string{APIServer, ControllerManager, Scheduler, Proxy, Kubelet} {
+		w, wanted := words[name]
+		if !wanted {
+			continue
+		}
+		run, err := parsers[name](w)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+			continue
+		}
+		out[name] = &Daemon{Name: name, Run: run}
+	}
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	// The control plane's daemons share one registry of feature gates and emulated versions.
+	if err := componentGlobals.Set(); err != nil {
+		return nil, fmt.Errorf("feature gates: %w", err)
+	}
+	return out, nil
+}
+
+// ErrEnded is the cause when a daemon returned although nobody asked it to.
+var ErrEnded = errors.New("ended by itself")
+
+// Group runs daemons until the first one ends.
+type Group struct {
+	log  *slog.Logger
+	ctx  context.Context
+	stop context.CancelFunc
+	done chan result
+	n    int
+}
+
+type result struct {
+	name string
+	err  error
+}
+
+// NewGroup makes an empty group whose daemons end with ctx.
+func NewGroup(ctx context.Context, log *slog.Logger) *Group {
+	ctx, stop := context.WithCancel(ctx)
+	return &Group{log: log, ctx: ctx, stop: stop, done: make(chan result, 16)}
+}
+
+// Go starts run under the given name. Not safe for concurrent use.
+func (g *Group) Go(name string, run func(context.Context) error) {
+	g.n++
+	g.log.Info("starting", "daemon", name)
+	go func() { g.done <- result{name, run(g.ctx)} }()
+}
+
+// Context ends when the group does.
+func (g *Group) Context() context.Context { return g.ctx }
+
+// Failed tells of the first daemon that ended, if one has; it does not block.
+func (g *Group) Failed() error {
+	select {
+	case r := <-g.done:
+		g.n--
+		return ended(r)
+	default:
+		return nil
+	}
+}
+
+// Wait blocks until the group's context ends or a daemon does, then stops the others and
+// gives them the grace time to end. The error names the daemon that ended by itself; it is
+// nil after an orderly stop.
+func (g *Group) Wait(grace time.Duration) error {
+	var first error
+	select {
+	case <-g.ctx.Done():
+	case r := <-g.done:
+		g.n--
+		if g.ctx.Err() == nil {
+			first = ended(r)
+		}
+	}
+	g.stop()
+	timeout := time.NewTimer(grace)
+	defer timeout.Stop()
+	for ; g.n > 0; g.n-- {
+		select {
+		case r := <-g.done:
+			if r.err != nil && !errors.Is(r.err, context.Canceled) {
+				g.log.Warn("ended with an error while stopping", "daemon", r.name, "err", r.err)
+			}
+		case <-timeout.C:
+			return first
+		}
+	}
+	return first
+}
+
+func ended(r result) error {
+	if r.err == nil {
+		r.err = ErrEnded
+	}
+	return fmt.Errorf("%s: %w", r.name, r.err)
+}
