@@ -1,0 +1,90 @@
+# The build, for people. Every target installs what it needs by itself (see `deps`).
+# Versions: Go modules in go.mod and scripts/components/*/go.mod, C sources in
+# scripts/components/dqlite, Debian packages in scripts/deps.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Release builds carry no path of the machine and no state of the checkout.
+export GOFLAGS := -trimpath -buildvcs=false
+
+BIN  := build/bin
+SNAP := build/snap
+KUBE := $(shell awk '$$1=="k8s.io/kubernetes"{print $$2; exit}' go.mod)
+
+# Kubernetes reports the version it is told at link time.
+VERSION_PKGS := k8s.io/component-base/version k8s.io/client-go/pkg/version
+LDFLAGS := -s -w $(foreach p,$(VERSION_PKGS),-X $(p).gitVersion=$(KUBE) -X $(p).gitMajor=$(word 1,$(subst ., ,$(KUBE:v%=%))) -X $(p).gitMinor=$(word 2,$(subst ., ,$(KUBE:v%=%))) -X $(p).gitTreeState=clean)
+
+##@ Use
+
+.PHONY: help
+help: ## List the targets
+	@awk 'BEGIN{FS=":.*## "} /^##@/{printf "\n%s\n", substr($$0,5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: run
+run: build ## Start a node in the lab (NODES=1) and say what to type next
+	scripts/run up $(or $(NODES),1) $(or $(WORKERS),0)
+
+.PHONY: stop
+stop: ## Remove the nodes that `make run` started, with every trace
+	scripts/run down
+
+##@ Build
+
+.PHONY: deps
+deps: ## Install missing Debian or Ubuntu packages; build libdqlite if none is new enough
+	@scripts/deps
+
+.PHONY: build
+build: deps programs components images ## Build everything: build/bin and the tree of the snap in build/snap
+	@go run ./scripts/snaptree --out $(SNAP)
+
+.PHONY: programs
+programs: deps ## Build our own programs into build/bin
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/lab ./cmd/kubelite
+	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
+
+COMPONENTS := containerd runc cni helm
+.PHONY: components
+components: $(COMPONENTS:%=build/components/%.stamp) ## Build the third-party programs from their pinned modules
+
+build/components/%.stamp: scripts/components/build scripts/components/%/go.mod scripts/components/%/go.sum | deps
+	scripts/components/build $* build/components/bin
+	@touch $@
+
+.PHONY: images
+images: deps ## Build the container images that travel with the product, and those of the tests
+	@go run ./scripts/images --out build/images --test-out build/test-images
+
+.PHONY: clean
+clean: ## Remove build/ (nodes of the lab must be down)
+	rm -rf build
+
+##@ Check
+
+.PHONY: test
+test: deps ## The gate: unit, command line and node tests (root; 25 to 50 minutes)
+	scripts/test gate
+
+.PHONY: test-unit
+test-unit: deps ## Tests that need no node: a few minutes
+	scripts/test unit
+
+.PHONY: test-long
+test-long: deps ## Everything, with every seed and every case
+	scripts/test long
+
+.PHONY: bench
+bench: build ## Measure against the budgets; prints a table
+	scripts/bench
+
+.PHONY: lint
+lint: deps ## Linters for Go and shell
+	scripts/lint
+
+.PHONY: vuln
+vuln: deps ## Known vulnerabilities in what is linked
+	scripts/vuln

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/mod/modfile"
+)
+
+// Component is one line of the bill of materials.
+type Component struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	Source  string `json:"source"` // Go module path, or the name of the source package
+}
+
+// materials says which module of which go.mod a component comes from.
+var materials = []struct{ name, mod, module string }{
+	{"kubernetes", "go.mod", "k8s.io/kubernetes"},
+	{"flannel", "go.mod", "github.com/flannel-io/flannel"},
+	{"go-dqlite", "go.mod", "github.com/canonical/go-dqlite/v3"},
+	{"containerd", "scripts/components/containerd/go.mod", "github.com/containerd/containerd/v2"},
+	{"runc", "scripts/components/runc/go.mod", "github.com/opencontainers/runc"},
+	{"cni-plugins", "scripts/components/cni/go.mod", "github.com/containernetworking/plugins"},
+	{"helm", "scripts/components/helm/go.mod", "helm.sh/helm/v3"},
+}
+
+// BOM is the bill of materials of the repository at root, as JSON: names and versions as
+// the build's own pins say them.
+func BOM(root string) ([]byte, error) {
+	var out struct {
+		Components []Component `json:"components"`
+	}
+	for _, m := range materials {
+		path := filepath.Join(root, m.mod)
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		mod, err := modfile.Parse(path, data, nil)
+		if err != nil {
+			return nil, err
+		}
+		version := ""
+		for _, r := range mod.Require {
+			if r.Mod.Path == m.module {
+				version = r.Mod.Version
+			}
+		}
+		if version == "" {
+			return nil, fmt.Errorf("%s requires no %s", path, m.module)
+		}
+		out.Components = append(out.Components, Component{m.name, version, m.module})
+	}
+	// build/dqlite/VERSION is written by the component's build.
+	if v, err := os.ReadFile(filepath.Join(root, "build/dqlite/VERSION")); err == nil {
+		out.Components = append(out.Components, Component{"dqlite", "v" + strings.TrimSpace(string(v)), "dqlite"})
+	}
+	data, err := json.MarshalIndent(out, "", "  ")
+	return append(data, '\n'), err
+}

@@ -1,0 +1,27 @@
+// Command snaptree assembles the tree of the snap from what the build made: programs,
+// images, default arguments, hooks, the bill of materials, and meta/snap.yaml derived from
+// snapcraft.yaml in the way snapcraft derives it.
+//
+// Files whose content and mode are right are left alone, so a node that runs from the tree
+// is not disturbed by a build that changed nothing, and files that nothing put there are
+// removed.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"runtime"
+)
+
+func main() {
+	out := flag.String("out", "build/snap", "directory of the tree")
+	root := flag.String("root", ".", "root of the repository, holding build/")
+	flag.Parse()
+	n, err := Assemble(*root, *out, runtime.GOARCH)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "snaptree:", err)
+		os.Exit(1)
+	}
+	fmt.Printf("%s: %d files changed\n", *out, n)
+}

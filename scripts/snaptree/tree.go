@@ -1,0 +1,174 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"microk8s/internal/atomicfile"
+)
+
+// tree collects what belongs into the snap, path in the snap by path, then writes it.
+type tree struct {
+	files   map[string]file // by path relative to the snap's root
+	changed int
+}
+
+type file struct {
+	source string // file to copy, or ""
+	data   []byte // content, when there is no source
+	link   string // target of a symbolic link, or ""
+	mode   fs.FileMode
+}
+
+func (t *tree) add(dst, src string, mode fs.FileMode) { t.files[dst] = file{source: src, mode: mode} }
+
+// addDir takes every regular file below src; what is executable for its owner stays so.
+func (t *tree) addDir(dst, src string) error {
+	return filepath.WalkDir(src, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(src, path)
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(0o644)
+		if info.Mode()&0o100 != 0 {
+			mode = 0o755
+		}
+		t.add(filepath.Join(dst, rel), path, mode)
+		return nil
+	})
+}
+
+// Assemble writes the tree of the snap for arch below out from the repository at root and
+// says how many files it wrote or removed.
+func Assemble(root, out, arch string) (changed int, err error) {
+	t := &tree{files: map[string]file{}}
+	in := func(p string) string { return filepath.Join(root, p) }
+
+	for _, p := range []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent"} {
+		t.add("bin/"+p, in("build/bin/"+p), 0o755)
+	}
+	for _, p := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "helm"} {
+		t.add("bin/"+p, in("build/components/bin/"+p), 0o755)
+	}
+	for _, l := range []string{"kubectl", "kubelite"} {
+		t.files[l] = file{link: "bin/kubelite"}
+	}
+	for dst, src := range map[string]string{
+		"opt/cni/bin": "build/components/bin/cni",
+		"images":      "build/images",
+		"manifests":   "snap/manifests",
+		"meta/hooks":  "snap/hooks",
+		"":            "snap/local",
+	} {
+		if err := t.addDir(dst, in(src)); err != nil {
+			return 0, err
+		}
+	}
+	craft, err := os.ReadFile(in("snapcraft.yaml"))
+	if err != nil {
+		return 0, err
+	}
+	meta, err := SnapYAML(craft, arch)
+	if err != nil {
+		return 0, fmt.Errorf("snapcraft.yaml: %w", err)
+	}
+	t.files["meta/snap.yaml"] = file{data: meta, mode: 0o644}
+	bom, err := BOM(root)
+	if err != nil {
+		return 0, err
+	}
+	t.files["bom.json"] = file{data: bom, mode: 0o644}
+	if err := t.write(out); err != nil {
+		return 0, err
+	}
+	return t.changed, nil
+}
+
+func (t *tree) write(out string) error {
+	for rel, f := range t.files {
+		dst := filepath.Join(out, rel)
+		if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
+			return err
+		}
+		if err := t.put(dst, f); err != nil {
+			return err
+		}
+	}
+	return t.prune(out)
+}
+
+func (t *tree) put(dst string, f file) error {
+	if f.link != "" {
+		if old, err := os.Readlink(dst); err == nil && old == f.link {
+			return nil
+		}
+		t.changed++
+		return errors.Join(os.RemoveAll(dst), os.Symlink(f.link, dst))
+	}
+	if f.source != "" {
+		if same(dst, f.source, f.mode) {
+			return nil
+		}
+		data, err := os.ReadFile(f.source)
+		if err != nil {
+			return err
+		}
+		f.data = data
+	}
+	if old, err := os.ReadFile(dst); err == nil && bytes.Equal(old, f.data) {
+		return os.Chmod(dst, f.mode)
+	}
+	t.changed++
+	return atomicfile.Write(dst, f.data, f.mode, nil)
+}
+
+// same says that dst is at least as new as src and of its size: enough to leave 200 MB unread.
+func same(dst, src string, mode fs.FileMode) bool {
+	d, err := os.Lstat(dst)
+	if err != nil || d.Mode() != mode {
+		return false
+	}
+	s, err := os.Stat(src)
+	return err == nil && d.Size() == s.Size() && d.ModTime().After(s.ModTime())
+}
+
+// prune removes files that the tree does not have, and directories that became empty.
+func (t *tree) prune(out string) error {
+	var dirs []string
+	err := filepath.WalkDir(out, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			dirs = append(dirs, path)
+			return nil
+		}
+		rel, err := filepath.Rel(out, path)
+		if err != nil {
+			return err
+		}
+		if _, ok := t.files[rel]; ok {
+			return nil
+		}
+		t.changed++
+		return os.Remove(path)
+	})
+	for i := len(dirs) - 1; i >= 0; i-- {
+		if !strings.EqualFold(dirs[i], out) {
+			_ = os.Remove(dirs[i]) // fails where something is left, which is then wanted
+		}
+	}
+	return err
+}
