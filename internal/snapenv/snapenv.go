@@ -231,6 +231,9 @@ func (e Env) PluginsDir() string { return filepath.Join(e.Common, "plugins") }
 // SupervisorSocket is the control socket of our own supervisor (machines without snapd).
 func (e Env) SupervisorSocket() string { return filepath.Join(e.Common, "run/supervisor.sock") }
 
+// LogDir is the folder of the service logs on machines without snapd.
+func (e Env) LogDir() string { return filepath.Join(e.Common, "var/log") }
+
 // ServiceLog is the log file that the supervisor writes for a service.
 func (e Env) ServiceLog(service string) string {
 	return filepath.Join(e.Common, "var/log", service+".log")

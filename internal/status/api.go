@@ -1,0 +1,195 @@
+package status
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"syscall"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+// apiClient asks the API server of this node with the administrator's certificate.
+type apiClient struct {
+	base string
+	http *http.Client
+}
+
+// errStatus is an answer of the API server other than 200.
+type errStatus struct {
+	code int
+	body string
+}
+
+func (e *errStatus) Error() string {
+	return fmt.Sprintf("%d %s: %s", e.code, http.StatusText(e.code), shorten(strings.Join(strings.Fields(e.body), " ")))
+}
+
+func (p *Prober) client() (*apiClient, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.api != nil {
+		return p.api, nil
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", p.Env.AdminKubeconfig())
+	if err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", p.Env.AdminKubeconfig(), err)
+	}
+	h, err := rest.HTTPClientFor(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use %s: %w", p.Env.AdminKubeconfig(), err)
+	}
+	p.api = &apiClient{base: strings.TrimSuffix(cfg.Host, "/"), http: h}
+	return p.api, nil
+}
+
+// get asks for path; the caller closes the body.
+func (c *apiClient) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Accept", "application/json")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		body, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
+		return nil, &errStatus{resp.StatusCode, string(body)}
+	}
+	return resp.Body, nil
+}
+
+func (c *apiClient) decode(ctx context.Context, path string, into any) error {
+	body, err := c.get(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if into == nil {
+		_, err = io.Copy(io.Discard, body)
+		return err
+	}
+	return json.NewDecoder(body).Decode(into)
+}
+
+// apiState is what the API server said.
+type apiState struct {
+	err     error // it cannot be reached or used
+	healthy error // /readyz
+	service error // the service `kubernetes`
+	nodes   []corev1.Node
+	version string // resource version of nodes
+	nodeErr error
+}
+
+// nodesPath lists enough nodes to find one that is Ready.
+const nodesPath = "/api/v1/nodes?limit=500"
+
+func (p *Prober) probeAPI(ctx context.Context) apiState {
+	s := apiState{}
+	c, err := p.client()
+	if err != nil {
+		s.err = err
+		return s
+	}
+	var list corev1.NodeList
+	missed := gather(ctx, map[string]func(){
+		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
+		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
+		"nodes":   func() { s.nodeErr = c.decode(ctx, nodesPath, &list) },
+	})
+	if len(missed) > 0 {
+		return apiState{err: errors.New("the API server accepts connections and does not answer in time")}
+	}
+	s.nodes, s.version = list.Items, list.ResourceVersion
+	if s.healthy != nil {
+		var status *errStatus
+		if !errors.As(s.healthy, &status) {
+			s.err = s.healthy
+		}
+	}
+	return s
+}
+
+// ready says whether the node can be used: see [Report.Ready].
+func (s apiState) ready() bool {
+	if s.err != nil || s.service != nil || s.nodeErr != nil {
+		return false
+	}
+	for _, n := range s.nodes {
+		if c := readyCondition(n); c != nil && c.Status == corev1.ConditionTrue {
+			return true
+		}
+	}
+	return false
+}
+
+func readyCondition(n corev1.Node) *corev1.NodeCondition {
+	for i := range n.Status.Conditions {
+		if n.Status.Conditions[i].Type == corev1.NodeReady {
+			return &n.Status.Conditions[i]
+		}
+	}
+	return nil
+}
+
+// why says in a few words what is missing to ready.
+func (s apiState) why() string {
+	switch {
+	case errors.Is(s.err, syscall.ECONNREFUSED):
+		return "the API server does not listen yet"
+	case s.err != nil:
+		return s.err.Error()
+	case s.nodeErr != nil:
+		return "the API server does not list the nodes: " + s.nodeErr.Error()
+	case s.service != nil:
+		return "the API server is still setting up the cluster"
+	case len(s.nodes) == 0:
+		return "the kubelet has not registered the node yet"
+	}
+	return "no node is Ready"
+}
+
+// apiProblems adds what the API server's answers show to be wrong.
+func (r *Report) apiProblems(s apiState) {
+	var status *errStatus
+	switch {
+	case s.err != nil:
+		r.add("%s", s.why())("wait a little, or see microk8s logs kubelite")
+		return
+	case errors.As(s.healthy, &status):
+		r.add("the API server is not well: %v", status)("see microk8s logs kubelite")
+	}
+	if s.nodeErr != nil || s.service != nil || len(s.nodes) == 0 {
+		r.add("%s", s.why())("wait a little, or see microk8s logs kubelite")
+		return
+	}
+	for _, n := range s.nodes {
+		c := readyCondition(n)
+		switch {
+		case c == nil:
+			r.add("node %s has not reported its state yet", n.Name)("wait a little, or see microk8s logs kubelite")
+		case c.Status != corev1.ConditionTrue:
+			r.add("node %s is not Ready: %s", n.Name, shorten(c.Message))("see microk8s kubectl describe node " + n.Name)
+		}
+		for _, c := range n.Status.Conditions {
+			if c.Type != corev1.NodeReady && c.Status == corev1.ConditionTrue && pressure[c.Type] {
+				r.add("node %s has %s: %s", n.Name, c.Type, shorten(c.Message))("pods may be evicted: free that resource")
+			}
+		}
+	}
+}
+
+var pressure = map[corev1.NodeConditionType]bool{
+	corev1.NodeDiskPressure: true, corev1.NodeMemoryPressure: true, corev1.NodePIDPressure: true,
+	corev1.NodeNetworkUnavailable: true,
+}

@@ -1,0 +1,135 @@
+package status
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"microk8s/internal/args"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// PortProblem is a TCP port that a service of ours needs and a program holds.
+type PortProblem struct {
+	Problem
+	Port    int
+	service string
+}
+
+// port is a TCP port that a service listens on (cli.md 6.8).
+type port struct {
+	number  int
+	service string
+}
+
+// neededPorts lists the ports of this node's services, with what the argument files change.
+func neededPorts(env snapenv.Env) []port {
+	agent := port{25000, service.ClusterAgent}
+	if f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent")); err == nil {
+		if v, ok := f.Value("bind", env.Lookup); ok {
+			agent.number = lastNumber(v, agent.number)
+		}
+	}
+	all := []port{{10250, service.Kubelite}, agent}
+	api := port{16443, service.Kubelite}
+	if env.Locked(snapenv.LockWorker) {
+		api.service = service.Proxy
+		return append(all, api)
+	}
+	if f, err := args.Load(env.Args("kube-apiserver"), args.GrammarFor("kube-apiserver")); err == nil {
+		if v, ok := f.Value("secure-port", env.Lookup); ok {
+			api.number = lastNumber(v, api.number)
+		}
+	}
+	all = append(all, api, port{10257, service.Kubelite}, port{10259, service.Kubelite})
+	if Expected(env, service.Datastore) {
+		own := port{19001, service.Datastore}
+		if nodes := readHA(env).Nodes; len(nodes) > 0 {
+			own.number = lastNumber(nodes[0].Address, own.number)
+		}
+		all = append(all, own)
+	}
+	return all
+}
+
+// lastNumber gives the port of an address such as 0.0.0.0:25000, or of a bare number.
+func lastNumber(addr string, def int) int {
+	n, err := strconv.Atoi(addr[strings.LastIndexByte(addr, ':')+1:])
+	if err != nil {
+		return def
+	}
+	return n
+}
+
+// portProblems lists the needed ports on which something listens. Whether that is our own
+// service the caller knows.
+func portProblems(env snapenv.Env) []PortProblem {
+	busy := listeners()
+	var out []PortProblem
+	for _, p := range neededPorts(env) {
+		inode, ok := busy[p.number]
+		if !ok {
+			continue
+		}
+		by := "another program"
+		if owner := socketOwner(inode); owner != "" {
+			by = owner
+		}
+		out = append(out, PortProblem{
+			Problem: Problem{
+				What: fmt.Sprintf("port %d, which %s needs, is in use by %s", p.number, p.service, by),
+				Do:   "stop that program and run microk8s start",
+			},
+			Port: p.number, service: p.service,
+		})
+	}
+	return out
+}
+
+// PortsInUse lists the ports that services not in running need and other programs hold.
+func PortsInUse(env snapenv.Env, running []string) []PortProblem {
+	return slices.DeleteFunc(portProblems(env), func(p PortProblem) bool { return slices.Contains(running, p.service) })
+}
+
+// listeners maps the listening TCP ports of this network namespace to their socket inodes.
+func listeners() map[int]string {
+	const listening = "0A"
+	out := map[int]string{}
+	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		f, err := os.Open(name)
+		if err != nil {
+			continue
+		}
+		for s := bufio.NewScanner(f); s.Scan(); {
+			col := strings.Fields(s.Text())
+			if len(col) < 10 || col[3] != listening {
+				continue
+			}
+			_, hex, _ := strings.Cut(col[1], ":")
+			if n, err := strconv.ParseInt(hex, 16, 32); err == nil {
+				out[int(n)] = col[9]
+			}
+		}
+		f.Close()
+	}
+	return out
+}
+
+// socketOwner names the process that has a socket, as "nginx (pid 12)"; "" where it cannot be
+// seen.
+func socketOwner(inode string) string {
+	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, link := range links {
+		if target, err := os.Readlink(link); err == nil && target == "socket:["+inode+"]" {
+			pid := strings.Split(link, "/")[2]
+			comm, _ := os.ReadFile("/proc/" + pid + "/comm")
+			return fmt.Sprintf("%s (pid %s)", strings.TrimSpace(string(comm)), pid)
+		}
+	}
+	return ""
+}

@@ -1,0 +1,140 @@
+package status
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"microk8s/internal/snapenv"
+)
+
+// probeHTTP2 says whether an HTTP/2 server (gRPC is one) lives behind a unix socket. A
+// connection alone proves nothing: the kernel accepts it for a frozen process too. So the
+// client's preface is sent, and the server's SETTINGS frame awaited (RFC 9113, 3.4).
+func probeHTTP2(ctx context.Context, socket string) error {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if deadline, ok := ctx.Deadline(); ok {
+		_ = conn.SetDeadline(deadline)
+	}
+	emptySettings := []byte{0, 0, 0, settingsFrame, 0, 0, 0, 0, 0}
+	if _, err := conn.Write(append([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), emptySettings...)); err != nil {
+		return err
+	}
+	header := make([]byte, len(emptySettings))
+	if _, err := io.ReadFull(conn, header); err != nil {
+		return err
+	}
+	if header[3] != settingsFrame {
+		return fmt.Errorf("%s is not an HTTP/2 server: it answered %q", socket, bytes.ToValidUTF8(header, nil))
+	}
+	return nil
+}
+
+// settingsFrame is the type of a SETTINGS frame.
+const settingsFrame = 4
+
+// Free space below which a file system is called full, and below which the kubelet evicts
+// pods (eviction-hard of the default arguments, nodefs.available).
+const (
+	fullBelow  = 100 << 20
+	evictBelow = 1 << 30
+)
+
+func diskProblems(env snapenv.Env) []Problem {
+	var out []Problem
+	seen := map[unix.Fsid]bool{}
+	for _, dir := range []string{env.Data, env.Common} {
+		var fs unix.Statfs_t
+		if unix.Statfs(dir, &fs) != nil || seen[fs.Fsid] {
+			continue
+		}
+		seen[fs.Fsid] = true
+		free := fs.Bavail * uint64(fs.Bsize)
+		switch {
+		case free < fullBelow:
+			out = append(out, Problem{
+				What: fmt.Sprintf("the disk of %s is full (%d MiB left)", dir, free>>20),
+				Do:   "free some space there; the services go on by themselves",
+			})
+		case free < evictBelow:
+			out = append(out, Problem{
+				What: fmt.Sprintf("the disk of %s has %d MiB left, pods are evicted below 1 GiB", dir, free>>20),
+				Do:   "free some space there",
+			})
+		case fs.Files > 0 && fs.Ffree == 0:
+			out = append(out, Problem{What: fmt.Sprintf("the file system of %s has no inodes left", dir), Do: "remove some files there"})
+		}
+	}
+	return out
+}
+
+// ClockProblem says whether the clock is before the day on which this node's CA was made, so
+// that no certificate can be valid; nil where it is not, or where there is no CA yet.
+func ClockProblem(env snapenv.Env, now time.Time) *Problem {
+	ca := readCert(env.Cert("ca.crt"))
+	if ca == nil || !now.Before(ca.NotBefore.Add(-clockSlack)) {
+		return nil
+	}
+	return &Problem{
+		What: fmt.Sprintf("the clock says %s, which is before this node was made (%s)",
+			now.UTC().Format(time.RFC3339), ca.NotBefore.UTC().Format(time.RFC3339)),
+		Do: "set the clock and run microk8s start",
+	}
+}
+
+// clockSlack is tolerated between the clocks of machines that made and use a certificate.
+const clockSlack = 5 * time.Minute
+
+func certProblems(env snapenv.Env, now time.Time) []Problem {
+	if p := ClockProblem(env, now); p != nil {
+		return []Problem{*p}
+	}
+	var out []Problem
+	for _, name := range []string{"ca.crt", "server.crt", "front-proxy-ca.crt", "front-proxy-client.crt", "client.crt", "kubelet.crt"} {
+		c := readCert(env.Cert(name))
+		if c == nil {
+			continue
+		}
+		do := "renew it with sudo microk8s refresh-certs -e " + name
+		switch name {
+		case "front-proxy-ca.crt", "client.crt", "kubelet.crt":
+			do = "renew it with sudo microk8s refresh-certs -e ca.crt"
+		}
+		switch {
+		case now.After(c.NotAfter):
+			out = append(out, Problem{What: fmt.Sprintf("certificate %s expired on %s", name, c.NotAfter.UTC().Format(time.DateOnly)), Do: do})
+		case now.Before(c.NotBefore.Add(-clockSlack)):
+			out = append(out, Problem{What: fmt.Sprintf("certificate %s is not valid before %s", name, c.NotBefore.UTC().Format(time.RFC3339)), Do: "check the clock of this machine"})
+		}
+	}
+	return out
+}
+
+func readCert(path string) *x509.Certificate {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	block, _ := pem.Decode(data)
+	if block == nil {
+		return nil
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil
+	}
+	return c
+}

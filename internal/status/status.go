@@ -1,0 +1,279 @@
+// Package status finds out how a node is, from everything that can be asked at once: the
+// service manager, the API server, the datastore, containerd, the certificates, the disks and
+// the ports. [Probe] never waits longer than [Budget]; what did not answer by then is reported
+// as such, and so are the causes that can be seen from outside, each with what to do.
+//
+// It prints nothing; the forms of `microk8s status` are in internal/cli.
+package status
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// Budget is how long each question may take; they are asked at the same time (design,
+// promise 6).
+const Budget = 60 * time.Millisecond
+
+// Report is the state of this node.
+type Report struct {
+	// Ready: the API server answers, has the service `kubernetes`, and some node is Ready.
+	Ready bool
+
+	HA       HA
+	Services []service.State // nil when the manager did not answer
+	Addons   []Addon
+	Problems []Problem // worst first
+}
+
+// HA is the datastore as seen from this node.
+type HA struct {
+	// Datastore is false where the API server uses an external etcd; Endpoints then has its
+	// addresses as host:port.
+	Datastore bool
+	Enabled   bool // three voters or more
+	Nodes     []Member
+	Endpoints []string
+}
+
+// Member is one member of the datastore.
+type Member struct {
+	Address string
+	Role    Role
+	Alive   bool
+}
+
+// Role is the part a member plays, in dqlite's words.
+type Role string
+
+// The roles of dqlite.
+const (
+	Voter   Role = "voter"
+	Standby Role = "standby"
+	Spare   Role = "spare"
+)
+
+// Addon is one addon and whether it is on.
+type Addon struct {
+	Name, Repository, Description, Version string
+	Enabled                                bool
+}
+
+// Problem is something wrong with the node, in a sentence without a full stop, and what a
+// person can do about it ("" where there is nothing).
+type Problem struct {
+	What, Do string
+}
+
+func (p Problem) String() string {
+	if p.Do == "" {
+		return p.What
+	}
+	return p.What + "; " + p.Do
+}
+
+// Prober asks the questions. The zero values of the optional fields are what production uses.
+type Prober struct {
+	Env     snapenv.Env
+	Manager service.Manager
+	Now     func() time.Time
+
+	// Budget bounds each question; 0 means [Budget].
+	Budget time.Duration
+
+	mu      sync.Mutex
+	api     *apiClient // made when first needed
+	version string     // of the node list seen last, "" when the API server gave none
+}
+
+// Probe asks everything at once.
+func (p *Prober) Probe(ctx context.Context) Report {
+	budget := p.Budget
+	if budget == 0 {
+		budget = Budget
+	}
+	return p.probe(ctx, budget)
+}
+
+func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
+	ctx, cancel := context.WithTimeout(ctx, budget)
+	defer cancel()
+
+	var (
+		services []service.State
+		svcErr   error
+		api      apiState
+		store    error
+		runtime  error
+		ha       HA
+		local    []Problem
+		ports    []PortProblem
+	)
+	missed := gather(ctx, map[string]func(){
+		"services":   func() { services, svcErr = p.Manager.Status(ctx) },
+		"API":        func() { api = p.probeAPI(ctx) },
+		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
+		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
+		"members":    func() { ha = readHA(p.Env) },
+		"disk":       func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
+		"ports":      func() { ports = portProblems(p.Env) },
+	})
+	// What is late is still being written to by its goroutine: take nothing from it.
+	r := Report{Addons: coreAddons()}
+	if !missed["members"] {
+		r.HA = ha
+	}
+	switch {
+	case missed["services"]:
+		r.add("the service manager did not answer within %s", budget)("run microk8s logs to see the services' own words")
+	case svcErr != nil:
+		r.add("%v", svcErr)("")
+	default:
+		r.Services = services
+	}
+	running := func(name string) bool { return phaseOf(r.Services, name) == service.Running }
+	if !missed["disk"] {
+		r.Problems = append(r.Problems, local...)
+	}
+	r.serviceProblems(p.Env)
+	if !missed["ports"] {
+		for _, pr := range ports {
+			if !running(pr.service) {
+				r.Problems = append(r.Problems, pr.Problem)
+			}
+		}
+	}
+	if running(service.Containerd) && (missed["containerd"] || runtime != nil) {
+		r.add("containerd does not answer on its socket")("see microk8s logs containerd")
+	}
+	storeOK := !missed["datastore"] && store == nil
+	if r.HA.Datastore {
+		for i := range r.HA.Nodes {
+			r.HA.Nodes[i].Alive = storeOK && len(r.HA.Nodes) == 1
+		}
+		if !storeOK && running(service.Datastore) {
+			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
+		}
+	}
+	if missed["API"] {
+		api = apiState{err: fmt.Errorf("the API server did not answer within %s", budget)}
+	}
+	if running(service.Kubelite) || r.Services == nil {
+		r.apiProblems(api)
+	}
+	p.seen(api)
+	r.Ready = api.ready()
+	if !r.Ready && len(r.Problems) == 0 {
+		r.add("%s", api.why())("wait a little, or see microk8s logs kubelite")
+	}
+	return r
+}
+
+// add appends a problem; the returned function takes what to do.
+func (r *Report) add(what string, a ...any) func(do string) {
+	return func(do string) { r.Problems = append(r.Problems, Problem{What: fmt.Sprintf(what, a...), Do: do}) }
+}
+
+// gather runs the questions side by side and gives the names of those that had not come back
+// when ctx ended.
+func gather(ctx context.Context, questions map[string]func()) (missed map[string]bool) {
+	done := make(chan string, len(questions))
+	missed = map[string]bool{}
+	for name, ask := range questions {
+		missed[name] = true
+		go func() {
+			ask()
+			done <- name
+		}()
+	}
+	for range questions {
+		select {
+		case name := <-done:
+			delete(missed, name)
+		case <-ctx.Done():
+			for {
+				select {
+				case name := <-done:
+					delete(missed, name)
+					continue
+				default:
+				}
+				return missed
+			}
+		}
+	}
+	return missed
+}
+
+func phaseOf(states []service.State, name string) service.Phase {
+	for _, s := range states {
+		if s.Name == name {
+			return s.Phase
+		}
+	}
+	return service.Stopped
+}
+
+// serviceProblems says which services should run and do not, with their own last words.
+func (r *Report) serviceProblems(env snapenv.Env) {
+	for _, s := range r.Services {
+		var what string
+		switch s.Phase {
+		case service.Backoff:
+			what = fmt.Sprintf("service %s fails and is started again and again (%s)", s.Name, s.LastExit)
+		case service.Failed:
+			what = fmt.Sprintf("service %s could not be started (%s)", s.Name, s.LastExit)
+		case service.Stopped:
+			if !Expected(env, s.Name) {
+				continue
+			}
+			what = fmt.Sprintf("service %s is not running", s.Name)
+		default:
+			continue
+		}
+		do := "see microk8s logs " + s.Name
+		if line := service.LastLine(env.ServiceLog(s.Name)); line != "" && !env.Snapd {
+			what += fmt.Sprintf(", its last words: %s", shorten(line))
+		}
+		if s.Phase == service.Stopped {
+			do = "start it with microk8s start"
+		}
+		r.add("%s", what)(do)
+	}
+}
+
+// Expected says whether a service has something to do on this node (cli.md 7.1).
+func Expected(env snapenv.Env, name string) bool {
+	worker := env.Locked(snapenv.LockWorker)
+	switch name {
+	case service.Datastore:
+		return !worker && !env.Locked(snapenv.LockNoDqlite)
+	case service.Proxy:
+		return worker
+	}
+	return true
+}
+
+// lastWords bounds a log line in a message.
+const lastWords = 240
+
+func shorten(line string) string {
+	if r := []rune(line); len(r) > lastWords {
+		return string(r[:lastWords]) + "…"
+	}
+	return line
+}
+
+// coreAddons lists what is truly on: these are part of the product.
+func coreAddons() []Addon {
+	return []Addon{
+		{Name: "ha-cluster", Repository: "core", Description: "Configure high availability on the current node", Enabled: true},
+		{Name: "helm", Repository: "core", Description: "Helm - the package manager for Kubernetes", Enabled: true},
+		{Name: "helm3", Repository: "core", Description: "Helm 3 - the package manager for Kubernetes", Enabled: true},
+	}
+}
