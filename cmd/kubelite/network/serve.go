@@ -1,0 +1,342 @@
+package network
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/flannel-io/flannel/pkg/backend"
+	_ "github.com/flannel-io/flannel/pkg/backend/hostgw" // registers "host-gw"
+	_ "github.com/flannel-io/flannel/pkg/backend/vxlan"  // registers "vxlan"
+	"github.com/flannel-io/flannel/pkg/subnet"
+	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
+
+	"microk8s/cmd/kubelite/network/hostnet"
+)
+
+const tunnelName = hostnet.Tunnel
+
+// ground is what one run of the network stands on; when it changes, the run ends.
+type ground struct {
+	subnets  []netip.Prefix // of this node, one per family of the cluster CIDR
+	external backend.ExternalInterface
+}
+
+// serve waits until this node has pod subnets and an address, sets the network up, and keeps
+// it until ctx ends or something it stands on changes; the error says what.
+func (n *node) serve(parent context.Context) error {
+	ctx, cancel := context.WithCancelCause(parent)
+	defer cancel(nil)
+
+	changes, stop := n.changes()
+	defer stop()
+	g, err := n.awaitGround(ctx, changes)
+	if err != nil {
+		return err
+	}
+	config, err := n.flannelConfig(g)
+	if err != nil {
+		return err
+	}
+	mgr := &subnets{node: n, config: config, own: g.subnets, lost: cancel}
+	be, err := backend.NewManager(ctx, mgr, &g.external).GetBackend(n.Backend)
+	if err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	network, err := be.RegisterNetwork(ctx, &wg, config)
+	if err != nil {
+		return fmt.Errorf("cannot set up %s on %s: %w", n.Backend, g.external.IfaceName, err)
+	}
+	mgr.mu.Lock()
+	mgr.running = true
+	mgr.mu.Unlock()
+
+	mtu := network.MTU()
+	if n.MTU != 0 {
+		mtu = n.MTU
+	}
+	rules := hostnet.Rules{Cluster: n.cidrs, Node: g.subnets, Hairpin: n.hairpin}
+	if err := rules.Apply(); err != nil {
+		return err
+	}
+	l := network.Lease()
+	if err := subnet.WriteSubnetFile(hostnet.SubnetEnv(n.Env), config, true, l.Subnet, l.IPv6Subnet, mtu); err != nil {
+		return fmt.Errorf("cannot write %s: %w", hostnet.SubnetEnv(n.Env), err)
+	}
+	if err := n.prune(); err != nil {
+		n.Log.Warn("routes to nodes that are gone may have stayed", "err", err)
+	}
+	if err := hostnet.WriteConflist(n.Env, g.subnets, mtu); err != nil {
+		return err
+	}
+	n.Log.Info("the pod network is up", "subnets", fmt.Sprint(g.subnets), "backend", n.Backend,
+		"interface", g.external.IfaceName, "address", fmt.Sprint(g.external.ExtAddr), "mtu", mtu)
+	if n.Ready != nil {
+		n.Ready()
+		n.Ready = nil
+	}
+
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		network.Run(ctx)
+	}()
+	err = n.watchGround(ctx, changes, g, mgr)
+	cancel(err)
+	select {
+	case <-ended:
+	case <-time.After(2 * time.Second):
+		// Flannel may wait forever to hand over an event that nobody takes any more. What it
+		// still holds is of no use; a new run starts from the nodes as they are.
+	}
+	return err
+}
+
+// awaitGround waits for the node's subnets and its address.
+func (n *node) awaitGround(ctx context.Context, changes <-chan struct{}) (ground, error) {
+	said := ""
+	for {
+		g, err := n.findGround()
+		if err == nil {
+			return g, nil
+		}
+		if err.Error() != said {
+			n.Log.Info("the pod network waits", "for", err)
+			said = err.Error()
+		}
+		select {
+		case <-ctx.Done():
+			return g, ctx.Err()
+		case <-changes:
+		case <-time.After(5 * time.Second): // interfaces may come without a change of the node
+		}
+	}
+}
+
+func (n *node) findGround() (g ground, err error) {
+	own := n.own()
+	if own == nil {
+		return g, fmt.Errorf("the registration of node %s", n.NodeName)
+	}
+	if g.subnets, err = podCIDRs(own, n.cidrs); err != nil {
+		return g, err
+	}
+	if len(g.subnets) < len(n.cidrs) {
+		return g, fmt.Errorf("the pod subnet of node %s, which kube-controller-manager assigns (--allocate-node-cidrs)", n.NodeName)
+	}
+	for _, c := range n.cidrs {
+		v4 := c.Addr().Is4()
+		iface, addr, err := n.findInterface(internalIP(own, n.NodeIP, v4), v4)
+		if err != nil {
+			return g, err
+		}
+		if e := &g.external; e.Iface != nil && e.Iface.Index != iface.Index {
+			return g, fmt.Errorf("one interface for both families: the node's IPv4 address is on %s, its IPv6 address on %s", e.IfaceName, iface.Name)
+		}
+		g.external.Iface, g.external.IfaceName = iface, iface.Name
+		if v4 {
+			g.external.IfaceAddr, g.external.ExtAddr = addr.AsSlice(), addr.AsSlice()
+		} else {
+			g.external.IfaceV6Addr, g.external.ExtV6Addr = addr.AsSlice(), addr.AsSlice()
+		}
+	}
+	return g, nil
+}
+
+// internalIP is the address of a node in one family; fixed wins if it is of that family.
+func internalIP(own *corev1.Node, fixed netip.Addr, v4 bool) netip.Addr {
+	if fixed.IsValid() && !fixed.IsUnspecified() && fixed.Unmap().Is4() == v4 {
+		return fixed.Unmap()
+	}
+	for _, a := range own.Status.Addresses {
+		if addr, err := netip.ParseAddr(a.Address); err == nil && a.Type == corev1.NodeInternalIP && addr.Is4() == v4 {
+			return addr
+		}
+	}
+	return netip.Addr{}
+}
+
+// findInterface chooses the interface to other nodes, and the address on it. The machine
+// needs no default route.
+func (n *node) findInterface(node netip.Addr, v4 bool) (*net.Interface, netip.Addr, error) {
+	fam := netlink.FAMILY_V4
+	if !v4 {
+		fam = netlink.FAMILY_V6
+	}
+	all, err := netlink.AddrList(nil, fam)
+	if err != nil {
+		return nil, netip.Addr{}, fmt.Errorf("cannot list addresses: %w", err)
+	}
+	type candidate struct {
+		index int
+		addr  netip.Addr
+	}
+	var global []candidate
+	for _, a := range all {
+		addr, ok := netip.AddrFromSlice(a.IP)
+		if addr = addr.Unmap(); ok && addr.IsGlobalUnicast() && !n.isPodAddress(addr) {
+			global = append(global, candidate{a.LinkIndex, addr})
+		}
+	}
+	use := func(c candidate) (*net.Interface, netip.Addr, error) {
+		iface, err := net.InterfaceByIndex(c.index)
+		return iface, c.addr, err
+	}
+	on := func(index int) (candidate, bool) {
+		for _, c := range global {
+			if c.index == index && c.addr == node {
+				return c, true
+			}
+		}
+		for _, c := range global {
+			if c.index == index {
+				return c, true
+			}
+		}
+		return candidate{}, false
+	}
+	if n.Interface != "" {
+		link, err := netlink.LinkByName(n.Interface)
+		if err != nil {
+			return nil, netip.Addr{}, fmt.Errorf("interface %s: %w", n.Interface, err)
+		}
+		if c, ok := on(link.Attrs().Index); ok {
+			return use(c)
+		}
+		return nil, netip.Addr{}, fmt.Errorf("an address on interface %s", n.Interface)
+	}
+	for _, c := range global {
+		if c.addr == node {
+			return use(c)
+		}
+	}
+	routes, _ := netlink.RouteListFiltered(fam, &netlink.Route{}, netlink.RT_FILTER_DST) // default routes
+	for _, r := range routes {
+		if c, ok := on(r.LinkIndex); ok {
+			return use(c)
+		}
+	}
+	if len(global) == 1 {
+		return use(global[0])
+	}
+	return nil, netip.Addr{}, fmt.Errorf("an address: the node's (%v) is on no interface, there is no default route, and %d other addresses to choose from; set --node-ip in args/kubelet", node, len(global))
+}
+
+// isPodAddress leaves the addresses of our own bridge and tunnel out.
+func (n *node) isPodAddress(a netip.Addr) bool {
+	return slices.ContainsFunc(n.cidrs, func(c netip.Prefix) bool { return c.Contains(a) })
+}
+
+// flannelConfig is the configuration that flannel would read from a file.
+func (n *node) flannelConfig(g ground) (*subnet.Config, error) {
+	c := &subnet.Config{BackendType: n.Backend}
+	for _, cidr := range n.cidrs {
+		if cidr.Addr().Is4() {
+			c.EnableIPv4, c.Network = true, ip4Net(cidr)
+		} else {
+			c.EnableIPv6, c.IPv6Network = true, ip6Net(cidr)
+		}
+	}
+	be := map[string]any{"Type": n.Backend}
+	if n.Backend == BackendVXLAN {
+		be["VNI"], be["Port"] = vxlanNetworkID, vxlanPort
+		mtu := g.external.Iface.MTU
+		if n.MTU != 0 {
+			mtu = n.MTU + vxlanEncapsulation
+		}
+		if c.EnableIPv6 {
+			mtu -= 20 // an IPv6 header is that much longer, and flannel counts on IPv4
+		}
+		be["MTU"] = mtu
+	}
+	var err error
+	c.Backend, err = json.Marshal(be)
+	return c, err
+}
+
+// watchGround returns when this run has to end: with the cause of ctx, or because the node's
+// subnets, its address, or what it announced to others is no longer as it was.
+func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g ground, mgr *subnets) error {
+	// Only the addresses themselves tell when the interface loses its own.
+	addresses := make(chan netlink.AddrUpdate, 16)
+	if err := netlink.AddrSubscribe(addresses, ctx.Done()); err != nil {
+		n.Log.Warn("changes of this machine's addresses are not seen", "err", err)
+		addresses = nil
+	}
+	announced := false
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-changes:
+		case _, ok := <-addresses:
+			if !ok {
+				addresses = nil
+			}
+		}
+		own := n.own()
+		if own == nil {
+			continue // deleted: pods go on, and a new object is announced to when it comes
+		}
+		now, err := n.findGround()
+		switch {
+		case err != nil:
+			return fmt.Errorf("%w: it lost %w", errRestart, err)
+		case !slices.Equal(now.subnets, g.subnets):
+			return fmt.Errorf("%w: the node's pod subnets are now %v; pods that run keep their addresses until they are made anew", errRestart, now.subnets)
+		case !now.external.ExtAddr.Equal(g.external.ExtAddr) || !now.external.ExtV6Addr.Equal(g.external.ExtV6Addr) || now.external.Iface.Index != g.external.Iface.Index:
+			return fmt.Errorf("%w: the node's address is now %v", errRestart, now.external.ExtAddr)
+		}
+		// The watch lags behind our own patch: only what was seen can be lost.
+		if here := announces(own, mgr.announced); here {
+			announced = true
+		} else if announced {
+			return fmt.Errorf("%w: the annotations of node %s are gone", errRestart, n.NodeName)
+		}
+	}
+}
+
+// prune deletes the tunnel's routes to subnets that no node has. They are of nodes that went
+// while this program did not run; flannel only removes what it sees going.
+func (n *node) prune() error {
+	used := map[netip.Prefix]bool{}
+	for _, obj := range n.store.List() {
+		cidrs, err := podCIDRs(obj.(*corev1.Node), n.cidrs)
+		if err != nil {
+			continue
+		}
+		for _, c := range cidrs {
+			used[c] = true
+		}
+	}
+	for _, name := range []string{hostnet.Tunnel, hostnet.Tunnel6} {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			continue
+		}
+		routes, err := netlink.RouteList(link, netlink.FAMILY_ALL)
+		if err != nil {
+			return err
+		}
+		for _, r := range routes {
+			if r.Dst == nil || r.Gw == nil {
+				continue
+			}
+			addr, ok := netip.AddrFromSlice(r.Dst.IP)
+			bits, _ := r.Dst.Mask.Size()
+			if ok && !used[netip.PrefixFrom(addr.Unmap(), bits)] {
+				if err := netlink.RouteDel(&r); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
