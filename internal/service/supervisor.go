@@ -45,7 +45,8 @@ type Supervisor struct {
 	// The first restart after a failure waits MinBackoff, each further one twice as long, up
 	// to MaxBackoff; a process that ran for StableAfter starts over. StopTimeout is the time
 	// between SIGTERM and SIGKILL. Zero means the defaults below.
-	MinBackoff, MaxBackoff, StableAfter, StopTimeout time.Duration
+	// LockWait is how long to wait for a supervisor that is just ending.
+	MinBackoff, MaxBackoff, StableAfter, StopTimeout, LockWait time.Duration
 
 	reaper *reaper
 	order  sync.Mutex // held over each start, stop and restart
@@ -62,10 +63,8 @@ const (
 	DefaultMaxBackoff  = 10 * time.Second
 	DefaultStableAfter = time.Minute
 	DefaultStopTimeout = 30 * time.Second
+	DefaultLockWait    = 10 * time.Second
 )
-
-// lockWait is how long a new supervisor waits for one that is just ending.
-const lockWait = 10 * time.Second
 
 // ErrOther is wrapped when another supervisor holds the lock.
 var ErrOther = errors.New("another supervisor is running")
@@ -142,6 +141,7 @@ func (s *Supervisor) defaults() {
 	or(&s.MaxBackoff, DefaultMaxBackoff)
 	or(&s.StableAfter, DefaultStableAfter)
 	or(&s.StopTimeout, DefaultStopTimeout)
+	or(&s.LockWait, DefaultLockWait)
 	if s.Argv == nil {
 		s.Argv = func(name string) []string { return []string{s.Env.Bin("microk8s"), "daemon", name} }
 	}
@@ -159,7 +159,7 @@ func (s *Supervisor) lock(ctx context.Context) (func(), error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot start the supervisor: %w", err)
 	}
-	deadline := time.Now().Add(lockWait)
+	deadline := time.Now().Add(s.LockWait)
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {

@@ -9,6 +9,7 @@ package status
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -221,6 +222,7 @@ func phaseOf(states []service.State, name string) service.Phase {
 
 // serviceProblems says which services should run and do not, with their own last words.
 func (r *Report) serviceProblems(env snapenv.Env) {
+	var down []string
 	for _, s := range r.Services {
 		var what string
 		switch s.Phase {
@@ -229,21 +231,24 @@ func (r *Report) serviceProblems(env snapenv.Env) {
 		case service.Failed:
 			what = fmt.Sprintf("service %s could not be started (%s)", s.Name, s.LastExit)
 		case service.Stopped:
-			if !Expected(env, s.Name) {
-				continue
+			if Expected(env, s.Name) {
+				down = append(down, s.Name)
 			}
-			what = fmt.Sprintf("service %s is not running", s.Name)
+			continue
 		default:
 			continue
 		}
-		do := "see microk8s logs " + s.Name
 		if line := service.LastLine(env.ServiceLog(s.Name)); line != "" && !env.Snapd {
-			what += fmt.Sprintf(", its last words: %s", shorten(line))
+			what += ", its last words: " + shorten(line)
 		}
-		if s.Phase == service.Stopped {
-			do = "start it with microk8s start"
-		}
-		r.add("%s", what)(do)
+		r.add("%s", what)("see microk8s logs " + s.Name)
+	}
+	switch len(down) {
+	case 0:
+	case 1:
+		r.add("service %s is not running", down[0])("start it with microk8s start")
+	default:
+		r.add("services %s are not running", strings.Join(down, ", "))("start them with microk8s start")
 	}
 }
 

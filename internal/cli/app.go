@@ -1,0 +1,195 @@
+// Package cli is the command line of microk8s: which commands there are, who may use them when
+// (gates.go), what they print and with which code they exit. What they do is in the packages
+// that they call; this one does not touch a service or a file format by itself.
+//
+// Results go to standard output. Progress, warnings and errors go to standard error, begin
+// with a lower case letter and have no full stop; errors are printed once, by [App.Main], as
+// `microk8s: <what>` with indented lines that say what to do next. The refusals of cli.md 0.6
+// keep upstream's words, streams and exit codes, because scripts know them.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// Exit codes (cli.md 1). Those of refresh-certs are beside it.
+const (
+	ExitOK    = 0
+	ExitError = 1
+	ExitUsage = 2  // wrong options or arguments of status, reset, refresh-certs, logs
+	ExitRoot  = 50 // the command needs root
+)
+
+// App is the program with everything it takes from the outside.
+type App struct {
+	Env     snapenv.Env
+	In      io.Reader
+	Out     io.Writer // results
+	Err     io.Writer // conversation
+	Term    bool      // Err is a terminal
+	Environ []string  // as os.Environ gives it
+	UID     int
+	Group   string // the group whose members need no sudo
+	Now     func() time.Time
+
+	// Exec replaces this process by a program; it returns only on failure.
+	Exec func(path string, argv, environ []string) error
+
+	Services service.Manager
+
+	// Parts does what other packages of the product do.
+	Parts Parts
+}
+
+// Parts are the works of other packages that commands call. main fills it.
+type Parts struct {
+	// Install sets the node up: folders, argument files, certificates. It does nothing on a
+	// node that is set up.
+	Install func(ctx context.Context, env snapenv.Env, log *slog.Logger) error
+
+	// Hook runs the snap hook of that name.
+	Hook func(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) error
+
+	// RunDaemon prepares a service and replaces this process by it; nil means that the
+	// service has nothing to do on this node.
+	RunDaemon func(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) error
+
+	// StopContainers ends every container through containerd, which must be running.
+	StopContainers func(ctx context.Context, env snapenv.Env) error
+
+	// Certificates re-issues certificates.
+	Certificates Certificates
+}
+
+// Certificates is what refresh-certs needs of the certificates of a node. No method restarts a
+// service.
+type Certificates interface {
+	// Reissue makes the named certificate anew (server.crt, front-proxy-client.crt, or ca.crt
+	// with everything signed by it) and writes the kubeconfigs that hold it.
+	Reissue(ctx context.Context, name string) error
+	// InstallCA takes over a CA certificate and its key (PEM) and re-issues what it signs.
+	InstallCA(ctx context.Context, cert, key []byte) error
+}
+
+// Failure is an error with an exit code and hints on what to do next, one per line.
+type Failure struct {
+	Err   error
+	Hints []string
+	Code  int // 0 means [ExitError]
+}
+
+func (f *Failure) Error() string { return f.Err.Error() }
+func (f *Failure) Unwrap() error { return f.Err }
+
+// failf makes a failure with one hint.
+func failf(hint, format string, a ...any) error {
+	f := &Failure{Err: fmt.Errorf(format, a...)}
+	if hint != "" {
+		f.Hints = []string{hint}
+	}
+	return f
+}
+
+// exitError ends the program with a code when everything has been said already.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// Main runs the command line argv, whose first word is how the program was called, and gives
+// the exit code. It prints the error, if there is one.
+func (a *App) Main(ctx context.Context, argv []string) int {
+	err := a.dispatch(ctx, words(argv))
+	var exit exitError
+	var failure *Failure
+	switch {
+	case err == nil:
+		return ExitOK
+	case errors.As(err, &exit):
+		return int(exit)
+	case errors.As(err, &failure):
+		fmt.Fprintf(a.Err, "microk8s: %v\n", failure.Err)
+		for _, h := range failure.Hints {
+			fmt.Fprintf(a.Err, "  %s\n", h)
+		}
+		if failure.Code != 0 {
+			return failure.Code
+		}
+		return ExitError
+	case errors.Is(err, context.Canceled):
+		fmt.Fprintln(a.Err, "microk8s: interrupted")
+		return exitInterrupted
+	}
+	fmt.Fprintf(a.Err, "microk8s: %v\n", err)
+	return ExitError
+}
+
+// exitInterrupted is what a shell reports of a program that SIGINT ended.
+const exitInterrupted = 130
+
+// words gives the arguments, with the command first also where the program was called as
+// microk8s.<command>.
+func words(argv []string) []string {
+	if len(argv) == 0 {
+		return nil
+	}
+	if name, ok := strings.CutPrefix(filepath.Base(argv[0]), "microk8s."); ok {
+		return append([]string{name}, argv[1:]...)
+	}
+	return argv[1:]
+}
+
+func (a *App) getenv(key string) string {
+	for _, kv := range a.Environ {
+		if k, v, _ := strings.Cut(kv, "="); k == key {
+			return v
+		}
+	}
+	return ""
+}
+
+// log gives the logger of commands that other packages write into.
+func (a *App) log() *slog.Logger {
+	level := slog.LevelWarn
+	if a.getenv("MICROK8S_DEBUG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(a.Err, &slog.HandlerOptions{Level: level}))
+}
+
+// daemonLog gives the logger of hidden commands that run as services.
+func (a *App) daemonLog() *slog.Logger {
+	return slog.New(slog.NewTextHandler(a.Err, nil))
+}
+
+// root builds the command tree.
+func (a *App) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "microk8s",
+		Short:         "A Kubernetes cluster in one package",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		CompletionOptions: cobra.CompletionOptions{
+			DisableDefaultCmd: true,
+		},
+	}
+	root.SetIn(a.In)
+	root.SetOut(a.Out)
+	root.SetErr(a.Err)
+	root.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true})
+	for _, c := range a.commands() {
+		root.AddCommand(c.build())
+	}
+	return root
+}

@@ -1,0 +1,154 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"microk8s/internal/args"
+)
+
+// raw makes a command that hands its arguments to a program as they are.
+func raw(use, short string, run func(args []string) error) func() *cobra.Command {
+	return func() *cobra.Command {
+		return &cobra.Command{
+			Use:                use,
+			Short:              short,
+			DisableFlagParsing: true,
+			RunE:               func(_ *cobra.Command, args []string) error { return run(args) },
+		}
+	}
+}
+
+func (a *App) newKubectl() *cobra.Command {
+	c := raw("kubectl [arguments]", "Run kubectl against this node", a.kubectl)()
+	c.ValidArgsFunction = a.delegateCompletion(func() (string, []string, error) { return a.kubectlCommand(nil) })
+	return c
+}
+
+func (a *App) kubectl(user []string) error {
+	if !slices.ContainsFunc(user, func(s string) bool { return s == "--kubeconfig" || strings.HasPrefix(s, "--kubeconfig=") }) {
+		if err := a.perm(a.Err)(); err != nil {
+			return err
+		}
+	}
+	path, argv, err := a.kubectlCommand(user)
+	if err != nil {
+		return err
+	}
+	environ, err := a.kubectlEnviron()
+	if err != nil {
+		return err
+	}
+	return a.replace(path, argv, environ)
+}
+
+// kubectlCommand gives the program and its arguments, those of args/kubectl in front.
+func (a *App) kubectlCommand(user []string) (string, []string, error) {
+	path := filepath.Join(a.Env.Snap, "kubectl")
+	argv := []string{path}
+	f, err := args.Load(a.Env.Args("kubectl"), args.GrammarFor("kubectl"))
+	switch {
+	case err == nil:
+		argv = append(argv, f.Words(a.lookup)...)
+	case !errors.Is(err, fs.ErrNotExist):
+		return "", nil, err
+	}
+	return path, append(argv, user...), nil
+}
+
+// kubectlEnviron is the environment of kubectl: args/kubectl-env counts most, and without it
+// the administrator's kubeconfig is used.
+func (a *App) kubectlEnviron() ([]string, error) {
+	f, err := args.LoadEnv(a.Env.Args("kubectl-env"), a.lookup)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := f.Values["KUBECONFIG"]; !ok {
+		f.Vars = append(f.Vars, "KUBECONFIG="+a.Env.AdminKubeconfig())
+	}
+	return append(a.environWithout(f.Vars), f.Vars...), nil
+}
+
+// environWithout is our environment without the variables that vars sets.
+func (a *App) environWithout(vars []string) []string {
+	return slices.DeleteFunc(a.Env.Environ(a.Environ), func(kv string) bool {
+		key, _, _ := strings.Cut(kv, "=")
+		return slices.ContainsFunc(vars, func(v string) bool { return strings.HasPrefix(v, key+"=") })
+	})
+}
+
+func (a *App) lookup(name string) (string, bool) {
+	if v, ok := a.Env.Lookup(name); ok {
+		return v, true
+	}
+	v := a.getenv(name)
+	return v, v != ""
+}
+
+func (a *App) newHelm(name string) func() *cobra.Command {
+	return func() *cobra.Command {
+		c := raw(name+" [arguments]", "Run Helm against this node", a.helm)()
+		c.ValidArgsFunction = a.delegateCompletion(func() (string, []string, error) {
+			path, argv := a.helmCommand(nil)
+			return path, argv, nil
+		})
+		return c
+	}
+}
+
+func (a *App) helmCommand(user []string) (string, []string) {
+	path := a.Env.Bin("helm")
+	return path, append([]string{path, "--kubeconfig=" + a.Env.AdminKubeconfig()}, user...)
+}
+
+func (a *App) helm(user []string) error {
+	path, argv := a.helmCommand(user)
+	return a.replace(path, argv, a.Env.Environ(a.Environ))
+}
+
+func (a *App) newCtr() *cobra.Command {
+	return raw("ctr [arguments]", "Run containerd's own client against this node", a.ctr)()
+}
+
+func (a *App) ctr(user []string) error {
+	file := a.Env.Args("ctr")
+	f, err := args.Load(file, args.GrammarFor("ctr"))
+	if errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(a.Out, "Arguments file %s is missing.\n", file)
+		return exitError(ExitError)
+	}
+	if err != nil {
+		return err
+	}
+	path := a.Env.Bin("ctr")
+	argv := append([]string{path}, f.Words(a.lookup)...)
+	vars := []string{"CONTAINERD_SNAPSHOTTER=" + snapshotter(a.Env.Common)}
+	return a.replace(path, append(argv, user...), append(a.environWithout(vars), vars...))
+}
+
+// snapshotter gives the name of containerd's snapshotter for a directory: overlayfs, except on
+// ZFS, which cannot carry it.
+func snapshotter(dir string) string {
+	const zfsMagic = 0x2fc12fc1
+	var fs unix.Statfs_t
+	if unix.Statfs(dir, &fs) == nil && int64(fs.Type) == zfsMagic {
+		return "native"
+	}
+	return "overlayfs"
+}
+
+// replace goes on as another program, which inherits the terminal and whose exit code becomes
+// ours.
+func (a *App) replace(path string, argv, environ []string) error {
+	if err := a.Exec(path, argv, environ); err != nil {
+		return fmt.Errorf("cannot run %s: %w", path, err)
+	}
+	return nil
+}

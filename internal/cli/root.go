@@ -1,0 +1,207 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// command is one subcommand: its gates, and how to build it.
+type command struct {
+	name   string
+	hidden bool
+	// raw commands take every argument as it is, --help and -h included.
+	raw bool
+	// sudo: the command goes on under sudo where the caller is not root.
+	sudo bool
+	// gates refuse the command before its arguments are looked at.
+	gates []gate
+	// usage is the exit code for wrong options and arguments.
+	usage int
+	build func() *cobra.Command
+}
+
+// commands is the table of all commands and of who may use them when (cli.md 1.0).
+func (a *App) commands() []command {
+	perm := a.perm(a.Err)
+	return []command{
+		{name: "completion", usage: ExitUsage, build: a.newCompletion},
+		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
+		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
+		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
+		{name: "helm3", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
+		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
+		{name: "logs", usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
+		{name: "start", usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
+		{name: "status", usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, build: a.newStatus},
+		{name: "stop", usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
+		{name: "version", usage: ExitError, gates: []gate{a.permUnlessNew}, build: a.newVersion},
+
+		{name: "daemon", hidden: true, usage: ExitUsage, build: a.newDaemon},
+		{name: "find-resolv-conf", hidden: true, usage: ExitUsage, build: a.newFindResolvConf},
+		{name: "hook", hidden: true, usage: ExitUsage, build: a.newHook},
+		{name: "supervise", hidden: true, usage: ExitUsage, build: a.newSupervise},
+	}
+}
+
+// dispatch finds what the first word means: a command, help, or a plugin.
+func (a *App) dispatch(ctx context.Context, args []string) error {
+	if len(args) == 0 {
+		a.list(a.Out)
+		return exitError(ExitError)
+	}
+	name, rest := args[0], args[1:]
+	if slices.Contains([]string{cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd}, name) {
+		return a.execute(ctx, args)
+	}
+	for _, c := range a.commands() {
+		if c.name == name {
+			return a.run(ctx, c, rest)
+		}
+	}
+	switch name {
+	case "help", "--help", "-h":
+		for _, c := range a.commands() {
+			if len(rest) == 1 && c.name == rest[0] {
+				return a.help(c)
+			}
+		}
+		a.list(a.Out)
+		return nil
+	}
+	if plugin := a.plugin(name); plugin != "" {
+		return a.Exec(plugin, append([]string{plugin}, rest...), a.Env.Environ(a.Environ))
+	}
+	fmt.Fprintf(a.Err, "'%s' is not a valid MicroK8s subcommand.\n", name)
+	a.list(a.Err)
+	return exitError(ExitError)
+}
+
+// run takes one command through its gates and executes it.
+func (a *App) run(ctx context.Context, c command, args []string) error {
+	if !c.raw && slices.ContainsFunc(args, func(s string) bool { return s == "-h" || s == "--help" }) {
+		return a.help(c) // whoever and wherever one is
+	}
+	for _, g := range c.gates {
+		if err := g(); err != nil {
+			return err
+		}
+	}
+	if c.sudo {
+		if err := a.asRoot(append([]string{c.name}, args...)...); err != nil {
+			return err
+		}
+	}
+	err := a.execute(ctx, append([]string{c.name}, args...))
+	var wrong *usageError
+	if errors.As(err, &wrong) {
+		return a.wrongUsage(c, wrong)
+	}
+	return err
+}
+
+// execute runs the command tree.
+func (a *App) execute(ctx context.Context, args []string) error {
+	root := a.root()
+	root.SetArgs(args)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return &usageError{cmd, err} })
+	return root.ExecuteContext(ctx)
+}
+
+func (a *App) help(c command) error {
+	if c.raw {
+		return a.execute(context.Background(), []string{c.name, "--help"})
+	}
+	cmd := c.build()
+	root := a.root()
+	if found, _, err := root.Find([]string{c.name}); err == nil {
+		cmd = found
+	}
+	cmd.SetOut(a.Out)
+	return cmd.Help()
+}
+
+// usageError is a wrong option or argument.
+type usageError struct {
+	cmd *cobra.Command
+	err error
+}
+
+func (e *usageError) Error() string { return e.err.Error() }
+func (e *usageError) Unwrap() error { return e.err }
+
+// wrongUsage says what was wrong in the words of upstream's command: shell scripts there say
+// `invalid option`, the Python commands print their usage.
+func (a *App) wrongUsage(c command, wrong *usageError) error {
+	if c.usage == ExitError {
+		option := wrong.err.Error()
+		if i := strings.LastIndex(option, ": "); i >= 0 {
+			option = option[i+2:]
+		}
+		// pflag says "unknown shorthand flag: 'x' in -x" of short ones.
+		if _, after, ok := strings.Cut(option, " in "); ok {
+			option = after
+		}
+		fmt.Fprintf(a.Err, "microk8s %s: invalid option -- %s\n", c.name, option)
+		return exitError(ExitError)
+	}
+	fmt.Fprintf(a.Err, "Usage: %s\nTry 'microk8s %s --help' for help.\n\nError: %v\n", wrong.cmd.UseLine(), c.name, wrong.err)
+	return exitError(c.usage)
+}
+
+// noArgs refuses arguments after a command that takes none.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return &usageError{cmd, fmt.Errorf("unexpected argument: %s", args[0])}
+	}
+	return nil
+}
+
+// list prints the subcommands.
+func (a *App) list(w io.Writer) {
+	fmt.Fprintln(w, "Available subcommands are:")
+	for _, c := range a.commands() {
+		if !c.hidden {
+			fmt.Fprintf(w, "\t%s\n", c.name)
+		}
+	}
+	if plugins := a.plugins(); len(plugins) > 0 {
+		fmt.Fprintln(w, "Available subcommands from addons are:")
+		for _, p := range plugins {
+			fmt.Fprintf(w, "\t%s\n", p)
+		}
+	}
+}
+
+// plugins lists what addons have installed as subcommands.
+func (a *App) plugins() []string {
+	entries, err := os.ReadDir(a.Env.PluginsDir())
+	if err != nil {
+		return nil
+	}
+	var out []string
+	for _, e := range entries {
+		out = append(out, e.Name())
+	}
+	return out
+}
+
+// plugin gives the path of the executable plugin of that name, or "".
+func (a *App) plugin(name string) string {
+	if name != filepath.Base(name) || strings.HasPrefix(name, ".") {
+		return ""
+	}
+	path := filepath.Join(a.Env.PluginsDir(), name)
+	fi, err := os.Stat(path)
+	if err != nil || !fi.Mode().IsRegular() || fi.Mode()&0o111 == 0 {
+		return ""
+	}
+	return path
+}

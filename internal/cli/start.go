@@ -1,0 +1,157 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"microk8s/internal/atomicfile"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/status"
+)
+
+// startWait is how long start waits for the node to become Ready (cli.md 1.4); the exit code
+// does not depend on it.
+const startWait = 60 * time.Second
+
+func (a *App) newStart() *cobra.Command {
+	var disableGuard bool
+	cmd := &cobra.Command{
+		Use:   "start [--disable-low-memory-guard]",
+		Short: "Start the services of this node",
+		Long: `Start the services of this node, and at every boot from now on, and wait up to a minute
+until the node is Ready. The first start on a machine without snapd sets the node up.
+
+It does no harm to start a node that runs.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.start(cmd.Context(), disableGuard) },
+	}
+	cmd.Flags().BoolVar(&disableGuard, "disable-low-memory-guard", false, "start on a machine that is too small for a control plane")
+	return cmd
+}
+
+func (a *App) start(ctx context.Context, disableGuard bool) error {
+	if disableGuard {
+		if err := removeLock(a.Env, snapenv.LockLowMemory); err != nil {
+			return err
+		}
+	}
+	if err := a.lowMemory(); err != nil {
+		return err
+	}
+	if p := status.ClockProblem(a.Env, a.Now()); p != nil {
+		return failf(p.Do, "cannot start: %s", p.What)
+	}
+	p := a.progress()
+	if !a.Env.Snapd {
+		err := p.step("Setting up the node", func() error { return a.Parts.Install(ctx, a.Env, a.log()) })
+		if err != nil {
+			return explain("cannot set up the node", err)
+		}
+		// Install may have found the machine too small for a control plane.
+		if err := a.lowMemory(); err != nil {
+			return err
+		}
+	}
+	if err := a.checkPorts(ctx); err != nil {
+		return err
+	}
+	// Before the services run, not after: what looks at the lock while they start must not
+	// find a stopped node.
+	if err := removeLock(a.Env, snapenv.LockStopped); err != nil {
+		return err
+	}
+	if err := p.step("Starting the services", func() error { return a.Services.Start(ctx) }); err != nil {
+		if a.Env.Snapd {
+			return failf(err.Error(), `Failed to start microk8s services. Check snapd logs with "journalctl -u snapd.service"`)
+		}
+		return explain("cannot start the services", err)
+	}
+	if a.Env.Locked(snapenv.LockWorker) {
+		p.say("This worker's services run. See it on a control plane node: microk8s kubectl get nodes")
+		return nil
+	}
+	prober := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	var report status.Report
+	_ = p.step("Waiting for the node to be Ready", func() error {
+		wait, cancel := context.WithTimeout(ctx, startWait)
+		defer cancel()
+		if report = prober.WaitReady(wait); !report.Ready {
+			return errors.New("not ready")
+		}
+		return nil
+	})
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if !report.Ready {
+		fmt.Fprintf(a.Err, "the services run, but the node was not Ready within %s\n", startWait)
+		for _, pr := range prober.Probe(ctx).Problems {
+			fmt.Fprintf(a.Err, "  %s\n", pr)
+		}
+		fmt.Fprintln(a.Err, "Go on waiting with: microk8s status --wait-ready")
+		return nil
+	}
+	p.say("The node is Ready. Try: microk8s kubectl get pods -A")
+	return nil
+}
+
+// checkPorts refuses to start a service whose port another program holds.
+func (a *App) checkPorts(ctx context.Context) error {
+	states, err := a.Services.Status(ctx)
+	if err != nil {
+		return err
+	}
+	var running []string
+	for _, s := range states {
+		if s.Phase == service.Running || s.Phase == service.Stopping {
+			running = append(running, s.Name)
+		}
+	}
+	busy := status.PortsInUse(a.Env, running)
+	if len(busy) == 0 {
+		return nil
+	}
+	return failf(busy[0].Do, "cannot start: %s", busy[0].What)
+}
+
+// explain adds the next step to errors of the operating system that a person can mend.
+func explain(what string, err error) error {
+	hint := ""
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		hint = "free some space on that disk and run the same command again"
+	case errors.Is(err, syscall.EROFS):
+		hint = "the file system is mounted read-only: mount it for writing and run the same command again"
+	case errors.Is(err, os.ErrPermission):
+		hint = "run it again as root, with sudo"
+	case errors.Is(err, syscall.EADDRINUSE):
+		hint = "stop the program that uses the port and run the same command again"
+	case errors.Is(err, context.Canceled):
+		return err
+	}
+	return failf(hint, "%s: %w", what, err)
+}
+
+func removeLock(env snapenv.Env, name string) error {
+	if err := os.Remove(env.Lock(name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return explain("cannot remove the lock "+name, err)
+	}
+	return nil
+}
+
+func makeLock(env snapenv.Env, name string) error {
+	if err := os.MkdirAll(env.LocksDir(), 0o775); err != nil {
+		return explain("cannot make the lock "+name, err)
+	}
+	if err := atomicfile.Write(env.Lock(name), nil, 0o660, nil); err != nil {
+		return explain("cannot make the lock "+name, err)
+	}
+	return nil
+}

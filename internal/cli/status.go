@@ -1,0 +1,371 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.yaml.in/yaml/v3"
+
+	"microk8s/internal/status"
+)
+
+type statusOptions struct {
+	format    string
+	waitReady bool
+	timeout   int
+	addon     string
+	yaml      bool
+}
+
+// notRunning is what scripts look for.
+const notRunning = "microk8s is not running. Use microk8s inspect for a deeper inspection."
+
+// policyNote is said wherever a person could believe otherwise (design, decision 3).
+const policyNote = "network policy: not enforced (see docs/scope.md)"
+
+func (a *App) newStatus() *cobra.Command {
+	o := statusOptions{}
+	cmd := &cobra.Command{
+		Use:   "status [--format pretty|yaml|short|json] [-w|--wait-ready] [-t|--timeout SECONDS] [-a|--addon NAME]",
+		Short: "Say how this node is",
+		Long: `Say how this node is, and if something is wrong, what, and what to do about it. It answers
+within 100 ms; what did not answer by then is named. Exit code 0 means that the node can be
+used, 1 that it cannot.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !slices.Contains([]string{"pretty", "yaml", "short", "json"}, o.format) {
+				return &usageError{cmd, fmt.Errorf("argument --format: invalid choice: '%s' (choose from 'pretty', 'yaml', 'short', 'json')", o.format)}
+			}
+			if o.timeout < 0 {
+				return &usageError{cmd, fmt.Errorf("argument -t/--timeout: %d is not a time in seconds", o.timeout)}
+			}
+			return a.status(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.format, "format", "pretty", "layout: pretty, yaml, short or json")
+	f.BoolVarP(&o.waitReady, "wait-ready", "w", false, "wait until the node can be used")
+	f.IntVarP(&o.timeout, "timeout", "t", 0, "seconds to wait with --wait-ready; 0 waits for ever")
+	f.StringVarP(&o.addon, "addon", "a", "all", "print only whether one addon is enabled")
+	f.BoolVar(&o.yaml, "yaml", false, "short yaml layout (deprecated, use --format yaml)")
+	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"pretty", "yaml", "short", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+func (a *App) status(ctx context.Context, o statusOptions) error {
+	p := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	var r status.Report
+	if o.waitReady {
+		wait := ctx
+		if o.timeout > 0 {
+			var cancel context.CancelFunc
+			wait, cancel = context.WithTimeout(ctx, time.Duration(o.timeout)*time.Second)
+			defer cancel()
+		}
+		if r = p.WaitReady(wait); !r.Ready && ctx.Err() == nil {
+			r = p.Probe(ctx) // the last answers of the wait were cut short
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	} else {
+		r = p.Probe(ctx)
+	}
+	if err := printStatus(a.Out, r, o); err != nil {
+		return err
+	}
+	if !r.Ready {
+		return exitError(ExitError)
+	}
+	return nil
+}
+
+// printStatus writes a report in the layout asked for (cli.md 1.1).
+func printStatus(w io.Writer, r status.Report, o statusOptions) error {
+	switch {
+	case o.addon != "all":
+		return printAddon(w, r, o.addon)
+	case o.format == "yaml":
+		return printYAML(w, fullDocument(r))
+	case o.format == "json":
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(jsonOf(r))
+	case o.format == "short":
+		return printShort(w, r)
+	case o.yaml:
+		return printYAML(w, shortDocument(r))
+	}
+	return printPretty(w, r)
+}
+
+// addons gives the addons with the enabled ones first, each part by repository and name.
+func addons(r status.Report) []status.Addon {
+	return slices.SortedFunc(slices.Values(r.Addons), func(x, y status.Addon) int {
+		switch {
+		case x.Enabled != y.Enabled:
+			if x.Enabled {
+				return -1
+			}
+			return 1
+		case x.Repository != y.Repository:
+			return strings.Compare(x.Repository, y.Repository)
+		}
+		return strings.Compare(x.Name, y.Name)
+	})
+}
+
+func state(enabled bool) string {
+	if enabled {
+		return "enabled"
+	}
+	return "disabled"
+}
+
+func printAddon(w io.Writer, r status.Report, name string) error {
+	repo, short, full := strings.Cut(name, "/")
+	on := slices.ContainsFunc(r.Addons, func(x status.Addon) bool {
+		if full {
+			return x.Enabled && x.Repository == repo && x.Name == short
+		}
+		return x.Enabled && x.Name == name
+	})
+	_, err := fmt.Fprintln(w, state(on))
+	return err
+}
+
+func printPretty(w io.Writer, r status.Report) error {
+	var b strings.Builder
+	if r.Ready {
+		b.WriteString("microk8s is running\n")
+	} else {
+		b.WriteString(notRunning + "\n")
+	}
+	printHA(&b, r.HA)
+	if r.Ready {
+		b.WriteString(policyNote + "\n")
+		b.WriteString("addons:\n")
+		printed := ""
+		for _, x := range addons(r) {
+			if s := state(x.Enabled); s != printed {
+				fmt.Fprintf(&b, "  %s:\n", s)
+				printed = s
+			}
+			fmt.Fprintf(&b, "    %-20s # (%s) %s\n", x.Name, x.Repository, x.Description)
+		}
+	}
+	printProblems(&b, r)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// printHA writes the block of the datastore; a node about to start for the first time has none.
+func printHA(b *strings.Builder, ha status.HA) {
+	list := func(role status.Role) string {
+		var out []string
+		for _, n := range ha.Nodes {
+			if n.Role == role {
+				out = append(out, n.Address)
+			}
+		}
+		if len(out) == 0 {
+			return "none"
+		}
+		return strings.Join(out, " ")
+	}
+	switch {
+	case ha.Datastore:
+		yes := "no"
+		if ha.Enabled {
+			yes = "yes"
+		}
+		fmt.Fprintf(b, "high-availability: %s\n", yes)
+		fmt.Fprintf(b, "  datastore master nodes: %s\n", list(status.Voter))
+		fmt.Fprintf(b, "  datastore standby nodes: %s\n", list(status.Standby))
+	case len(ha.Endpoints) > 0:
+		b.WriteString("  datastore endpoints:\n")
+		for _, e := range ha.Endpoints {
+			fmt.Fprintf(b, "    %s\n", e)
+		}
+	}
+}
+
+// printProblems writes what is wrong, last, where a person's eye ends.
+func printProblems(b *strings.Builder, r status.Report) {
+	if len(r.Problems) == 0 {
+		return
+	}
+	b.WriteString("problems:\n")
+	for _, p := range r.Problems {
+		fmt.Fprintf(b, "  - %s\n", p.What)
+		if p.Do != "" {
+			fmt.Fprintf(b, "    %s\n", p.Do)
+		}
+	}
+}
+
+func printShort(w io.Writer, r status.Report) error {
+	var b strings.Builder
+	if !r.Ready {
+		b.WriteString(notRunning + "\n")
+		printProblems(&b, r)
+	} else {
+		b.WriteString("microk8s is running\naddons:\n")
+		for _, x := range addons(r) {
+			fmt.Fprintf(&b, "%s/%s: %s\n", x.Repository, x.Name, state(x.Enabled))
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// The forms of --format json; yaml has the same keys.
+type statusJSON struct {
+	MicroK8s      runningJSON   `json:"microk8s"`
+	HA            haJSON        `json:"high-availability"`
+	NetworkPolicy policyJSON    `json:"network-policy"`
+	Addons        []addonJSON   `json:"addons,omitempty"`
+	Problems      []problemJSON `json:"problems,omitempty"`
+}
+
+type runningJSON struct {
+	Running bool   `json:"running"`
+	Message string `json:"message,omitempty"`
+}
+
+type haJSON struct {
+	Enabled   bool         `json:"enabled"`
+	Nodes     []memberJSON `json:"nodes,omitempty"`
+	Endpoints []string     `json:"endpoints,omitempty"`
+}
+
+type memberJSON struct {
+	Address string `json:"address"`
+	Role    string `json:"role"`
+	Alive   bool   `json:"alive"`
+}
+
+type policyJSON struct {
+	Enforced bool `json:"enforced"`
+}
+
+type addonJSON struct {
+	Name        string `json:"name"`
+	Repository  string `json:"repository"`
+	Description string `json:"description"`
+	Version     string `json:"version"`
+	Status      string `json:"status"`
+}
+
+type problemJSON struct {
+	What string `json:"what"`
+	Do   string `json:"do,omitempty"`
+}
+
+func jsonOf(r status.Report) statusJSON {
+	out := statusJSON{MicroK8s: runningJSON{Running: r.Ready}, HA: haJSON{Enabled: r.HA.Enabled, Endpoints: r.HA.Endpoints}}
+	for _, n := range r.HA.Nodes {
+		out.HA.Nodes = append(out.HA.Nodes, memberJSON{n.Address, string(n.Role), n.Alive})
+	}
+	if r.Ready {
+		for _, x := range addons(r) {
+			out.Addons = append(out.Addons, addonJSON{x.Name, x.Repository, x.Description, x.Version, state(x.Enabled)})
+		}
+	} else {
+		out.MicroK8s.Message = notRunning
+	}
+	for _, p := range r.Problems {
+		out.Problems = append(out.Problems, problemJSON(p))
+	}
+	return out
+}
+
+// The yaml forms are built as nodes: upstream writes True and False, and scripts look for
+// these words.
+
+func yamlMap(pairs ...any) *yaml.Node {
+	n := &yaml.Node{Kind: yaml.MappingNode}
+	for i := 0; i+1 < len(pairs); i += 2 {
+		value, ok := pairs[i+1].(*yaml.Node)
+		if !ok {
+			value = yamlScalar(pairs[i+1])
+		}
+		n.Content = append(n.Content, yamlScalar(pairs[i]), value)
+	}
+	return n
+}
+
+func yamlScalar(v any) *yaml.Node {
+	if b, ok := v.(bool); ok {
+		word := "False"
+		if b {
+			word = "True"
+		}
+		return &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!bool", Value: word}
+	}
+	n := &yaml.Node{}
+	n.SetString(fmt.Sprint(v))
+	return n
+}
+
+func yamlList(items []*yaml.Node) *yaml.Node {
+	return &yaml.Node{Kind: yaml.SequenceNode, Content: items}
+}
+
+func fullDocument(r status.Report) *yaml.Node {
+	j := jsonOf(r)
+	running := yamlMap("running", j.MicroK8s.Running)
+	if j.MicroK8s.Message != "" {
+		running = yamlMap("running", j.MicroK8s.Running, "message", j.MicroK8s.Message)
+	}
+	ha := yamlMap("enabled", j.HA.Enabled)
+	var items []*yaml.Node
+	for _, n := range j.HA.Nodes {
+		items = append(items, yamlMap("address", n.Address, "role", n.Role, "alive", n.Alive))
+	}
+	if len(items) > 0 {
+		ha.Content = append(ha.Content, yamlScalar("nodes"), yamlList(items))
+	}
+	doc := yamlMap("microk8s", running, "high-availability", ha, "network-policy", yamlMap("enforced", j.NetworkPolicy.Enforced))
+	items = nil
+	for _, x := range j.Addons {
+		items = append(items, yamlMap("name", x.Name, "repository", x.Repository, "description", x.Description, "version", x.Version, "status", x.Status))
+	}
+	if len(items) > 0 {
+		doc.Content = append(doc.Content, yamlScalar("addons"), yamlList(items))
+	}
+	items = nil
+	for _, p := range j.Problems {
+		items = append(items, yamlMap("what", p.What, "do", p.Do))
+	}
+	if len(items) > 0 {
+		doc.Content = append(doc.Content, yamlScalar("problems"), yamlList(items))
+	}
+	return doc
+}
+
+func shortDocument(r status.Report) *yaml.Node {
+	if !r.Ready {
+		return yamlMap("microk8s", yamlMap("running", false, "message", notRunning))
+	}
+	list := yamlMap()
+	for _, x := range addons(r) {
+		list.Content = append(list.Content, yamlScalar(x.Repository+"/"+x.Name), yamlScalar(state(x.Enabled)))
+	}
+	return yamlMap("microk8s", yamlMap("running", true), "addons", list)
+}
+
+func printYAML(w io.Writer, doc *yaml.Node) error {
+	enc := yaml.NewEncoder(w)
+	enc.SetIndent(2)
+	if err := enc.Encode(doc); err != nil {
+		return err
+	}
+	return enc.Close()
+}
