@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -105,4 +106,36 @@ func OwnerOf(st fs.FileInfo) *atomicfile.Owner {
 		return nil
 	}
 	return &atomicfile.Owner{UID: int(sys.Uid), GID: int(sys.Gid)}
+}
+
+// ShareTree gives every regular file and directory below dir the group and modes of shared
+// files, keeping execute bits. A missing dir is in order; links are left alone.
+func (a Access) ShareTree(dir string) error {
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if !d.Type().IsRegular() && !d.IsDir() {
+			return nil
+		}
+		st, err := d.Info()
+		if err != nil {
+			return err
+		}
+		user := st.Mode().Perm() & 0o700
+		mode, gid := user|0o600|user>>3|0o060, a.gid
+		if a.cis {
+			mode, gid = user|0o600, 0
+		}
+		if a.root {
+			if err := os.Lchown(path, 0, gid); err != nil {
+				return err
+			}
+		}
+		return os.Chmod(path, mode)
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot share %s with the group: %w", dir, err)
+	}
+	return nil
 }

@@ -1,0 +1,273 @@
+package setup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"microk8s/internal/atomicfile"
+	"microk8s/internal/setup/access"
+	"microk8s/internal/snapenv"
+)
+
+// checkHost refuses machines on which nothing can work, before anything is made.
+func (in *Installer) checkHost(context.Context) error {
+	env, err := os.ReadFile(in.Env.HostPath("proc/1/environ"))
+	inLXC := err == nil && bytes.Contains(env, []byte("container=lxc"))
+	if _, err := os.Stat(in.Env.HostPath("dev/kmsg")); inLXC && errors.Is(err, fs.ErrNotExist) {
+		return errors.New("/dev/kmsg is missing in this LXC container; apply the LXC profile of MicroK8s and try again")
+	}
+	if _, err := os.Stat(in.Env.DefaultArgs()); err != nil {
+		return fmt.Errorf("the package tree is not complete: %w; install the package again", err)
+	}
+	return nil
+}
+
+// revision makes $SNAP_DATA where snapd did not: a directory x1 and the link current to it.
+func (in *Installer) revision(context.Context) error {
+	if _, err := os.Stat(in.Env.Data); err == nil {
+		return nil
+	}
+	if filepath.Base(in.Env.Data) != "current" {
+		if err := os.MkdirAll(in.Env.Data, 0o755); err != nil {
+			return err
+		}
+		return in.changed(in.Env.Data)
+	}
+	revision := in.Env.Revision
+	if revision == "" {
+		revision = "x1"
+	}
+	if err := os.MkdirAll(filepath.Join(filepath.Dir(in.Env.Data), revision), 0o755); err != nil {
+		return err
+	}
+	if err := in.changed(revision); err != nil {
+		return err
+	}
+	if err := replaceLink(revision, in.Env.Data); err != nil {
+		return err
+	}
+	return in.changed(in.Env.Data)
+}
+
+// replaceLink makes a link in one step, in the place of one that may be there.
+func replaceLink(target, path string) error {
+	temporary := path + ".new"
+	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(target, temporary); err != nil {
+		return err
+	}
+	return os.Rename(temporary, path)
+}
+
+// group adds the group whose members may use the command line. The file is locked the way
+// the system's own tools do it.
+func (in *Installer) group(ctx context.Context) error {
+	path := in.Env.HostPath("etc/group")
+	if _, found, err := access.GroupID(path, snapenv.Group); err != nil || found || in.Env.Locked(snapenv.LockCIS) {
+		return err
+	}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		in.Log.Warn("there is no /etc/group; only root can use the command line")
+		return nil
+	}
+	unlock, err := lockAccounts(ctx, in.Env.HostPath("etc/.pwd.lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	used := map[string]bool{}
+	for line := range strings.Lines(string(data)) {
+		fields := strings.Split(strings.TrimSpace(line), ":")
+		if fields[0] == snapenv.Group {
+			return nil
+		}
+		if len(fields) > 2 {
+			used[fields[2]] = true
+		}
+	}
+	if len(data) > 0 && data[len(data)-1] != '\n' {
+		data = append(data, '\n')
+	}
+	gid := 999 // system groups count down from here
+	for used[fmt.Sprint(gid)] {
+		gid--
+	}
+	if gid < 100 {
+		return errors.New("no number is free for a system group")
+	}
+	data = fmt.Appendf(data, "%s:x:%d:\n", snapenv.Group, gid)
+	// The shadow file first: once the group itself is there, nothing is done again.
+	shadow := in.Env.HostPath("etc/gshadow")
+	if data, err := os.ReadFile(shadow); err == nil && !bytes.Contains(data, []byte("\n"+snapenv.Group+":")) {
+		st, err := os.Stat(shadow)
+		if err != nil {
+			return err
+		}
+		if err := atomicfile.Write(shadow, fmt.Appendf(data, "%s:!::\n", snapenv.Group), st.Mode().Perm(), access.OwnerOf(st)); err != nil {
+			return err
+		}
+	}
+	if err := in.changed(shadow); err != nil {
+		return err
+	}
+	if err := atomicfile.Write(path, data, st.Mode().Perm(), access.OwnerOf(st)); err != nil {
+		return err
+	}
+	return in.changed(path)
+}
+
+func (in *Installer) directories(context.Context) error {
+	a := in.access()
+	for _, dir := range []string{
+		in.Env.ArgsDir(), in.Env.CNIConf(), in.Env.CertsDir(), in.Env.CredentialsDir(), in.Env.LocksDir(),
+		filepath.Join(in.Env.Data, "tmp"), filepath.Join(in.Env.Data, "var/log"), filepath.Join(in.Env.Data, "var/tmp"),
+		filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(),
+		filepath.Join(in.Env.Common, "hooks/reconcile.d"), filepath.Join(in.Env.Common, "hooks/post-refresh.d"), filepath.Join(in.Env.Common, "hooks/remove.d"),
+		filepath.Join(in.Env.Common, "etc/launcher"), filepath.Join(in.Env.Common, "etc/sideload"),
+	} {
+		if err := a.SharedDir(dir); err != nil {
+			return err
+		}
+		if err := in.changed(dir); err != nil {
+			return err
+		}
+	}
+	for _, dir := range []string{
+		in.Env.CNIBin(), filepath.Join(in.Env.Data, "var/lib/calico"), filepath.Dir(in.Env.Backend()),
+		in.Env.RunDir(), in.Env.KubeletRoot(), in.Env.ContainerdRoot(), filepath.Join(in.Env.Common, "var/log"),
+	} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		if err := in.changed(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// defaultArgs copies shipped argument files that are not there yet. A colon cannot be in a file
+// name of every build system, so the package writes two underscores for it in directories.
+func (in *Installer) defaultArgs(context.Context) error {
+	a, from := in.access(), in.Env.DefaultArgs()
+	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		to := in.Env.Args(strings.ReplaceAll(rel, "__", ":"))
+		if rel == "tuning.yaml" { // belongs to the datastore's directory
+			return nil
+		}
+		if d.IsDir() {
+			return a.SharedDir(to)
+		}
+		if _, err := os.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if err := a.WriteShared(to, data); err != nil {
+			return err
+		}
+		return in.changed(to)
+	})
+}
+
+// firstAddress is where the datastore listens until another node joins (cli.md 6.7).
+const firstAddress = "127.0.0.1:19001"
+
+// datastore makes the directory at its real place and the link at the documented one, with what
+// a first start needs. A directory that was used before is left as it is.
+func (in *Installer) datastore(context.Context) error {
+	live, link := in.Env.BackendLive(), in.Env.Backend()
+	st, err := os.Lstat(link)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	case st.IsDir(): // as upstream has it: move it to where it stays
+		entries, err := os.ReadDir(live)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if len(entries) > 0 {
+			return fmt.Errorf("there are two datastores, %s and %s; move the one that is not wanted away", link, live)
+		}
+		if err := os.MkdirAll(filepath.Dir(live), 0o755); err != nil {
+			return err
+		}
+		if err := os.Remove(live); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := os.Rename(link, live); err != nil {
+			return err
+		}
+		if err := in.changed(live); err != nil {
+			return err
+		}
+	case st.Mode()&fs.ModeSymlink == 0:
+		return fmt.Errorf("%s is neither a directory nor a link; move it away", link)
+	}
+	a := in.access()
+	if err := a.SharedDir(live); err != nil {
+		return err
+	}
+	if err := in.changed(live); err != nil {
+		return err
+	}
+	if target, err := os.Readlink(link); err != nil || target != live {
+		if err := replaceLink(live, link); err != nil {
+			return err
+		}
+		if err := in.changed(link); err != nil {
+			return err
+		}
+	}
+	tuning, err := os.ReadFile(filepath.Join(in.Env.DefaultArgs(), "tuning.yaml"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	for _, used := range []string{"info.yaml", "cluster.yaml", "metadata1", "metadata2"} {
+		if _, err := os.Lstat(filepath.Join(live, used)); err == nil {
+			return nil
+		}
+	}
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{{"tuning.yaml", tuning}, {"failure-domain", []byte("1\n")}, {"init.yaml", []byte("Address: " + firstAddress + "\n")}} {
+		path := filepath.Join(live, f.name)
+		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) || len(f.data) == 0 {
+			continue
+		}
+		if err := a.WriteShared(path, f.data); err != nil {
+			return err
+		}
+		if err := in.changed(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
