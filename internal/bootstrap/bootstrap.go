@@ -1,0 +1,289 @@
+// Package bootstrap keeps the objects in the cluster that the product itself needs: roles of
+// nodes, admission policies. They travel as manifests in $SNAP/manifests; every control-plane
+// node applies all of them when its API server has started, by server-side apply, and removes
+// those that an earlier version had and this one has not.
+//
+// Addons are not its business, and it does not wait for anything: the caller starts it when
+// the API server answers, and again, with growing pauses, when it fails.
+package bootstrap
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/discovery"
+	"k8s.io/client-go/discovery/cached/memory"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/restmapper"
+
+	"microk8s/internal/snapenv"
+)
+
+const (
+	// FieldManager owns the fields that the product sets.
+	FieldManager = "microk8s"
+
+	// Label is on every object of the manifests, with the value LabelValue; an object with
+	// it that is in no manifest is removed.
+	Label      = "app.kubernetes.io/managed-by"
+	LabelValue = "microk8s-bootstrap"
+
+	// FeatureAnnotation on an object in a manifest names the Feature it belongs to.
+	FeatureAnnotation = "microk8s.io/feature"
+)
+
+// Feature is a part of the product that may be switched off, and its objects with it.
+type Feature string
+
+// BuiltinNetwork is the pod network inside kubelite.
+const BuiltinNetwork Feature = "builtin-network"
+
+// Absent lists the features that this installation does not use.
+func Absent(env snapenv.Env) []Feature {
+	if _, err := os.Stat(env.CNIManifest()); err == nil {
+		return []Feature{BuiltinNetwork}
+	}
+	return nil
+}
+
+// pruned are the kinds whose objects are looked through for those to remove, besides the
+// kinds in the manifests. A kind that a release no longer has any object of must stay here.
+var pruned = []schema.GroupVersionKind{
+	{Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "ClusterRole"},
+	{Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "ClusterRoleBinding"},
+	{Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "Role"},
+	{Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "RoleBinding"},
+	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingAdmissionPolicy"},
+	{Group: "admissionregistration.k8s.io", Version: "v1", Kind: "ValidatingAdmissionPolicyBinding"},
+}
+
+// Apply makes the cluster have the objects of all manifests in dir, except those of absent
+// features, and none with our label besides. It is idempotent. It goes on after an object
+// that failed, but removes nothing then.
+//
+//	err := bootstrap.Apply(ctx, cfg, env.Manifests(), log, bootstrap.Absent(env)...)
+func Apply(ctx context.Context, cfg *rest.Config, dir string, log *slog.Logger, absent ...Feature) error {
+	objects, err := load(dir, absent)
+	if err != nil {
+		return err
+	}
+	c, err := newCluster(cfg, log)
+	if err != nil {
+		return err
+	}
+	return c.sync(ctx, objects)
+}
+
+// ApplyFile applies the objects of one manifest as they are: for the user's own CNI at
+// args/cni-network/cni.yaml. Nothing is removed when the file changes.
+func ApplyFile(ctx context.Context, cfg *rest.Config, path string, log *slog.Logger) error {
+	objects, err := read(path)
+	if err != nil {
+		return err
+	}
+	c, err := newCluster(cfg, log)
+	if err != nil {
+		return err
+	}
+	return c.apply(ctx, objects)
+}
+
+// load reads the manifests of a directory and labels their objects.
+func load(dir string, absent []Feature) ([]*unstructured.Unstructured, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	if len(files) == 0 {
+		// Pruning by an empty set would take the nodes their rights.
+		return nil, fmt.Errorf("cannot apply the product's manifests: none in %s; the installation is damaged, reinstall it", dir)
+	}
+	var out []*unstructured.Unstructured
+	for _, file := range files {
+		objects, err := read(file)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range objects {
+			if slices.Contains(absent, Feature(o.GetAnnotations()[FeatureAnnotation])) {
+				continue
+			}
+			labels := o.GetLabels()
+			if labels == nil {
+				labels = map[string]string{}
+			}
+			labels[Label] = LabelValue
+			o.SetLabels(labels)
+			out = append(out, o)
+		}
+	}
+	return out, nil
+}
+
+// read gives the objects of a file with one or more YAML documents, in their order.
+func read(path string) ([]*unstructured.Unstructured, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the manifest: %w", err)
+	}
+	defer f.Close()
+	var out []*unstructured.Unstructured
+	for d := yaml.NewYAMLOrJSONDecoder(f, 4096); ; {
+		o := &unstructured.Unstructured{}
+		if err := d.Decode(&o.Object); errors.Is(err, io.EOF) {
+			return out, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("cannot read the manifest %s: document %d: %w", path, len(out)+1, err)
+		}
+		if len(o.Object) == 0 {
+			continue // only comments
+		}
+		if o.GetKind() == "" || o.GetAPIVersion() == "" || o.GetName() == "" {
+			return nil, fmt.Errorf("cannot read the manifest %s: document %d lacks apiVersion, kind or metadata.name", path, len(out)+1)
+		}
+		out = append(out, o)
+	}
+}
+
+// cluster is the API as far as it is needed.
+type cluster struct {
+	client dynamic.Interface
+	mapper meta.ResettableRESTMapper
+	log    *slog.Logger
+}
+
+func newCluster(cfg *rest.Config, log *slog.Logger) (*cluster, error) {
+	client, err := dynamic.NewForConfig(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	found, err := discovery.NewDiscoveryClientForConfig(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	return &cluster{client: client, mapper: restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(found)), log: log}, nil
+}
+
+// sync applies objects and then removes those with our label that are not among them.
+func (c *cluster) sync(ctx context.Context, objects []*unstructured.Unstructured) error {
+	if err := c.apply(ctx, objects); err != nil {
+		return err
+	}
+	keep := map[string]bool{}
+	kinds := slices.Clone(pruned)
+	for _, o := range objects {
+		keep[describe(o)] = true
+		if gvk := o.GroupVersionKind(); !slices.Contains(kinds, gvk) {
+			kinds = append(kinds, gvk)
+		}
+	}
+	var errs []error
+	for _, gvk := range kinds {
+		mapping, err := c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
+		if meta.IsNoMatchError(err) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("cannot look for outdated objects of kind %s: %w", gvk.Kind, err))
+			continue
+		}
+		list, err := c.client.Resource(mapping.Resource).List(ctx, metav1.ListOptions{LabelSelector: Label + "=" + LabelValue})
+		if err != nil {
+			errs = append(errs, fmt.Errorf("cannot look for outdated objects of kind %s: %w", gvk.Kind, err))
+			continue
+		}
+		for i := range list.Items {
+			o := &list.Items[i]
+			o.SetGroupVersionKind(gvk)
+			if keep[describe(o)] {
+				continue
+			}
+			uid := o.GetUID()
+			err := c.resource(mapping, o).Delete(ctx, o.GetName(), metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
+			if err != nil && !apierrors.IsNotFound(err) {
+				errs = append(errs, fmt.Errorf("cannot remove the outdated %s: %w", describe(o), err))
+				continue
+			}
+			c.log.Info("removed an object that this version does not have", "object", describe(o))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// apply applies objects, definitions of kinds first, since others may be of those kinds.
+func (c *cluster) apply(ctx context.Context, objects []*unstructured.Unstructured) error {
+	objects = slices.Clone(objects)
+	slices.SortStableFunc(objects, func(a, b *unstructured.Unstructured) int { return rank(a) - rank(b) })
+	var errs []error
+	for _, o := range objects {
+		if err := c.applyOne(ctx, o); err != nil {
+			errs = append(errs, fmt.Errorf("cannot apply %s: %w", describe(o), err))
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured) error {
+	gvk := o.GroupVersionKind()
+	mapping, err := c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
+	if meta.IsNoMatchError(err) {
+		c.mapper.Reset() // the kind may have been defined a moment ago
+		mapping, err = c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = c.resource(mapping, o).Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+	return err
+}
+
+func (c *cluster) resource(m *meta.RESTMapping, o *unstructured.Unstructured) dynamic.ResourceInterface {
+	if m.Scope.Name() != meta.RESTScopeNameNamespace {
+		return c.client.Resource(m.Resource)
+	}
+	namespace := o.GetNamespace()
+	if namespace == "" {
+		namespace = metav1.NamespaceDefault
+	}
+	return c.client.Resource(m.Resource).Namespace(namespace)
+}
+
+// rank orders what others need before what needs it.
+func rank(o *unstructured.Unstructured) int {
+	switch o.GetKind() {
+	case "CustomResourceDefinition", "Namespace":
+		return 0
+	case "ServiceAccount", "ConfigMap", "Secret", "ClusterRole", "Role":
+		return 1
+	}
+	return 2
+}
+
+// describe names an object uniquely within a cluster.
+func describe(o *unstructured.Unstructured) string {
+	parts := []string{o.GetKind()}
+	if group := o.GroupVersionKind().Group; group != "" {
+		parts[0] += "." + group
+	}
+	if o.GetNamespace() != "" {
+		parts = append(parts, o.GetNamespace())
+	}
+	return strings.Join(append(parts, o.GetName()), "/")
+}

@@ -1,0 +1,306 @@
+package bootstrap
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/yaml"
+
+	"microk8s/internal/snapenv"
+)
+
+const manifests = "../../snap/manifests"
+
+var quietly = slog.New(slog.NewTextHandler(io.Discard, nil))
+
+// fakeAPI is a fake of an API server, not one: it keeps what is applied to it, knows the
+// kinds of this test, and checks only what is said here. Real ones are in the node tests.
+type fakeAPI struct {
+	mu      sync.Mutex
+	objects map[string]map[string]any // by path
+	refuse  string                    // part of the path of objects that it does not accept
+}
+
+var kinds = map[string][]metav1.APIResource{
+	"rbac.authorization.k8s.io/v1": {
+		{Name: "clusterroles", Kind: "ClusterRole"}, {Name: "clusterrolebindings", Kind: "ClusterRoleBinding"},
+		{Name: "roles", Kind: "Role", Namespaced: true}, {Name: "rolebindings", Kind: "RoleBinding", Namespaced: true},
+	},
+	"admissionregistration.k8s.io/v1": {
+		{Name: "validatingadmissionpolicies", Kind: "ValidatingAdmissionPolicy"},
+		{Name: "validatingadmissionpolicybindings", Kind: "ValidatingAdmissionPolicyBinding"},
+	},
+}
+
+func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	answer := func(code int, v any) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		json.NewEncoder(w).Encode(v)
+	}
+	status := func(code int) { answer(code, metav1.Status{Status: "Failure", Code: int32(code), Message: r.URL.Path}) }
+	path := strings.TrimPrefix(r.URL.Path, "/apis/")
+	switch {
+	case r.URL.Path == "/api":
+		answer(200, metav1.APIVersions{Versions: []string{}})
+	case r.URL.Path == "/apis":
+		list := metav1.APIGroupList{}
+		for gv := range kinds {
+			group, version, _ := strings.Cut(gv, "/")
+			v := metav1.GroupVersionForDiscovery{GroupVersion: gv, Version: version}
+			list.Groups = append(list.Groups, metav1.APIGroup{Name: group, Versions: []metav1.GroupVersionForDiscovery{v}, PreferredVersion: v})
+		}
+		answer(200, list)
+	case kinds[path] != nil:
+		answer(200, metav1.APIResourceList{GroupVersion: path, APIResources: kinds[path]})
+	case r.Method == http.MethodPatch:
+		if f.refuse != "" && strings.Contains(path, f.refuse) {
+			status(http.StatusForbidden)
+			return
+		}
+		if got := r.Header.Get("Content-Type"); got != "application/apply-patch+yaml" || r.URL.Query().Get("fieldManager") != FieldManager || r.URL.Query().Get("force") != "true" {
+			status(http.StatusBadRequest)
+			return
+		}
+		body, _ := io.ReadAll(r.Body)
+		var o map[string]any
+		if yaml.Unmarshal(body, &o) != nil {
+			status(http.StatusBadRequest)
+			return
+		}
+		o["metadata"].(map[string]any)["uid"] = "uid of " + path
+		f.objects[path] = o
+		answer(200, o)
+	case r.Method == http.MethodDelete:
+		if f.objects[path] == nil {
+			status(http.StatusNotFound)
+			return
+		}
+		delete(f.objects, path)
+		answer(200, metav1.Status{Status: "Success"})
+	case r.Method == http.MethodGet: // a list over all namespaces
+		group, resource := path[:strings.LastIndex(path, "/")+1], path[strings.LastIndex(path, "/")+1:]
+		items := []any{}
+		for p, o := range f.objects {
+			u := unstructured.Unstructured{Object: o}
+			want := r.URL.Query().Get("labelSelector")
+			if strings.HasPrefix(p, group) && strings.Contains(p, "/"+resource+"/") && want == Label+"="+u.GetLabels()[Label] {
+				items = append(items, o)
+			}
+		}
+		answer(200, map[string]any{"apiVersion": "v1", "kind": "List", "items": items})
+	default:
+		status(http.StatusMethodNotAllowed)
+	}
+}
+
+func (f *fakeAPI) names() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var out []string
+	for p := range f.objects {
+		out = append(out, p)
+	}
+	slices.Sort(out)
+	return out
+}
+
+func newFake(t *testing.T) (*fakeAPI, *rest.Config) {
+	f := &fakeAPI{objects: map[string]map[string]any{}}
+	s := httptest.NewServer(f)
+	t.Cleanup(s.Close)
+	return f, &rest.Config{Host: s.URL}
+}
+
+const (
+	rbac      = "rbac.authorization.k8s.io/v1/"
+	admission = "admissionregistration.k8s.io/v1/"
+)
+
+var everything = []string{
+	admission + "validatingadmissionpolicies/network-policy-warning.microk8s.io",
+	admission + "validatingadmissionpolicybindings/network-policy-warning.microk8s.io",
+	rbac + "clusterrolebindings/microk8s:pod-network",
+	rbac + "clusterroles/microk8s:pod-network",
+	rbac + "namespaces/default/rolebindings/microk8s:apiserver-proxy",
+	rbac + "namespaces/default/roles/microk8s:apiserver-proxy",
+}
+
+func TestApplyAndPrune(t *testing.T) {
+	f, cfg := newFake(t)
+	other := map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": map[string]any{"name": "user"}}
+	old := map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": map[string]any{
+		"name": "old", "labels": map[string]any{Label: LabelValue}}}
+	f.objects[rbac+"clusterroles/user"] = other
+	f.objects[rbac+"clusterroles/old"] = old
+	want := slices.Sorted(slices.Values(append([]string{rbac + "clusterroles/user"}, everything...)))
+	for range 2 {
+		if err := Apply(t.Context(), cfg, manifests, quietly); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, f.names()); diff != "" {
+			t.Errorf("objects differ (-want +got):\n%s", diff)
+		}
+	}
+}
+
+// With a CNI of the user's own the warning would be wrong, so it goes.
+func TestWarningStandsAside(t *testing.T) {
+	f, cfg := newFake(t)
+	env := snapenv.Under(t.TempDir())
+	if err := Apply(t.Context(), cfg, manifests, quietly, Absent(env)...); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(everything, f.names()); diff != "" {
+		t.Errorf("without cni.yaml objects differ (-want +got):\n%s", diff)
+	}
+	if err := os.MkdirAll(env.CNIConf(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(env.CNIManifest(), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := Apply(t.Context(), cfg, manifests, quietly, Absent(env)...); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(everything[2:], f.names()); diff != "" {
+		t.Errorf("with cni.yaml objects differ (-want +got):\n%s", diff)
+	}
+}
+
+func TestNothingIsRemovedWhenSomethingFailed(t *testing.T) {
+	f, cfg := newFake(t)
+	f.objects[rbac+"clusterroles/old"] = map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+		"metadata": map[string]any{"name": "old", "labels": map[string]any{Label: LabelValue}}}
+	f.refuse = "validatingadmissionpolicies"
+	err := Apply(t.Context(), cfg, manifests, quietly)
+	if err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy.admissionregistration.k8s.io/network-policy-warning.microk8s.io") {
+		t.Errorf("error is %v, want one that names the refused object", err)
+	}
+	want := slices.Sorted(slices.Values(append([]string{rbac + "clusterroles/old"}, everything[1:]...)))
+	if diff := cmp.Diff(want, f.names()); diff != "" {
+		t.Errorf("objects differ (-want +got):\n%s", diff)
+	}
+}
+
+func TestBadManifests(t *testing.T) {
+	for name, tc := range map[string]struct{ files map[string]string }{
+		"none":        {map[string]string{}},
+		"not yaml":    {map[string]string{"a.yaml": "{"}},
+		"no kind":     {map[string]string{"a.yaml": "apiVersion: v1\nmetadata: {name: x}\n"}},
+		"no name":     {map[string]string{"a.yaml": "apiVersion: v1\nkind: ConfigMap\n"}},
+		"second only": {map[string]string{"a.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\n---\nkind: 7\n"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			for file, text := range tc.files {
+				if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f, cfg := newFake(t)
+			if err := Apply(t.Context(), cfg, dir, quietly); err == nil {
+				t.Error("no error")
+			}
+			if got := f.names(); len(got) > 0 {
+				t.Errorf("applied %v", got)
+			}
+		})
+	}
+}
+
+// decode reads the manifests as the API server does: unknown or doubled fields are errors.
+func decode(t *testing.T) map[string]any {
+	t.Helper()
+	objects, err := load(manifests, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	strict := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
+	out := map[string]any{}
+	for _, o := range objects {
+		if o.GetLabels()[Label] != LabelValue {
+			t.Errorf("%s lacks the label", describe(o))
+		}
+		data, err := o.MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		typed, _, err := strict.Decode(data, nil, nil)
+		if err != nil {
+			t.Errorf("%s: %v", describe(o), err)
+		}
+		out[o.GetKind()+"/"+o.GetName()] = typed
+	}
+	return out
+}
+
+// Credentials of a node get exactly these rights beyond the Node authorizer's.
+func TestRightsOfNodes(t *testing.T) {
+	var got []string
+	for _, o := range decode(t) {
+		var where string
+		var rules []rbacv1.PolicyRule
+		switch o := o.(type) {
+		case *rbacv1.ClusterRole:
+			where, rules = "everywhere", o.Rules
+		case *rbacv1.Role:
+			where, rules = "in "+o.Namespace, o.Rules
+		case *rbacv1.ClusterRoleBinding:
+			if len(o.Subjects) != 1 || o.Subjects[0].Kind != "Group" || o.Subjects[0].Name != "system:nodes" {
+				t.Errorf("%s has subjects %v", o.Name, o.Subjects)
+			}
+		case *rbacv1.RoleBinding:
+			if len(o.Subjects) != 1 || o.Subjects[0].Kind != "Group" || o.Subjects[0].Name != "system:nodes" {
+				t.Errorf("%s has subjects %v", o.Name, o.Subjects)
+			}
+		}
+		for _, r := range rules {
+			got = append(got, fmt.Sprintf("%v %v/%v %s", r.Verbs, r.APIGroups, r.Resources, where))
+		}
+	}
+	slices.Sort(got)
+	want := []string{"[list watch] []/[nodes] everywhere", "[list watch] [discovery.k8s.io]/[endpointslices] in default"}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("rights differ (-want +got):\n%s", diff)
+	}
+}
+
+func TestNetworkPolicyWarningOnlyWarns(t *testing.T) {
+	objects := decode(t)
+	const name = "network-policy-warning.microk8s.io"
+	policy := objects["ValidatingAdmissionPolicy/"+name].(*admissionv1.ValidatingAdmissionPolicy)
+	binding := objects["ValidatingAdmissionPolicyBinding/"+name].(*admissionv1.ValidatingAdmissionPolicyBinding)
+	if got := binding.Spec.ValidationActions; len(got) != 1 || got[0] != admissionv1.Warn {
+		t.Errorf("actions are %v, want only Warn", got)
+	}
+	if binding.Spec.PolicyName != policy.Name {
+		t.Errorf("the binding is of %q", binding.Spec.PolicyName)
+	}
+	if len(policy.Spec.MatchConditions) > 0 || len(policy.Spec.Validations) != 1 || policy.Spec.Validations[0].Expression != "false" {
+		t.Errorf("the policy does not fail for every object: %+v", policy.Spec)
+	}
+	if m := policy.Spec.Validations[0].Message; strings.ContainsAny(m, "\n") || !strings.Contains(m, "NOT enforced") || !strings.Contains(m, "cni.yaml") {
+		t.Errorf("message is %q", m)
+	}
+}
