@@ -2,6 +2,7 @@ package certs
 
 import (
 	"context"
+	"crypto/rsa"
 	"crypto/x509/pkix"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/pki"
 	"microk8s/internal/setup/access"
+	"microk8s/internal/snapenv"
 )
 
 // Reasons why given CA files are refused; refresh-certs has an exit code for each.
@@ -251,4 +253,36 @@ func copyFiles(from, to string) error {
 		}
 	}
 	return nil
+}
+
+// Check reads every certificate that is there with its key and says which do not belong
+// together or cannot be read. It changes nothing.
+func Check(env snapenv.Env) error {
+	var errs []error
+	for _, name := range []string{CA, FrontProxyCA, Server, FrontProxyClient, Kubelet, "apiserver-kubelet-client"} {
+		crt, keyFile := env.Cert(name+".crt"), env.Cert(name+".key")
+		cert, _, err := readCert(crt)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the program that needs it says so
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		data, err := os.ReadFile(keyFile)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		var key *rsa.PrivateKey
+		if err == nil {
+			key, err = pki.ParseKey(data)
+		}
+		if err == nil {
+			err = pki.Matches(cert, key.Public())
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("cannot use %s with %s: %w; restore the pair, or run: microk8s refresh-certs --undo", crt, keyFile, err))
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -7,6 +7,7 @@
 package hostprobe
 
 import (
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -37,6 +38,10 @@ type Host struct {
 	Overlayfs       bool
 	UserNS          bool // in a user namespace, without the rights of real root
 	NoKmsg          bool // no /dev/kmsg
+
+	// ResolvConf is the first resolver configuration with name servers that pods reach too, ""
+	// when there is none.
+	ResolvConf string
 
 	MachineID, BootID string
 
@@ -123,7 +128,30 @@ func Probe(root string) Host {
 	} else {
 		h.UserNS = len(fields) > 3
 	}
+	h.ResolvConf = resolvConf(read)
 	return h
+}
+
+// resolvConf finds a configuration whose name servers are not on a loopback address, as that of
+// a local cache is: in a pod that would be the pod itself.
+func resolvConf(read func(string) string) string {
+	for _, path := range []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"} {
+		servers, usable := 0, true
+		for line := range strings.Lines(read(path)) {
+			fields := strings.Fields(line)
+			if len(fields) < 2 || fields[0] != "nameserver" {
+				continue
+			}
+			servers++
+			address, _, _ := strings.Cut(fields[1], "%") // IPv6 scope
+			ip, err := netip.ParseAddr(address)
+			usable = usable && err == nil && !ip.IsLoopback()
+		}
+		if servers > 0 && usable {
+			return path
+		}
+	}
+	return ""
 }
 
 // mounts reads the format of /proc/self/mountinfo.
@@ -182,6 +210,7 @@ func (h Host) Overrides() map[string][]Override {
 				Override{"kubelet-cgroups", "/systemd/system.slice", why})
 		}
 	}
+	kubelet = append(kubelet, Override{"resolv-conf", h.ResolvConf, "name servers that pods can reach"})
 	if h.UserNS || h.ProcSysReadOnly {
 		kubelet = append(kubelet, Override{"feature-gates", "KubeletInUserNamespace=true", "kernel settings may not be written here"})
 	}
@@ -254,6 +283,18 @@ func (h Host) Notes() []string {
 	add(h.NoBridgeNF, "no bridge netfilter (module br_netfilter): a pod does not reach a Service whose answering pod is on its own node")
 	add(!h.Overlayfs, "no overlayfs: images are copied for each container, which takes space and time")
 	add(h.UserNS, "inside a user namespace: the kubelet tolerates what it may not do")
+	add(h.ResolvConf == "", "no name server that pods could reach in /etc/resolv.conf: pods resolve names of the cluster only")
 	add(h.NoKmsg, "no /dev/kmsg: the kubelet cannot report processes killed for want of memory")
 	return notes
+}
+
+// MountsBelow lists the mount points in and below dir in the order in which they were mounted.
+func (h Host) MountsBelow(dir string) []string {
+	var points []string
+	for _, m := range h.mounts {
+		if m.point == dir || strings.HasPrefix(m.point, strings.TrimSuffix(dir, "/")+"/") {
+			points = append(points, m.point)
+		}
+	}
+	return points
 }

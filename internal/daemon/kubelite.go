@@ -1,0 +1,260 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+
+	"microk8s/internal/args"
+	"microk8s/internal/certs"
+	"microk8s/internal/setup/access"
+	"microk8s/internal/snapenv"
+)
+
+// Argument files that kubelite reads, on every node and on the control plane.
+var (
+	workerFiles       = []string{"kubelet", "kube-proxy"}
+	controlPlaneFiles = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler"}
+)
+
+// socketWait is how long kubelite's start waits for containerd; the kubelet would end without
+// it, and everything else with the kubelet.
+const socketWait = 20 * time.Second
+
+func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
+	if !p.Env.Locked(snapenv.LockLite) {
+		return nothingToDo("the lock " + snapenv.LockLite + " is missing")
+	}
+	if err := p.lowMemory(); err != nil {
+		return err
+	}
+	f, err := p.load("kubelite")
+	if err != nil {
+		return err
+	}
+	if err := f.Set("start-control-plane", strconv.FormatBool(!p.worker())); err != nil {
+		return err
+	}
+	if err := f.Save(p.Env.Args("kubelite")); err != nil {
+		return err
+	}
+	cmd.Args = f.Words(p.lookup)
+
+	files := workerFiles
+	if !p.worker() {
+		files = slices.Concat(workerFiles, controlPlaneFiles)
+	}
+	var errs []error
+	for _, name := range files {
+		f, err := p.load(name)
+		if err == nil && !p.Env.Locked("no-arg-sanitisation") {
+			err = p.dropObsolete(name, f)
+		}
+		errs = append(errs, err)
+	}
+	if err := errors.Join(append(errs, certs.Check(p.Env))...); err != nil {
+		return err
+	}
+	if err := p.failureDomain(); err != nil {
+		return err
+	}
+	p.kernel(ctx)
+	return p.waitForSocket(ctx, p.Env.ContainerdSocket(), socketWait)
+}
+
+// logFileFlags are those of the Kubernetes logging library that were dropped everywhere.
+var logFileFlags = []string{
+	"log-dir", "log-file", "log-file-max-size", "logtostderr", "alsologtostderr", "stderrthreshold",
+	"skip-headers", "skip-log-headers", "one-output", "add-dir-header", "log-backtrace-at",
+}
+
+// obsolete lists, by argument file, flags that today's programs refuse (cli.md 7.2, 4).
+var obsolete = map[string][]string{
+	"kube-apiserver": {
+		"insecure-port", "insecure-bind-address", "port", "address", "service-account-api-audiences",
+		"experimental-encryption-provider-config", "target-ram-mb",
+	},
+	"kubelet": {
+		"container-runtime", "containerd", "pod-infra-container-image", "non-masquerade-cidr", "network-plugin", "cni-bin-dir",
+		"cni-conf-dir", "cni-cache-dir", "network-plugin-mtu", "docker-endpoint", "image-pull-progress-deadline",
+		"experimental-dockershim-root-directory", "experimental-kernel-memcg-notification", "experimental-check-node-capabilities-before-mount",
+		"experimental-allocatable-ignore-eviction", "experimental-mounter-path", "experimental-bootstrap-kubeconfig",
+	},
+	"kube-controller-manager": {"address", "port", "experimental-cluster-signing-duration"},
+	"kube-scheduler":          {"address", "port"},
+}
+
+// obsoleteValues are flags that are refused with one value only.
+var obsoleteValues = map[string]map[string]string{
+	"kube-apiserver": {"feature-gates": "RemoveSelfLink=false"},
+	"kube-proxy":     {"proxy-mode": "userspace"},
+}
+
+func (p *Preparer) dropObsolete(name string, f *args.File) error {
+	drop := slices.Concat(logFileFlags, obsolete[name])
+	for flag, value := range obsoleteValues[name] {
+		if got, _ := f.Get(flag); got == value {
+			drop = append(drop, flag)
+		}
+	}
+	changed := false
+	for _, flag := range drop {
+		if f.Unset(flag) {
+			p.Log.Info("Removing argument: --"+flag+" from "+name, "file", p.Env.Args(name))
+			changed = true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	return f.Save(p.Env.Args(name))
+}
+
+// failureDomain carries the number of args/ha-conf into the datastore's directory.
+func (p *Preparer) failureDomain() error {
+	if p.worker() || p.Env.Locked(snapenv.LockNoDqlite) {
+		return nil
+	}
+	path := p.Env.Args("ha-conf")
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot read the failure domain: %w", err)
+	}
+	domain, set := "", false
+	for line := range strings.Lines(string(data)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "failure-domain="); ok {
+			domain, set = v, true
+		}
+	}
+	if !set {
+		return nil
+	}
+	if _, err := strconv.ParseUint(domain, 10, 64); err != nil {
+		return fmt.Errorf("cannot use %s: failure-domain=%q is not a number; write for example failure-domain=1", path, domain)
+	}
+	target := filepath.Join(p.Env.BackendLive(), "failure-domain")
+	if old, err := os.ReadFile(target); err == nil && strings.TrimSpace(string(old)) == domain {
+		return nil
+	}
+	if _, err := os.Stat(p.Env.BackendLive()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return access.For(p.Env).WriteShared(target, []byte(domain+"\n"))
+}
+
+// kernel switches on what pods need of the kernel. What is not allowed is said, and left.
+func (p *Preparer) kernel(ctx context.Context) {
+	for feature, module := range map[string]string{
+		"proc/sys/net/bridge/bridge-nf-call-iptables": "br_netfilter",
+		"proc/sys/net/netfilter/nf_conntrack_max":     "nf_conntrack",
+	} {
+		if _, err := os.Stat(p.Env.HostPath(feature)); errors.Is(err, fs.ErrNotExist) {
+			if err := p.Modprobe(ctx, module); err != nil {
+				p.Log.Warn("cannot load a kernel module", "error", err)
+			} else {
+				p.Host = nil // look again
+			}
+		}
+	}
+	want := []string{"net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"}
+	if f, err := args.Load(p.Env.Args("kube-proxy"), args.GrammarA); err == nil {
+		// Forwarding IPv6 makes a host ignore router advertisements, so only where pods have it.
+		if cidr, _ := f.Get("cluster-cidr"); strings.Contains(cidr, ":") {
+			want = append(want, "net/ipv6/conf/all/forwarding", "net/bridge/bridge-nf-call-ip6tables")
+		}
+	}
+	for _, name := range want {
+		p.sysctl(name, 1)
+	}
+}
+
+// sysctl raises a kernel setting to at least the value.
+func (p *Preparer) sysctl(name string, value uint64) {
+	path := p.Env.HostPath(filepath.Join("proc/sys", name))
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // said by hostprobe where it matters
+	}
+	var now uint64
+	if err == nil {
+		now, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64)
+	}
+	if err == nil && now < value {
+		err = os.WriteFile(path, []byte(strconv.FormatUint(value, 10)), 0o644)
+	}
+	if err != nil {
+		p.Log.Warn("cannot change a kernel setting", "setting", strings.ReplaceAll(name, "/", "."), "wanted", value, "error", err)
+	}
+}
+
+// waitForSocket returns when the socket is there, and after the limit with a warning: the
+// program then says what is wrong.
+func (p *Preparer) waitForSocket(ctx context.Context, path string, limit time.Duration) error {
+	there := func() bool { _, err := os.Stat(path); return err == nil }
+	if there() {
+		return nil
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("cannot wait for containerd: %w", err)
+	}
+	defer watcher.Close()
+	if err := watcher.Add(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("cannot wait for containerd: %w", err)
+	}
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	for !there() {
+		select {
+		case <-watcher.Events:
+		case err := <-watcher.Errors:
+			return fmt.Errorf("cannot wait for containerd: %w", err)
+		case <-timer.C:
+			p.Log.Warn("containerd is not there yet; see its log if it stays so", "socket", path, "waited", limit)
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// Limits that the datastore and many pods need (cli.md 7.3), and the locks that keep them off.
+var datastoreLimits = []struct {
+	lock, name string
+	value      uint64
+}{
+	{"skip-aio-tune.lock", "fs/aio-max-nr", 1048576},
+	{"skip-inotify-tune.lock", "fs/inotify/max_user_instances", 1024},
+	{"skip-inotify-tune.lock", "fs/inotify/max_user_watches", 1048576},
+}
+
+func (p *Preparer) k8sDqlite(context.Context, *Command) error {
+	if p.Env.Locked(snapenv.LockNoDqlite) {
+		return nothingToDo("this node has no part in the datastore")
+	}
+	if err := p.lowMemory(); err != nil {
+		return err
+	}
+	if _, err := os.Stat(p.Env.Args("k8s-dqlite")); errors.Is(err, fs.ErrNotExist) {
+		return nothingToDo(p.Env.Args("k8s-dqlite") + " does not exist")
+	}
+	for _, l := range datastoreLimits {
+		if !p.Env.Locked(l.lock) {
+			p.sysctl(l.name, l.value)
+		}
+	}
+	return p.failureDomain()
+}
