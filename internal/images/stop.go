@@ -1,0 +1,296 @@
+package images
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"microk8s/internal/snapenv"
+)
+
+const (
+	// grace is how long the programs in containers have to end by themselves. Their data is
+	// as safe as in a power cut anyway; this spares most of them the recovery.
+	grace = 3 * time.Second
+
+	// limit is the longest StopAll takes when its context has no deadline.
+	limit = 45 * time.Second
+
+	// atOnce is how many pods are stopped at the same time: each starts a few processes.
+	atOnce = 16
+)
+
+// StopAll ends and removes every pod and container of the node, paused ones too. Through the
+// CRI, so that their networks are taken down and their addresses given back, and what is left
+// then by force. The kubelet must have been stopped before, or it starts them again; containerd
+// should still run. Without it the processes are killed all the same, and what containerd has
+// noted of them it clears up at its next start. StopAll is idempotent; it takes at most the
+// time of ctx, or 45 seconds.
+func StopAll(ctx context.Context, env snapenv.Env) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, limit)
+		defer cancel()
+	}
+	err := stopThroughContainerd(ctx, env)
+	if left := killShims(env); left != nil {
+		return errors.Join(err, left)
+	}
+	if err != nil && !someState(env) {
+		return nil // all is down, whatever containerd had to say
+	}
+	return err
+}
+
+func stopThroughContainerd(ctx context.Context, env snapenv.Env) error {
+	if _, err := os.Stat(env.ContainerdSocket()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	c, err := connect(env)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// A socket without a containerd behind it is usual after a crash.
+	probe, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	if _, err := c.Version(probe); err != nil {
+		return fmt.Errorf("containerd does not answer: %w", err)
+	}
+	err = errors.Join(thaw(ctx, c), stopPods(ctx, env))
+	if left := removeContainers(ctx, c); left != nil {
+		return errors.Join(err, left)
+	}
+	return nil // what went wrong before has been made good
+}
+
+// thaw resumes paused containers: nothing but that reaches them.
+func thaw(ctx context.Context, c *client.Client) error {
+	return eachContainer(ctx, c, func(ctx context.Context, container client.Container) error {
+		task, err := container.Task(ctx, nil)
+		if err != nil {
+			return ignoreGone(err)
+		}
+		if status, err := task.Status(ctx); err != nil || status.Status != client.Paused {
+			return ignoreGone(err)
+		}
+		return ignoreGone(task.Resume(ctx))
+	})
+}
+
+// stopPods stops and removes all sandboxes the way the kubelet does.
+func stopPods(ctx context.Context, env snapenv.Env) error {
+	conn, err := grpc.NewClient("unix://"+env.ContainerdSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("cannot connect to containerd: %w", err)
+	}
+	defer conn.Close()
+	cri := runtimev1.NewRuntimeServiceClient(conn)
+	containers, err := cri.ListContainers(ctx, &runtimev1.ListContainersRequest{
+		Filter: &runtimev1.ContainerFilter{State: &runtimev1.ContainerStateValue{State: runtimev1.ContainerState_CONTAINER_RUNNING}},
+	})
+	if err != nil {
+		return fmt.Errorf("cannot list containers: %w", err)
+	}
+	group := errgroup.Group{}
+	group.SetLimit(4 * atOnce) // these only wait
+	for _, container := range containers.Containers {
+		group.Go(func() error {
+			_, err := cri.StopContainer(ctx, &runtimev1.StopContainerRequest{ContainerId: container.Id, Timeout: int64(grace / time.Second)})
+			return err
+		})
+	}
+	err = group.Wait()
+	pods, listErr := cri.ListPodSandbox(ctx, &runtimev1.ListPodSandboxRequest{})
+	if listErr != nil {
+		return errors.Join(err, fmt.Errorf("cannot list pods: %w", listErr))
+	}
+	group = errgroup.Group{}
+	group.SetLimit(atOnce)
+	for _, pod := range pods.Items {
+		group.Go(func() error {
+			if _, err := cri.StopPodSandbox(ctx, &runtimev1.StopPodSandboxRequest{PodSandboxId: pod.Id}); err != nil {
+				return fmt.Errorf("cannot stop pod %s: %w", pod.Metadata.GetName(), err)
+			}
+			_, err := cri.RemovePodSandbox(ctx, &runtimev1.RemovePodSandboxRequest{PodSandboxId: pod.Id})
+			return err
+		})
+	}
+	return errors.Join(err, group.Wait())
+}
+
+// removeContainers kills and removes what is still there.
+func removeContainers(ctx context.Context, c *client.Client) error {
+	return eachContainer(ctx, c, func(ctx context.Context, container client.Container) error {
+		task, err := container.Task(ctx, nil)
+		if err == nil {
+			task.Kill(ctx, syscall.SIGKILL, client.WithKillAll) // Delete tells if it did not work
+			_, err = task.Delete(ctx, client.WithProcessKill)
+		}
+		if ignoreGone(err) != nil {
+			return fmt.Errorf("cannot end container %s: %w", container.ID(), err)
+		}
+		if err := container.Delete(ctx, client.WithSnapshotCleanup); ignoreGone(err) != nil {
+			return fmt.Errorf("cannot remove container %s: %w", container.ID(), err)
+		}
+		return nil
+	})
+}
+
+func eachContainer(ctx context.Context, c *client.Client, do func(context.Context, client.Container) error) error {
+	containers, err := c.Containers(ctx)
+	if err != nil {
+		return fmt.Errorf("cannot list containers: %w", err)
+	}
+	errs := make([]error, len(containers))
+	group := errgroup.Group{}
+	group.SetLimit(atOnce)
+	for i, container := range containers {
+		group.Go(func() error {
+			errs[i] = do(ctx, container)
+			return nil // the others shall not be given up
+		})
+	}
+	group.Wait()
+	return errors.Join(errs...)
+}
+
+func ignoreGone(err error) error {
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// taskDir is where containerd keeps the running containers of the namespace.
+func taskDir(env snapenv.Env) string {
+	return filepath.Join(env.ContainerdState(), "io.containerd.runtime.v2.task", Namespace)
+}
+
+func someState(env snapenv.Env) bool {
+	entries, _ := os.ReadDir(taskDir(env))
+	return len(entries) > 0
+}
+
+// killShims ends what runs without containerd: the containers whose state is on disk, and the
+// shims that serve this installation's socket. Other containerds on the machine are not
+// touched.
+func killShims(env snapenv.Env) error {
+	var errs []error
+	entries, err := os.ReadDir(taskDir(env))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		errs = append(errs, err)
+	}
+	for _, e := range entries {
+		dir := filepath.Join(taskDir(env), e.Name())
+		if data, err := os.ReadFile(filepath.Join(dir, "init.pid")); err == nil {
+			if pid, err := strconv.Atoi(strings.TrimSpace(string(data))); err == nil {
+				killContainer(pid, e.Name())
+			}
+		}
+	}
+	for _, pid := range shims(env) {
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
+			errs = append(errs, fmt.Errorf("cannot end containerd-shim %d: %w", pid, err))
+		}
+	}
+	for _, e := range entries {
+		dir := filepath.Join(taskDir(env), e.Name())
+		if err := unix.Unmount(filepath.Join(dir, "rootfs"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+			errs = append(errs, fmt.Errorf("cannot unmount the file system of container %s: %w", e.Name(), err))
+			continue // its directory is somebody's data as long as it is mounted
+		}
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(errs...)
+}
+
+// killContainer ends a container by its first process, and by its cgroup when that is known
+// to be the container's own: with a shared process namespace the others would live on. The
+// number may be that of another process by now, so nothing happens unless a cgroup of it has
+// the container's id in its name.
+func killContainer(pid int, id string) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return
+	}
+	own := false
+	for line := range strings.SplitSeq(strings.TrimSpace(string(data)), "\n") {
+		parts := strings.SplitN(line, ":", 3)
+		if len(parts) != 3 || !strings.Contains(parts[2], id) {
+			continue
+		}
+		own = true
+		for _, dir := range cgroupDirs(parts[1], parts[2]) {
+			os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) // v1
+			os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0)      // v2
+			os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)        // v2
+			procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			for field := range strings.FieldsSeq(string(procs)) {
+				if p, err := strconv.Atoi(field); err == nil && p > 1 {
+					unix.Kill(p, unix.SIGKILL)
+				}
+			}
+		}
+	}
+	if own {
+		unix.Kill(pid, unix.SIGKILL)
+	}
+}
+
+// cgroupDirs are the directories that a line of /proc/PID/cgroup may stand for.
+func cgroupDirs(controllers, path string) []string {
+	if controllers == "" {
+		return []string{filepath.Join("/sys/fs/cgroup", path), filepath.Join("/sys/fs/cgroup/unified", path)}
+	}
+	return []string{filepath.Join("/sys/fs/cgroup", strings.TrimPrefix(controllers, "name="), path)}
+}
+
+// shims lists the processes that are shims of this installation's containerd, by their
+// command line. Only those of the own process namespace can be seen.
+func shims(env snapenv.Env) []int {
+	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	var pids []int
+	for _, path := range entries {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		if isShim(bytes.Split(bytes.TrimRight(data, "\x00"), []byte{0}), env.ContainerdSocket()) {
+			if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+func isShim(argv [][]byte, socket string) bool {
+	if len(argv) == 0 || !strings.HasPrefix(filepath.Base(string(argv[0])), "containerd-shim-") {
+		return false
+	}
+	value := func(flag string) string {
+		if i := slices.IndexFunc(argv, func(a []byte) bool { return string(a) == flag }); i >= 0 && i+1 < len(argv) {
+			return string(argv[i+1])
+		}
+		return ""
+	}
+	return value("-namespace") == Namespace && value("-address") == socket
+}
