@@ -1,0 +1,277 @@
+// Package daemon is the program k8s-dqlite: flags, start order, listening, signals, metrics
+// and the check for free space. What it starts is in the packages beside it.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	rpprof "runtime/pprof"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"microk8s/internal/datastore/engine"
+	"microk8s/internal/datastore/member"
+	"microk8s/internal/datastore/server"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+)
+
+// HealthKey and HealthValue are what the API server's probe reads.
+const (
+	HealthKey   = "/registry/health"
+	HealthValue = `{"health":"true"}`
+)
+
+const shutdownTimeout = 30 * time.Second
+
+// Main runs the program and returns its exit status.
+func Main(args []string, stdout, stderr io.Writer, getenv func(string) string) int {
+	// SIGPWR is what lxd sends to containers.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGQUIT, unix.SIGPWR)
+	defer stop()
+	cmd := NewCommand(args, func(cmd *cobra.Command, c *Config) error {
+		log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.Level}))
+		return Run(cmd.Context(), c, getenv("SNAP_INSTANCE_NAME"), log, nil)
+	}, versions)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	if err := cmd.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(stderr, "k8s-dqlite: "+err.Error())
+		return 1
+	}
+	return 0
+}
+
+func versions() []string {
+	out := []string{"go " + strings.TrimPrefix(runtime.Version(), "go")}
+	for i, v := range member.Versions() {
+		out = append(out, []string{"sqlite ", "dqlite ", "libuv "}[i]+v)
+	}
+	return out
+}
+
+// Run is the daemon's life: it returns after ctx has ended and everything is closed, or when
+// something cannot be started or goes wrong for good. ready, if not nil, is called when the
+// API is being served. No address is listened on before the data is usable.
+func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, ready func()) (err error) {
+	for _, w := range c.Warnings {
+		log.Warn(w)
+	}
+	if c.ProfilingDir != "" {
+		stop, err := cpuProfile(c.ProfilingDir)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
+	m, err := member.Start(member.Options{
+		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
+		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, SocketName: c.socketName,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	begin := time.Now()
+	l, err := m.OpenLog(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	e, err := engine.Open(ctx, engine.Options{Log: l, Logger: log})
+	if err != nil {
+		return fmt.Errorf("cannot load the data of %s: %w", c.StorageDir, err)
+	}
+	defer e.Close()
+	if err := createHealthKey(ctx, e); err != nil {
+		return fmt.Errorf("the datastore takes no writes: %w", err)
+	}
+	log.Info("data loaded", "revision", e.Rev(), "keys", e.Keys(), "seconds", time.Since(begin).Seconds())
+
+	metrics := newMetrics(e, m)
+	id := m.Node().ID
+	s := server.New(server.Options{
+		Engine: e, Logger: log, ClusterID: member.BootstrapID, MemberID: id, ClientURL: c.Listen,
+		ProgressInterval: c.ProgressInterval, Leader: m.HasLeader,
+	})
+	g := s.GRPC(grpc.ChainUnaryInterceptor(metrics.unary))
+	listener, err := listen(c.Listen)
+	if err != nil {
+		return err
+	}
+	// What ends by itself ends the daemon, with the reason.
+	fatal := make(chan error, 8)
+	var wg sync.WaitGroup
+	background := func(name string, fn func() error) {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			if err := fn(); err != nil {
+				fatal <- fmt.Errorf("%s: %w", name, err)
+			}
+		}()
+	}
+	run, stop := context.WithCancel(ctx)
+	defer func() {
+		stop()
+		done := make(chan struct{})
+		go func() {
+			s.Close()
+			g.GracefulStop()
+			close(done)
+		}()
+		select {
+		case <-done:
+		case <-time.After(shutdownTimeout / 3):
+			g.Stop() // a client that does not read its stream
+		}
+		wg.Wait()
+	}()
+	background("cannot serve the etcd API", func() error { return g.Serve(listener) })
+	if c.Metrics {
+		mux := http.NewServeMux()
+		mux.Handle("/metrics", promhttp.HandlerFor(metrics.registry, promhttp.HandlerOpts{}))
+		if err := serveHTTP(run, background, "metrics", c.MetricsListen, mux); err != nil {
+			return err
+		}
+	}
+	if c.Profiling {
+		mux := http.NewServeMux()
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+		if err := serveHTTP(run, background, "profiling", c.ProfilingListen, mux); err != nil {
+			return err
+		}
+	}
+	if c.StorageInterval > 0 {
+		background("low storage", func() error { return watchStorage(run, c, log) })
+	}
+	log.Info("serving", "listen", c.Listen, "member", m.Node().Address, "id", id)
+	if ready != nil {
+		ready()
+	}
+	select {
+	case <-ctx.Done():
+		log.Info("shutting down")
+		return nil
+	case err := <-fatal:
+		if errors.Is(err, errTerminate) {
+			log.Warn("stopping", "reason", err)
+			return nil
+		}
+		return err
+	}
+}
+
+func createHealthKey(ctx context.Context, e *engine.Engine) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	_, err := e.Txn(ctx, &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: []byte(HealthKey), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{}}},
+		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(HealthKey), Value: []byte(HealthValue)}}}},
+	}, 0)
+	return err
+}
+
+// listen binds --listen. A stale socket is removed, one that answers is not.
+func listen(where string) (net.Listener, error) {
+	network, address, err := splitListen(where)
+	if err != nil {
+		return nil, err
+	}
+	if network == "unix" {
+		if conn, err := net.DialTimeout("unix", address, time.Second); err == nil {
+			conn.Close()
+			return nil, fmt.Errorf("cannot listen on %s: another datastore answers there", address)
+		}
+		if err := os.Remove(address); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("cannot remove the stale socket: %w", err)
+		}
+		// Created with its mode: there is no moment at which others may connect.
+		defer syscall.Umask(syscall.Umask(0o177))
+	}
+	l, err := net.Listen(network, address)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s (from --listen): %w", address, err)
+	}
+	return l, nil
+}
+
+func serveHTTP(ctx context.Context, background func(string, func() error), name, address string, h http.Handler) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("cannot serve %s: %w; change --%s-listen", name, err, name)
+	}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
+	context.AfterFunc(ctx, func() { srv.Close() })
+	background("cannot serve "+name, func() error {
+		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	return nil
+}
+
+func cpuProfile(dir string) (stop func(), err error) {
+	f, err := os.Create(filepath.Join(dir, "cpu_profile.raw"))
+	if err != nil {
+		return nil, fmt.Errorf("cannot write a profile: %w", err)
+	}
+	if err := rpprof.StartCPUProfile(f); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("cannot profile: %w", err)
+	}
+	return func() { rpprof.StopCPUProfile(); f.Close() }, nil
+}
+
+var errTerminate = errors.New("free space is below --watch-storage-available-size-min-bytes")
+
+// watchStorage takes the chosen action when free space runs low, once each time.
+func watchStorage(ctx context.Context, c *Config, log *slog.Logger) error {
+	t := time.NewTicker(c.StorageInterval)
+	defer t.Stop()
+	low := false
+	for {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(c.StorageDir, &fs); err != nil {
+			log.Warn("cannot look at the free space", "directory", c.StorageDir, "error", err)
+		} else {
+			free := fs.Bavail * uint64(fs.Bsize)
+			was := low
+			low = free < c.StorageMin
+			switch {
+			case low && c.StorageAction == "terminate":
+				return errTerminate
+			case low && !was:
+				// A single member has nobody to hand over to.
+				log.Error("the disk is nearly full; writes will fail", "directory", c.StorageDir, "free", free, "action", c.StorageAction)
+			case was && !low:
+				log.Info("the disk has space again", "directory", c.StorageDir, "free", free)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+	}
+}

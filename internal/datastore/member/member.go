@@ -1,0 +1,360 @@
+// Package member runs this node's dqlite: it reads the storage directory, starts the node of
+// the C library, keeps its TLS port, and watches who leads. It leaves what is stored to
+// package log and everything above.
+package member
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	dslog "microk8s/internal/datastore/log"
+
+	dqlite "github.com/canonical/go-dqlite/v3"
+	"github.com/canonical/go-dqlite/v3/client"
+)
+
+// PeerProtocol is the ALPN name under which datastore daemons talk to each other on the port
+// that they share with dqlite. Connections without it are dqlite's.
+const PeerProtocol = "microk8s-datastore-1"
+
+const (
+	leaderPoll       = 100 * time.Millisecond // dqlite does not tell; asking costs some 50 µs
+	handshakeTimeout = 10 * time.Second
+)
+
+// Options of a Member.
+type Options struct {
+	Dir    string
+	Logger *slog.Logger
+
+	MinTLSVersion   uint16 // tls.VersionTLS12 if 0
+	TLSSessionCache int    // entries; 0 means none
+	DisableTLS      bool   // between members; only for tests of clusters on a trusted wire
+
+	// SocketName is the abstract Unix socket of the C node, with its "@". Default:
+	// "@dqlite-<id>", or "@snap.<instance>.dqlite-<id>" when SnapInstance is set, because
+	// AppArmor allows nothing else inside a snap.
+	SocketName, SnapInstance string
+}
+
+// Member is a running dqlite node. Its methods may be called from any goroutine.
+type Member struct {
+	opt    Options
+	node   Node
+	dir    directory
+	dqlite *dqlite.Node
+	listen net.Listener
+
+	leads  atomic.Bool // this node leads, as of the last poll
+	leader atomic.Bool // some node leads
+
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+
+	mu    sync.Mutex
+	conns map[net.Conn]struct{} // both ends of proxied connections
+}
+
+// Start prepares the directory, starts the node and begins to listen on its address. It does
+// not wait until the node leads; OpenLog does.
+func Start(opt Options) (_ *Member, err error) {
+	if opt.MinTLSVersion == 0 {
+		opt.MinTLSVersion = tls.VersionTLS12
+	}
+	d := directory{opt.Dir}
+	if fi, err := os.Stat(opt.Dir); err != nil || !fi.IsDir() {
+		return nil, fmt.Errorf("the storage directory %s is missing; run: microk8s start, or give the right --storage-dir", opt.Dir)
+	}
+	tuning, warnings, err := d.tuning()
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range warnings {
+		opt.Logger.Warn(w, "file", d.file(tuningFile))
+	}
+	domain, _, err := read(d, failureDomainFile, parseFailureDomain)
+	if err != nil {
+		return nil, err
+	}
+	// Before anything is changed: without the pair nothing can start.
+	listenTLS, dialTLS, err := d.keyPair(opt.MinTLSVersion, opt.TLSSessionCache)
+	if err != nil && !opt.DisableTLS {
+		return nil, err
+	}
+	node, err := d.prepare(func(n Node) error {
+		return dqlite.ReconfigureMembershipExt(opt.Dir, []dqlite.NodeInfo{{ID: n.ID, Address: n.Address, Role: client.Voter}})
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := CheckFiles(opt.Dir); err != nil {
+		return nil, err
+	}
+
+	m := &Member{opt: opt, node: node, dir: d, conns: map[net.Conn]struct{}{}}
+	if m.opt.SocketName == "" {
+		m.opt.SocketName = fmt.Sprintf("@dqlite-%d", node.ID)
+		if opt.SnapInstance != "" {
+			m.opt.SocketName = fmt.Sprintf("@snap.%s.dqlite-%d", opt.SnapInstance, node.ID)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	m.stop = cancel
+	defer func() {
+		if err != nil {
+			cancel()
+		}
+	}()
+
+	// The port first: dqlite would start writing, only to be stopped again.
+	m.listen, err = net.Listen("tcp", node.Address)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on this member's address %s (from %s): %w; is another datastore running?", node.Address, d.file(infoFile), err)
+	}
+	defer func() {
+		if err != nil {
+			m.listen.Close()
+		}
+	}()
+	if m.opt.DisableTLS {
+		listenTLS, dialTLS = nil, nil
+	}
+	strategy := dqlite.TrailingStrategyStatic
+	if tuning.Dynamic {
+		strategy = dqlite.TrailingStrategyDynamic
+	}
+	m.dqlite, err = dqlite.New(node.ID, node.Address, opt.Dir,
+		dqlite.WithBindAddress(m.opt.SocketName),
+		dqlite.WithDialFunc(m.dialPeer(ctx, dialTLS)),
+		dqlite.WithFailureDomain(domain),
+		dqlite.WithNetworkLatency(tuning.NetworkLatency),
+		dqlite.WithSnapshotParams(dqlite.SnapshotParams{Threshold: tuning.Threshold, Trailing: tuning.Trailing, Strategy: strategy}),
+		dqlite.WithAutoRecovery(false), // it makes damage good by dropping what was acknowledged
+	)
+	if err != nil {
+		return nil, fmt.Errorf("cannot create the dqlite node in %s: %w", opt.Dir, err)
+	}
+	if err = m.dqlite.Start(); err != nil {
+		return nil, fmt.Errorf("cannot start dqlite in %s: %w; if the files are damaged, restore the directory from a backup", opt.Dir, err)
+	}
+	m.wg.Add(2)
+	go m.accept(ctx, listenTLS)
+	go m.watchLeader(ctx)
+	return m, nil
+}
+
+func (d directory) tuning() (Tuning, []string, error) {
+	var warnings []string
+	t, ok, err := read(d, tuningFile, func(data []byte) (t Tuning, err error) {
+		t, warnings, err = parseTuning(data)
+		return t, err
+	})
+	if !ok {
+		t = DefaultTuning()
+	}
+	return t, warnings, err
+}
+
+// Node is who this member is.
+func (m *Member) Node() Node { return m.node }
+
+// HasLeader says whether this node knew of a leader when it was last asked, 100 ms ago at most.
+func (m *Member) HasLeader() bool { return m.leader.Load() }
+
+// Leads says whether this node led when it was last asked.
+func (m *Member) Leads() bool { return m.leads.Load() }
+
+// dialOwn connects to the own node.
+func (m *Member) dialOwn(ctx context.Context) (net.Conn, error) {
+	var d net.Dialer
+	return d.DialContext(ctx, "unix", m.opt.SocketName)
+}
+
+// Client connects to the own node with dqlite's administrative protocol.
+func (m *Member) Client(ctx context.Context) (*client.Client, error) {
+	return client.New(ctx, m.node.Address, client.WithLogFunc(m.logf),
+		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) { return m.dialOwn(ctx) }))
+}
+
+// OpenLog opens the log on the own node. It waits until the node leads, and says every ten
+// seconds what it waits for. An error other than ctx's will not go away by waiting.
+func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
+	const pause, report = 50 * time.Millisecond, 10 * time.Second
+	reported := time.Now()
+	for {
+		attempt, cancel := context.WithTimeout(ctx, 30*time.Second)
+		l, err := dslog.OpenDqlite(attempt, m.node.Address, m.dialOwn, m.logf)
+		cancel()
+		switch {
+		case err == nil:
+			return l, nil
+		case errors.Is(err, dslog.ErrForeign):
+			return nil, fmt.Errorf("%s was made by another program and is left as it is: %w; start it with the program that made it, and move the data with its backup", m.opt.Dir, err)
+		case ctx.Err() != nil:
+			return nil, fmt.Errorf("the datastore did not become usable: %w", err)
+		}
+		if time.Since(reported) >= report {
+			reported = time.Now()
+			m.opt.Logger.Warn("this member does not lead yet, so the datastore is not usable", "address", m.node.Address, "id", m.node.ID, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+	}
+}
+
+// logf receives the messages of go-dqlite. Its warnings are about attempts that are repeated.
+func (m *Member) logf(level client.LogLevel, format string, args ...any) {
+	if level >= client.LogError {
+		m.opt.Logger.Warn("dqlite: " + fmt.Sprintf(format, args...))
+		return
+	}
+	m.opt.Logger.Debug("dqlite: " + fmt.Sprintf(format, args...))
+}
+
+// watchLeader asks the own node who leads: dqlite has no other way to tell.
+func (m *Member) watchLeader(ctx context.Context) {
+	defer m.wg.Done()
+	t := time.NewTicker(leaderPoll)
+	defer t.Stop()
+	var c *client.Client
+	for {
+		if c == nil {
+			c, _ = m.Client(ctx)
+		}
+		known, own := false, false
+		if c != nil {
+			ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+			info, err := c.Leader(ask)
+			cancel()
+			if err != nil {
+				c.Close()
+				c = nil
+			} else if info != nil {
+				known, own = info.ID != 0, info.ID == m.node.ID
+			}
+		}
+		if was := m.leads.Swap(own); was != own {
+			m.opt.Logger.Info("leadership changed", "leads", own)
+		}
+		m.leader.Store(known)
+		select {
+		case <-ctx.Done():
+			if c != nil {
+				c.Close()
+			}
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// accept serves the member's address: dqlite's connections are copied to its socket.
+func (m *Member) accept(ctx context.Context, config *tls.Config) {
+	defer m.wg.Done()
+	for {
+		conn, err := m.listen.Accept()
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			m.opt.Logger.Warn("cannot accept a connection", "address", m.node.Address, "error", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(100 * time.Millisecond): // out of file descriptors, most likely
+			}
+			continue
+		}
+		m.wg.Add(1)
+		go func() {
+			defer m.wg.Done()
+			defer conn.Close()
+			remote := conn
+			if config != nil {
+				t := tls.Server(conn, config)
+				hs, cancel := context.WithTimeout(ctx, handshakeTimeout)
+				err := t.HandshakeContext(hs)
+				cancel()
+				if err != nil {
+					m.opt.Logger.Debug("refused a connection", "from", conn.RemoteAddr(), "error", err)
+					return
+				}
+				remote = t
+			}
+			local, err := m.dialOwn(ctx)
+			if err != nil {
+				m.opt.Logger.Warn("cannot reach the own dqlite node", "error", err)
+				return
+			}
+			m.join(ctx, remote, local)
+		}()
+	}
+}
+
+// join copies between two connections until one ends, and closes both.
+func (m *Member) join(ctx context.Context, a, b net.Conn) {
+	stop := context.AfterFunc(ctx, func() { a.Close(); b.Close() })
+	defer stop()
+	var wg sync.WaitGroup
+	for _, p := range [][2]net.Conn{{a, b}, {b, a}} {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			_, _ = io.Copy(p[0], p[1]) // either end closing is how connections end
+			a.Close()
+			b.Close()
+		}()
+	}
+	wg.Wait()
+}
+
+// dialPeer is how the C node connects to others. It takes a file descriptor, so that TLS is
+// spoken by a copying goroutine on the other end of a socket pair.
+func (m *Member) dialPeer(ctx context.Context, config *tls.Config) client.DialFunc {
+	return func(dial context.Context, address string) (net.Conn, error) {
+		var d net.Dialer
+		conn, err := d.DialContext(dial, "tcp", address)
+		if err != nil || config == nil {
+			return conn, err
+		}
+		t := tls.Client(conn, config)
+		if err := t.HandshakeContext(dial); err != nil {
+			conn.Close()
+			return nil, err
+		}
+		ours, theirs, err := socketPair()
+		if err != nil {
+			conn.Close()
+			return nil, err
+		}
+		go m.join(ctx, t, ours)
+		return theirs, nil
+	}
+}
+
+// Close stops the node. The log must be closed before.
+func (m *Member) Close() error {
+	m.stop()
+	m.listen.Close()
+	err := m.dqlite.Close()
+	m.wg.Wait()
+	if err != nil {
+		return fmt.Errorf("cannot stop dqlite: %w", err)
+	}
+	return nil
+}
+
+// Versions gives the versions of the C libraries, "sqlite", "dqlite" and "libuv", for display.
+func Versions() []string { return strings.Fields(libraryVersions()) }

@@ -1,0 +1,53 @@
+package member
+
+import (
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+/*
+#include <dqlite.h>
+#include <sqlite3.h>
+#include <uv.h>
+
+static int singleThread(void) { return sqlite3_config(SQLITE_CONFIG_SINGLETHREAD); }
+*/
+import "C"
+
+// All of SQLite runs on dqlite's one thread, so that its mutexes are not needed. The setting
+// must come before its first use; go-dqlite makes it too, except with the tag nosqlite3.
+func init() { C.singleThread() }
+
+// socketPair gives two connected Unix stream sockets.
+func socketPair() (net.Conn, net.Conn, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot make a socket pair: %w", err)
+	}
+	var conns [2]net.Conn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "socketpair")
+		conns[i], err = net.FileConn(f)
+		f.Close()
+		if err != nil {
+			for _, c := range conns {
+				if c != nil {
+					c.Close()
+				}
+			}
+			if i == 0 {
+				unix.Close(fds[1])
+			}
+			return nil, nil, fmt.Errorf("cannot use a socket pair: %w", err)
+		}
+	}
+	return conns[0], conns[1], nil
+}
+
+func libraryVersions() string {
+	v := int(C.dqlite_version_number())
+	return fmt.Sprintf("%s %d.%d.%d %s", C.GoString(C.sqlite3_libversion()), v/10000, v/100%100, v%100, C.GoString(C.uv_version_string()))
+}

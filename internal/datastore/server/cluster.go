@@ -1,0 +1,31 @@
+package server
+
+import (
+	"context"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+// MemberList is part of the Cluster service: one member, with the address of the caller. The
+// real members are behind it and not for etcd's clients, which would connect to them.
+func (s *Server) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberListResponse, error) {
+	return &pb.MemberListResponse{Header: s.now(), Members: []*pb.Member{{
+		ID: s.opt.MemberID, Name: "k8s-dqlite", ClientURLs: []string{s.opt.ClientURL}, PeerURLs: []string{s.opt.ClientURL},
+	}}}, nil
+}
+
+// Status is part of the Maintenance service.
+func (s *Server) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+	total, used := s.opt.Engine.Size()
+	h := s.now()
+	resp := &pb.StatusResponse{
+		Header: h, Version: Version, StorageVersion: "3.7.0", DbSize: total, DbSizeInUse: used,
+		RaftIndex: uint64(h.Revision), RaftAppliedIndex: uint64(h.Revision), RaftTerm: h.RaftTerm,
+	}
+	if s.opt.Leader() {
+		resp.Leader = s.opt.MemberID
+	} else {
+		resp.Errors = []string{"etcdserver: no leader"}
+	}
+	return resp, nil
+}

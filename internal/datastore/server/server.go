@@ -1,0 +1,158 @@
+// Package server speaks the etcd v3 API over an engine: the subset that Kubernetes and common
+// tools use, with etcd's error texts and codes. Every other call answers Unimplemented, which
+// clients understand as "not offered", unlike any other error.
+package server
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math"
+	"time"
+
+	"microk8s/internal/datastore/engine"
+	"microk8s/internal/datastore/state"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+)
+
+// Version is what Status reports. Clients conclude from it what the server can do: below
+// 3.5.13 API servers give up consistent reads from their cache, from 3.7 on there is RangeStream.
+const Version = "3.7.0"
+
+// etcd's limits.
+const (
+	maxRequestBytes = 1536 * 1024
+	maxReceiveBytes = 16 << 20 // read at all, to answer "request is too large" by name
+	maxTxnOps       = 128
+	requestTimeout  = 7 * time.Second // for a write to become durable
+)
+
+// Options of a Server.
+type Options struct {
+	Engine    *engine.Engine
+	Logger    *slog.Logger
+	ClusterID uint64
+	MemberID  uint64
+	ClientURL string // what MemberList gives as the address of the one member
+
+	// ProgressInterval is the period of progress notifications of idle watches that asked for them.
+	ProgressInterval time.Duration
+
+	// Leader says whether the node has a leader. Streams that require one end when it has
+	// had none for NoLeaderAfter. Nil means always.
+	Leader        func() bool
+	NoLeaderAfter time.Duration
+
+	// Barrier returns when every write acknowledged before the call is in the engine. Nil
+	// is right with a single voter.
+	Barrier func(context.Context) error
+}
+
+// Server is the etcd API. Make it with New.
+type Server struct {
+	pb.UnimplementedKVServer
+	pb.UnimplementedWatchServer
+	pb.UnimplementedLeaseServer
+	pb.UnimplementedClusterServer
+	pb.UnimplementedMaintenanceServer
+	pb.UnimplementedAuthServer
+
+	opt    Options
+	health *health.Server
+	stop   context.Context // ends streams at shutdown
+	cancel context.CancelFunc
+}
+
+// New makes the API server. Close ends its streams.
+func New(opt Options) *Server {
+	if opt.ProgressInterval <= 0 {
+		opt.ProgressInterval = 5 * time.Second
+	}
+	if opt.Leader == nil {
+		opt.Leader = func() bool { return true }
+	}
+	if opt.NoLeaderAfter <= 0 {
+		opt.NoLeaderAfter = 3 * time.Second
+	}
+	if opt.Barrier == nil {
+		opt.Barrier = func(context.Context) error { return nil }
+	}
+	s := &Server{opt: opt, health: health.NewServer()}
+	s.stop, s.cancel = context.WithCancel(context.Background())
+	s.health.SetServingStatus("", healthpb.HealthCheckResponse_SERVING)
+	return s
+}
+
+// GRPC makes a gRPC server with etcd's limits and this API on it.
+func (s *Server) GRPC(opts ...grpc.ServerOption) *grpc.Server {
+	opts = append([]grpc.ServerOption{
+		grpc.MaxRecvMsgSize(maxReceiveBytes),
+		grpc.MaxSendMsgSize(math.MaxInt32),
+		grpc.MaxConcurrentStreams(math.MaxUint32),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 2 * time.Hour, Timeout: 20 * time.Second}),
+	}, opts...)
+	g := grpc.NewServer(opts...)
+	pb.RegisterKVServer(g, s)
+	pb.RegisterWatchServer(g, s)
+	pb.RegisterLeaseServer(g, s)
+	pb.RegisterClusterServer(g, s)
+	pb.RegisterMaintenanceServer(g, s)
+	pb.RegisterAuthServer(g, s)
+	healthpb.RegisterHealthServer(g, s.health)
+	return g
+}
+
+// Close ends all streams and says NOT_SERVING.
+func (s *Server) Close() {
+	s.health.Shutdown()
+	s.cancel()
+}
+
+func (s *Server) header(rev int64) *pb.ResponseHeader {
+	return &pb.ResponseHeader{ClusterId: s.opt.ClusterID, MemberId: s.opt.MemberID, Revision: rev, RaftTerm: 1}
+}
+
+func (s *Server) now() *pb.ResponseHeader { return s.header(s.opt.Engine.Rev()) }
+
+// toGRPC turns an error into the one that etcd would send.
+func toGRPC(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, state.ErrCompacted):
+		return rpctypes.ErrGRPCCompacted
+	case errors.Is(err, state.ErrFutureRev):
+		return rpctypes.ErrGRPCFutureRev
+	case errors.Is(err, state.ErrLeaseNotFound):
+		return rpctypes.ErrGRPCLeaseNotFound
+	case errors.Is(err, state.ErrLeaseExists):
+		return rpctypes.ErrGRPCLeaseExist
+	case errors.Is(err, state.ErrKeyNotFound):
+		return rpctypes.ErrGRPCKeyNotFound
+	case errors.Is(err, state.ErrTooManyRows):
+		return rpctypes.ErrGRPCTooManyOps
+	case isNoSpace(err):
+		return rpctypes.ErrGRPCNoSpace
+	case errors.Is(err, engine.ErrNotApplied):
+		return rpctypes.ErrGRPCLeaderChanged
+	case errors.Is(err, engine.ErrStopped):
+		return rpctypes.ErrGRPCStopped
+	case errors.Is(err, context.DeadlineExceeded):
+		return rpctypes.ErrGRPCTimeout
+	case errors.Is(err, context.Canceled):
+		return status.Error(codes.Canceled, err.Error())
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	return status.Error(codes.Unavailable, err.Error())
+}

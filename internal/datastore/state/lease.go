@@ -1,0 +1,96 @@
+package state
+
+import (
+	"sort"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+)
+
+// StageGrant stages a lease. It counts from the Commit that makes it visible.
+func (s *State) StageGrant(id, ttl int64) error {
+	if s.leases[id] != nil {
+		return ErrLeaseExists
+	}
+	s.leases[id] = &Lease{ID: id, TTL: ttl}
+	s.stagedLeases = append(s.stagedLeases, id)
+	return nil
+}
+
+// StageExpire stages the deletion of up to max keys of a lease, each at a revision of its
+// own, and returns how many. A lease with none left can be dropped.
+func (s *State) StageExpire(id int64, max int) int {
+	keys := s.LeaseKeys(id)
+	if len(keys) > max {
+		keys = keys[:max]
+	}
+	for _, k := range keys {
+		s.stagedRev++
+		s.staged = append(s.staged, s.push(&Version{KV: mvccpb.KeyValue{Key: []byte(k), ModRevision: s.stagedRev}}))
+	}
+	return len(keys)
+}
+
+// LeaseKeys gives the keys of a lease in order, staged changes included.
+func (s *State) LeaseKeys(id int64) []string {
+	keys := make([]string, 0, len(s.attached[id]))
+	for k := range s.attached[id] {
+		keys = append(keys, k)
+	}
+	sort.Strings(keys)
+	return keys
+}
+
+// DropLease forgets a lease.
+func (s *State) DropLease(id int64) { delete(s.leases, id) }
+
+// Lease gives a copy of a lease.
+func (s *State) Lease(id int64) (Lease, bool) {
+	if l := s.leases[id]; l != nil {
+		return *l, true
+	}
+	return Lease{}, false
+}
+
+// Leases gives the ids of all leases in order.
+func (s *State) Leases() []int64 {
+	ids := make([]int64, 0, len(s.leases))
+	for id := range s.leases {
+		ids = append(ids, id)
+	}
+	sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
+	return ids
+}
+
+// RenewLease starts the countdown of a lease anew.
+func (s *State) RenewLease(id int64, now time.Time) (Lease, bool) {
+	l := s.leases[id]
+	if l == nil || l.Deadline.IsZero() {
+		return Lease{}, false
+	}
+	l.Deadline = now.Add(time.Duration(l.TTL) * time.Second)
+	return *l, true
+}
+
+// RestartLeases starts the countdown of all leases anew, as etcd does when leadership moves:
+// a lease may end late, never early.
+func (s *State) RestartLeases(now time.Time) {
+	for _, l := range s.leases {
+		l.Deadline = now.Add(time.Duration(l.TTL) * time.Second)
+	}
+}
+
+// Expired gives the leases whose time is over, and when the next one ends (zero: none).
+func (s *State) Expired(now time.Time) (ids []int64, next time.Time) {
+	for id, l := range s.leases {
+		switch {
+		case l.Deadline.IsZero(): // staged
+		case !l.Deadline.After(now):
+			ids = append(ids, id)
+		case next.IsZero() || l.Deadline.Before(next):
+			next = l.Deadline
+		}
+	}
+	sort.Slice(ids, func(i, j int) bool { return ids[i] < ids[j] })
+	return ids, next
+}
