@@ -3,6 +3,7 @@ package images
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -53,10 +55,7 @@ func StopAll(ctx context.Context, env snapenv.Env) error {
 	if left := killShims(env); left != nil {
 		return errors.Join(err, left)
 	}
-	if err != nil && !someState(env) {
-		return nil // all is down, whatever containerd had to say
-	}
-	return err
+	return ctx.Err() // all is down, whatever containerd had to say
 }
 
 func stopThroughContainerd(ctx context.Context, env snapenv.Env) error {
@@ -184,11 +183,6 @@ func taskDir(env snapenv.Env) string {
 	return filepath.Join(env.ContainerdState(), "io.containerd.runtime.v2.task", Namespace)
 }
 
-func someState(env snapenv.Env) bool {
-	entries, _ := os.ReadDir(taskDir(env))
-	return len(entries) > 0
-}
-
 // killShims ends what runs without containerd: the containers whose state is on disk, and the
 // shims that serve this installation's socket. Other containerds on the machine are not
 // touched.
@@ -211,13 +205,46 @@ func killShims(env snapenv.Env) error {
 			errs = append(errs, fmt.Errorf("cannot end containerd-shim %d: %w", pid, err))
 		}
 	}
+	return errors.Join(errs...)
+}
+
+// Discard forgets all containers without asking containerd, after [StopAll] and with
+// containerd stopped: it unmounts their file systems, removes their cgroups and what runc
+// noted of them. For reset and remove, which delete containerd's directories next; before a
+// mere restart it is not needed, containerd clears up by itself.
+func Discard(env snapenv.Env) error {
+	entries, _ := os.ReadDir(taskDir(env))
 	for _, e := range entries {
-		dir := filepath.Join(taskDir(env), e.Name())
-		if err := unix.Unmount(filepath.Join(dir, "rootfs"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
-			errs = append(errs, fmt.Errorf("cannot unmount the file system of container %s: %w", e.Name(), err))
-			continue // its directory is somebody's data as long as it is mounted
+		var spec struct {
+			Linux struct{ CgroupsPath string }
 		}
-		errs = append(errs, os.RemoveAll(dir))
+		data, err := os.ReadFile(filepath.Join(taskDir(env), e.Name(), "config.json"))
+		if err == nil && json.Unmarshal(data, &spec) == nil && strings.HasSuffix(spec.Linux.CgroupsPath, "/"+e.Name()) {
+			dirs, _ := filepath.Glob("/sys/fs/cgroup/*" + spec.Linux.CgroupsPath)
+			for _, dir := range append(dirs, "/sys/fs/cgroup"+spec.Linux.CgroupsPath) {
+				os.Remove(dir) // only an empty one goes
+			}
+		}
+		os.RemoveAll(env.HostPath(filepath.Join("run/containerd/runc", Namespace, e.Name())))
+	}
+	return errors.Join(unmountBelow(env.ContainerdState()), unmountBelow(env.ContainerdRoot()))
+}
+
+// unmountBelow unmounts everything mounted below dir, the last mounted first.
+func unmountBelow(dir string) error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return fmt.Errorf("cannot list mounts: %w", err)
+	}
+	slices.Reverse(mounts)
+	var errs []error
+	for _, m := range mounts {
+		if m.Mountpoint == dir {
+			continue // the directory itself may be a file system of the user's choice
+		}
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+			errs = append(errs, fmt.Errorf("cannot unmount %s: %w", m.Mountpoint, err))
+		}
 	}
 	return errors.Join(errs...)
 }
