@@ -66,21 +66,8 @@ type Parts struct {
 	// service has nothing to do on this node.
 	RunDaemon func(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) error
 
-	// StopContainers ends every container through containerd, which must be running.
+	// StopContainers ends every container; the kubelet must have been stopped before.
 	StopContainers func(ctx context.Context, env snapenv.Env) error
-
-	// Certificates re-issues certificates.
-	Certificates Certificates
-}
-
-// Certificates is what refresh-certs needs of the certificates of a node. No method restarts a
-// service.
-type Certificates interface {
-	// Reissue makes the named certificate anew (server.crt, front-proxy-client.crt, or ca.crt
-	// with everything signed by it) and writes the kubeconfigs that hold it.
-	Reissue(ctx context.Context, name string) error
-	// InstallCA takes over a CA certificate and its key (PEM) and re-issues what it signs.
-	InstallCA(ctx context.Context, cert, key []byte) error
 }
 
 // Failure is an error with an exit code and hints on what to do next, one per line.

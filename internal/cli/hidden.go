@@ -24,6 +24,9 @@ func (a *App) newDaemon() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if err := service.TieToSupervisor(a.getenv); err != nil {
+				return err
+			}
 			return a.Parts.RunDaemon(cmd.Context(), a.Env, name, a.daemonLog())
 		},
 	}

@@ -34,18 +34,16 @@ func (a *App) stop(ctx context.Context) error {
 		}
 		return explain("cannot stop the services", err)
 	}
-	if a.runs(ctx, service.Containerd) {
-		err := p.step("Ending the containers", func() error {
-			limit, cancel := context.WithTimeout(ctx, stopContainersWait)
-			defer cancel()
-			return a.Parts.StopContainers(limit, a.Env)
-		})
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err != nil {
-			p.say("not every container could be ended in order, the rest is killed: %v", err)
-		}
+	err = p.step("Ending the containers", func() error {
+		limit, cancel := context.WithTimeout(ctx, stopContainersWait)
+		defer cancel()
+		return a.Parts.StopContainers(limit, a.Env)
+	})
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err != nil {
+		p.say("not every container could be ended in order, the rest is killed: %v", err)
 	}
 	if err := p.step("Stopping the other services", func() error { return a.Services.Stop(ctx) }); err != nil {
 		return explain("cannot stop the services", err)
@@ -55,18 +53,4 @@ func (a *App) stop(ctx context.Context) error {
 	}
 	p.say("The node is stopped. Start it again with: microk8s start")
 	return nil
-}
-
-// runs says whether a service runs; where that cannot be told it does not.
-func (a *App) runs(ctx context.Context, name string) bool {
-	states, err := a.Services.Status(ctx)
-	if err != nil {
-		return false
-	}
-	for _, s := range states {
-		if s.Name == name {
-			return s.Phase == service.Running
-		}
-	}
-	return false
 }

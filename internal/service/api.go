@@ -171,9 +171,16 @@ func (c *Client) Status(ctx context.Context) ([]State, error) {
 	return states, err
 }
 
-// absent says whether err means that no supervisor listens, or not for long any more.
+// absent says whether err means that no supervisor listens, or not for long any more. One
+// that was killed still takes connections for a moment and closes them without an answer;
+// asking a new one again is right, since every request may be repeated.
 func absent(err error) bool {
-	return errors.Is(err, errEnding) || errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)
+	for _, sign := range []error{errEnding, syscall.ENOENT, syscall.ECONNREFUSED, syscall.ECONNRESET, syscall.EPIPE, io.EOF, io.ErrUnexpectedEOF} {
+		if errors.Is(err, sign) {
+			return true
+		}
+	}
+	return false
 }
 
 func (c *Client) call(ctx context.Context, method, path string, names []string) ([]State, error) {

@@ -30,6 +30,10 @@ func TestMain(m *testing.M) {
 		case "supervise":
 			os.Exit(helperSupervise())
 		case "daemon":
+			if err := TieToSupervisor(os.Getenv); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				os.Exit(1)
+			}
 			script := filepath.Join(os.Getenv("SNAP"), "svc", os.Args[2])
 			err := syscall.Exec("/bin/sh", []string{"sh", script}, os.Environ())
 			fmt.Fprintln(os.Stderr, err)
@@ -362,6 +366,7 @@ func TestKilledSupervisor(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.eventually("the supervisor is gone", func() bool { return !alive(sup) })
+	h.eventually("its services have ended without it", func() bool { return len(h.left()) == 0 })
 	h.start()
 	s := h.state(Kubelite)
 	if s.Phase != Running || s.PID == old {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -229,7 +230,7 @@ func (u *unit) spawn() (*process, error) {
 	defer null.Close()
 	p, err := u.sup.reaper.spawn(argv[0], argv, &os.ProcAttr{
 		Dir:   "/",
-		Env:   u.sup.Environ,
+		Env:   append(slices.Clip(u.sup.Environ), fmt.Sprintf("%s=%d", supervisorVar, os.Getpid())),
 		Files: []*os.File{null, w, w},
 		// The main process is told when the supervisor dies, however that happens.
 		Sys: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGTERM},

@@ -1,0 +1,241 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"microk8s/internal/certs"
+	"microk8s/internal/snapenv"
+)
+
+// Exit codes of refresh-certs (cli.md 1.12).
+const (
+	exitNothingChosen = 3
+	exitCertInfo      = 4 // also: undo failed
+	exitBackup        = 10
+	exitReissue       = 20
+	exitCAMissing     = 30
+	exitCAKey         = 31
+	exitCACert        = 32
+)
+
+type refreshOptions struct {
+	undo, check bool
+	cert        string
+	caDir       string
+}
+
+// refreshable are the values of --cert and what their certificates are called.
+var refreshable = []struct{ file, title string }{
+	{"ca.crt", "CA"}, {"server.crt", "server"}, {"front-proxy-client.crt", "front proxy client"},
+}
+
+func (a *App) newRefreshCerts() *cobra.Command {
+	o := refreshOptions{}
+	cmd := &cobra.Command{
+		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check] [-e|--cert server.crt|front-proxy-client.crt|ca.crt]",
+		Short: "Check, renew or replace the certificates of this node",
+		Long: `Check, renew or replace the certificates of this node. Certificates other than that of the
+CA are renewed by themselves before they expire.
+
+Replace the CA certificates with the ca.crt and ca.key found in CA_DIR, or renew one
+certificate with --cert. A new CA has a new key: nodes that joined this one must leave and
+join again.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return &usageError{cmd, fmt.Errorf("Got unexpected extra argument (%s)", args[1])}
+			}
+			if len(args) == 1 {
+				if fi, err := os.Stat(args[0]); err != nil || !fi.IsDir() {
+					return &usageError{cmd, fmt.Errorf("Invalid value for '[CA_DIR]': Path '%s' does not exist.", args[0])}
+				}
+				o.caDir = args[0]
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := a.refreshOptionsOK(cmd, o); err != nil {
+				return err
+			}
+			if err := a.rootOnly(); err != nil {
+				return err
+			}
+			return a.refreshCerts(cmd.Context(), o)
+		},
+	}
+	cmd.Flags().BoolVarP(&o.undo, "undo", "u", false, "go back to the certificates of the last backup")
+	cmd.Flags().BoolVarP(&o.check, "check", "c", false, "say when the certificates expire")
+	cmd.Flags().StringVarP(&o.cert, "cert", "e", "", "renew this certificate: server.crt, front-proxy-client.crt or ca.crt")
+	_ = cmd.RegisterFlagCompletionFunc("cert", cobra.FixedCompletions([]string{"server.crt", "front-proxy-client.crt", "ca.crt"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// refreshOptionsOK refuses combinations, in upstream's order and words.
+func (a *App) refreshOptionsOK(cmd *cobra.Command, o refreshOptions) error {
+	chosen := 0
+	for _, on := range []bool{o.undo, o.check, o.cert != ""} {
+		if on {
+			chosen++
+		}
+	}
+	switch {
+	case o.caDir != "" && chosen > 0:
+		fmt.Fprintln(a.Out, "Please do not set any options in combination with the CA_DIR.")
+		return exitError(ExitError)
+	case chosen > 1:
+		fmt.Fprintln(a.Out, "Please select only one of the options -c, -u or -e.")
+		return exitError(ExitUsage)
+	case o.cert != "" && !slices.ContainsFunc(refreshable, func(r struct{ file, title string }) bool { return r.file == o.cert }):
+		return &usageError{cmd, fmt.Errorf("Invalid value for '-e' / '--cert': '%s' is not one of 'server.crt', 'front-proxy-client.crt', 'ca.crt'.", o.cert)}
+	}
+	return nil
+}
+
+func (a *App) refreshCerts(ctx context.Context, o refreshOptions) error {
+	store := certs.New(a.Env, certs.Options{Log: a.log()})
+	switch {
+	case o.check:
+		return a.checkCerts(store)
+	case o.undo:
+		return a.undoCerts(ctx, store)
+	case o.cert != "":
+		return a.renewCert(ctx, store, o.cert)
+	case o.caDir != "":
+		return a.installCA(ctx, store, o.caDir)
+	}
+	fmt.Fprint(a.Out, `Please choose what to refresh with one of:
+    microk8s refresh-certs --cert server.crt
+    microk8s refresh-certs --cert front-proxy-client.crt
+    microk8s refresh-certs --cert ca.crt
+Refreshing ca.crt makes a new CA: nodes that joined this one must leave and join again.
+See when they expire with: microk8s refresh-certs --check
+`)
+	return exitError(exitNothingChosen)
+}
+
+func (a *App) checkCerts(store *certs.Store) error {
+	for _, r := range refreshable {
+		days, err := store.DaysLeft(strings.TrimSuffix(r.file, ".crt"))
+		if err != nil {
+			return &Failure{Err: fmt.Errorf("Failed to get certificate info. %w", err), Code: exitCertInfo}
+		}
+		fmt.Fprintf(a.Out, "The %s certificate will expire in %d days.\n", r.title, days)
+	}
+	return nil
+}
+
+func (a *App) undoCerts(ctx context.Context, store *certs.Store) error {
+	if _, err := os.Stat(store.BackupDir()); errors.Is(err, os.ErrNotExist) {
+		fmt.Fprintln(a.Out, "No previous backup found")
+		return exitError(ExitError)
+	}
+	if err := store.Undo(); err != nil {
+		return &Failure{Err: fmt.Errorf("Failed to recover certificates: %w", err), Code: exitCertInfo,
+			Hints: []string{"mend that and run the same command again"}}
+	}
+	fmt.Fprintln(a.Out, "Restarting, please wait.")
+	err := a.stop(ctx)
+	if err == nil {
+		err = a.start(ctx, false)
+	}
+	if err != nil {
+		return &Failure{Err: fmt.Errorf("Failed to start MicroK8s after reverting the certificates: %w", err), Code: exitCertInfo}
+	}
+	return nil
+}
+
+func (a *App) backupCerts(store *certs.Store) error {
+	fmt.Fprintf(a.Out, "Taking a backup of the current certificates under %s\n", store.BackupDir())
+	if err := store.Backup(); err != nil {
+		return &Failure{Err: err, Code: exitBackup}
+	}
+	return nil
+}
+
+func (a *App) renewCert(ctx context.Context, store *certs.Store, file string) error {
+	if err := a.backupCerts(store); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.Out, "Creating new certificates")
+	var err error
+	restart := []string{"kubelite"}
+	switch file {
+	case "ca.crt":
+		fmt.Fprintln(a.Out, "Creating new kubeconfig file")
+		_, err = store.ReplaceCA(ctx, "")
+		restart = append(restart, "cluster-agent")
+	case "server.crt":
+		_, err = store.Reissue(ctx, strings.TrimSuffix(file, ".crt"))
+		restart = append(restart, "cluster-agent")
+	default:
+		_, err = store.Reissue(ctx, strings.TrimSuffix(file, ".crt"))
+	}
+	if err != nil {
+		fmt.Fprintln(a.Err, "Failed to produce new certificates. Reverting.")
+		return &Failure{Err: errors.Join(err, store.Undo()), Code: exitReissue}
+	}
+	if err := a.restart(ctx, restart); err != nil {
+		return err
+	}
+	if file == "ca.crt" {
+		a.newCANotice()
+	}
+	return nil
+}
+
+func (a *App) installCA(ctx context.Context, store *certs.Store, dir string) error {
+	fmt.Fprintln(a.Out, "Validating provided certificates")
+	if err := store.ValidateCA(dir); err != nil {
+		f := &Failure{Err: err, Code: exitCAMissing}
+		switch {
+		case errors.Is(err, certs.ErrKey):
+			f.Code = exitCAKey
+		case errors.Is(err, certs.ErrCert):
+			f.Code = exitCACert
+		}
+		return f
+	}
+	if err := a.backupCerts(store); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.Out, "Installing provided certificates")
+	fmt.Fprintln(a.Out, "Creating new kubeconfig file")
+	if _, err := store.ReplaceCA(ctx, dir); err != nil {
+		fmt.Fprintln(a.Err, "Failed to produce new certificates. Reverting.")
+		return &Failure{Err: errors.Join(err, store.Undo()), Code: exitReissue}
+	}
+	if err := a.restart(ctx, []string{"kubelite", "cluster-agent"}); err != nil {
+		return err
+	}
+	a.newCANotice()
+	return nil
+}
+
+func (a *App) newCANotice() {
+	fmt.Fprint(a.Out, `
+The CA certificates have been replaced. Kubernetes will restart the pods of your workloads.
+Any worker nodes you may have in your cluster need to be removed and re-joined to become
+aware of the new CA.
+`)
+}
+
+// restart restarts services so that they use what has changed. On a stopped node nothing runs
+// that would have to.
+func (a *App) restart(ctx context.Context, names []string) error {
+	if a.Env.Locked(snapenv.LockStopped) {
+		return nil
+	}
+	for _, n := range names {
+		fmt.Fprintf(a.Out, "Restarting service %s.\n", n)
+		if err := a.Services.Restart(ctx, n); err != nil {
+			return failf("the certificates are in place; restart the node with microk8s stop and microk8s start", "cannot restart %s: %w", n, err)
+		}
+	}
+	return nil
+}

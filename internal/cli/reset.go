@@ -1,0 +1,122 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"microk8s/internal/cli/reset"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/status"
+)
+
+// resetWait is how long reset waits for the node to be usable, before and after.
+const resetWait = 30 * time.Second
+
+func (a *App) newReset() *cobra.Command {
+	destroy := true
+	cmd := &cobra.Command{
+		Use:   "reset [--destroy-storage[=true|false]]",
+		Short: "Return the node to its initial state",
+		Long: `Return the MicroK8s node to the default initial state: everything that runs in the cluster
+and everything it knows is deleted, without asking. Argument files, certificates, and with
+--destroy-storage=false the data of volumes, are kept.
+
+It may be interrupted and run again. It is for clusters of one node.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.reset(cmd.Context(), destroy) },
+	}
+	cmd.Flags().BoolVar(&destroy, "destroy-storage", true, "delete the data of volumes on this node too")
+	return cmd
+}
+
+func (a *App) reset(ctx context.Context, destroy bool) error {
+	prober := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	wait, cancel := context.WithTimeout(ctx, resetWait)
+	defer cancel()
+	report := prober.WaitReady(wait)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", a.Env.AdminKubeconfig())
+	if err != nil {
+		return fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	cleaner, err := reset.New(cfg)
+	if err != nil {
+		return fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	nodes, err := cleaner.Dynamic.Resource(schema.GroupVersionResource{Version: "v1", Resource: "nodes"}).List(wait, metav1.ListOptions{})
+	if err != nil {
+		fmt.Fprintln(a.Out, "Failed to query the cluster nodes.")
+		f := &Failure{Err: fmt.Errorf("cannot reset: %w", err)}
+		for _, p := range report.Problems {
+			f.Hints = append(f.Hints, p.String())
+		}
+		return f
+	}
+	if len(nodes.Items) > 1 {
+		fmt.Fprintln(a.Out, "This is a multi-node MicroK8s deployment. Reset is applicable for single node clusters.")
+		fmt.Fprintln(a.Out, "Please remove all joined nodes before calling reset.")
+		return exitError(ExitOK)
+	}
+	p := a.progress()
+	cleaner.KeepVolumes = !destroy
+	cleaner.Say = p.say
+	p.say("Removing everything from the cluster")
+	if err := cleaner.Clean(ctx); err != nil {
+		if errors.Is(err, context.Canceled) {
+			return err
+		}
+		return failf("run microk8s reset again", "%w", err)
+	}
+	p.say("Restarting cluster")
+	if err := a.stop(ctx); err != nil {
+		return err
+	}
+	if destroy {
+		if err := p.step("Deleting the data of volumes", func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
+			return explain("cannot delete the data of volumes", err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(a.Env.Data, "bin")); err != nil {
+		return explain("cannot delete the programs of addons", err)
+	}
+	// The second lock makes the user's own CNI be applied again.
+	for _, lock := range []string{"no-cert-reissue", "cni-loaded"} {
+		if err := removeLock(a.Env, lock); err != nil {
+			return err
+		}
+	}
+	if err := a.start(ctx, false); err != nil {
+		return err
+	}
+	if a.Env.Locked(snapenv.LockStopped) {
+		return exitError(ExitError)
+	}
+	return nil
+}
+
+// emptyDir deletes what is in a folder, which itself, a mount point maybe, stays.
+func emptyDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return errors.Join(errs...)
+}
