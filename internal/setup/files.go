@@ -137,7 +137,7 @@ func (in *Installer) directories(context.Context) error {
 	for _, dir := range []string{
 		in.Env.ArgsDir(), in.Env.CNIConf(), in.Env.CertsDir(), in.Env.CredentialsDir(), in.Env.LocksDir(),
 		filepath.Join(in.Env.Data, "tmp"), filepath.Join(in.Env.Data, "var/log"), filepath.Join(in.Env.Data, "var/tmp"),
-		filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(),
+		filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(), filepath.Join(in.Env.Common, "hooks"),
 		filepath.Join(in.Env.Common, "hooks/reconcile.d"), filepath.Join(in.Env.Common, "hooks/post-refresh.d"), filepath.Join(in.Env.Common, "hooks/remove.d"),
 		filepath.Join(in.Env.Common, "etc/launcher"), filepath.Join(in.Env.Common, "etc/sideload"),
 	} {
