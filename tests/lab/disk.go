@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -31,7 +32,7 @@ func (l *Lab) Disk(ctx context.Context, name string, size int64) error {
 		if err != nil {
 			return err
 		}
-		on := h.Init.alive()
+		on := h.up()
 		if err := l.powerOff(ctx, h); err != nil {
 			return err
 		}
@@ -200,7 +201,11 @@ func (l *Lab) waitImageFree(ctx context.Context, name string) error {
 }
 
 func run(ctx context.Context, name string, args ...string) error {
-	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // never two at work on one disk
+	runtime.LockOSThread()                                             // the signal comes when the starting thread ends
+	defer runtime.UnlockOSThread()
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%s: %w: %s", name, err, lastLine(string(out)))
 	}

@@ -106,6 +106,25 @@ func (l *Lab) Dial(ctx context.Context, name, network, address string) (net.Conn
 	return conn, err
 }
 
+// Listen listens in a host's network, for tests that need somebody to talk to.
+func (l *Lab) Listen(ctx context.Context, name, network, address string) (net.Listener, error) {
+	h, err := l.running(name)
+	if err != nil {
+		return nil, err
+	}
+	var listener net.Listener
+	err = onThread(func() error {
+		if err := enter(h.Init, "net"); err != nil {
+			return err
+		}
+		var lc net.ListenConfig
+		var err error
+		listener, err = lc.Listen(ctx, network, address)
+		return err
+	})
+	return listener, err
+}
+
 // running gives the record of a host that runs and is not paused.
 func (l *Lab) running(name string) (*host, error) {
 	h, err := l.load(name)

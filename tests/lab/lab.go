@@ -150,7 +150,7 @@ func (l *Lab) Up(ctx context.Context, name string, opt Options) error {
 			return err
 		}
 		if l.snap != "" && l.snap != h.Snap {
-			if h.Init.alive() {
+			if h.up() {
 				return fmt.Errorf("cannot give %s the product in %s: it runs with %q; switch it off first with lab kill %s", name, l.snap, h.Snap, name)
 			}
 			h.Snap = l.snap

@@ -30,10 +30,11 @@ func mac(h *host) net.HardwareAddr { return net.HardwareAddr{0x02, 0x4d, 0x38, 0
 // lives exactly as long as this process; hosts that run already are attached to a new one.
 func (l *Lab) ensureSwitch(ctx context.Context) (process, error) {
 	s := l.loadShared()
-	if s.Switch.alive() {
+	if s.Ready && s.Switch.alive() {
 		return s.Switch, nil
 	}
-	if err := l.removeCgroups(ctx, switchGroup); err != nil { // one whose record was lost
+	s.Ready = false
+	if err := l.removeCgroups(ctx, switchGroup); err != nil { // one whose record was lost or never completed
 		return process{}, err
 	}
 	if _, err := l.makeCgroups(switchGroup); err != nil {
@@ -87,13 +88,14 @@ func (l *Lab) ensureSwitch(ctx context.Context) (process, error) {
 		return process{}, err
 	}
 	for _, name := range names {
-		if h, err := l.load(name); err == nil && h.Init.alive() {
+		if h, err := l.load(name); err == nil && h.up() {
 			if err := l.attach(h, s.Switch); err != nil {
 				return process{}, err
 			}
 		}
 	}
-	return s.Switch, nil
+	s.Ready = true
+	return s.Switch, l.saveShared(s)
 }
 
 // stopSwitch ends the switch process and with it the bridge.

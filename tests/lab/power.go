@@ -18,7 +18,7 @@ import (
 
 // boot switches a host on, unless it is on already.
 func (l *Lab) boot(ctx context.Context, h *host) error {
-	if h.Init.alive() {
+	if h.up() {
 		_, err := l.ensureSwitch(ctx) // mends the network if the switch was killed
 		return err
 	}
@@ -97,6 +97,7 @@ func (l *Lab) launch(ctx context.Context, h *host, sw process, cfg initConfig) e
 		return err
 	}
 	go cmd.Wait() // reap it should it end before this program
+	h.Booted = false
 	if h.Init, err = identify(cmd.Process.Pid); err != nil {
 		return err
 	}
@@ -127,8 +128,12 @@ func (l *Lab) launch(ctx context.Context, h *host, sw process, cfg initConfig) e
 		}
 		return errors.New(msg)
 	}
-	return nil
+	h.Booted = true
+	return l.save(h)
 }
+
+// up says whether the host is switched on, paused or not.
+func (h *host) up() bool { return h.Booted && h.Init.alive() }
 
 // wait returns when the process is gone.
 func (p process) wait(ctx context.Context) error {
@@ -178,7 +183,7 @@ func (l *Lab) freeze(ctx context.Context, name string, frozen bool) error {
 		if err != nil {
 			return err
 		}
-		if !h.Init.alive() {
+		if !h.up() {
 			return fmt.Errorf("cannot pause or resume %s: %w", name, ErrNotRunning)
 		}
 		list, _, err := hierarchies()
@@ -243,7 +248,7 @@ func waitFrozen(ctx context.Context, dir string, y hierarchy, frozen bool) error
 
 // state of a host now.
 func (l *Lab) state(h *host) State {
-	if !h.Init.alive() {
+	if !h.up() {
 		return Off
 	}
 	list, _, _ := hierarchies()

@@ -37,11 +37,13 @@ type host struct {
 	Prepared     bool    `json:"prepared,omitempty"` // its root is complete
 	Disk         int64   `json:"disk,omitempty"`
 	Init         process `json:"init"`
+	Booted       bool    `json:"booted"` // Init has set the host up; without it, Init may be about to end
 }
 
 // shared is what the hosts of a lab have in common, kept in lab.json.
 type shared struct {
 	Switch process     `json:"switch"`
+	Ready  bool        `json:"ready"`          // the bridge is up
 	Cuts   [][2]string `json:"cuts,omitempty"` // second "*": from everybody
 }
 

@@ -437,7 +437,7 @@ func parseSize(s string) (int64, error) {
 		norm = strings.TrimSuffix(norm, "I") + "i"
 	}
 	q, err := resource.ParseQuantity(norm)
-	if err != nil || q.Sign() < 0 {
+	if err != nil || q.Sign() < 0 || s[0] < '0' || s[0] > '9' {
 		return 0, fmt.Errorf("cannot use %q as a size: write a number of bytes, or 500M, 2Gi", s)
 	}
 	return q.Value(), nil
