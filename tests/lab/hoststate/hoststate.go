@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/moby/sys/mountinfo"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -190,18 +191,34 @@ func nft() ([]string, error) {
 	return strings.Split(strings.TrimSpace(string(out)), "\n"), nil
 }
 
+// cgroups lists the top-level cgroups of each hierarchy, and all below those of labs and of
+// Kubernetes. What an init system does below its own is its business.
 func cgroups() ([]string, error) {
+	tops, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		return nil, err
+	}
 	var lines []string
-	err := filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil // removed meanwhile
-		}
-		if err == nil && d.IsDir() {
+	for _, top := range tops {
+		err := filepath.WalkDir(top.Mountpoint, func(path string, d fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil // removed meanwhile
+			}
+			if err != nil || !d.IsDir() {
+				return err
+			}
 			lines = append(lines, path)
+			rel, err := filepath.Rel(top.Mountpoint, path)
+			if err == nil && rel != "." && !strings.HasPrefix(rel, "microk8s") && !strings.HasPrefix(rel, "kube") {
+				return fs.SkipDir
+			}
+			return err
+		})
+		if err != nil {
+			return nil, err
 		}
-		return err
-	})
-	return lines, err
+	}
+	return lines, nil
 }
 
 func loops() ([]string, error) {
