@@ -1,0 +1,92 @@
+// Package agent is the program cluster-agent: its flags, and the wiring of the HTTPS server with
+// the duties that go on beside it.
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+
+	"microk8s/cluster-agent/renewal"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/certs"
+	"microk8s/internal/snapenv"
+)
+
+// Flags are the program's (cluster-agent.md 1.1).
+type Flags struct {
+	Bind, CertFile, KeyFile string
+	Timeout                 time.Duration
+	Metrics                 bool
+	MinTLS                  uint16
+}
+
+// Parse reads the command line. Help goes to out, and gives pflag.ErrHelp.
+func Parse(argv []string, out io.Writer) (Flags, error) {
+	var f Flags
+	var seconds int
+	var minTLS string
+	set := pflag.NewFlagSet("cluster-agent", pflag.ContinueOnError)
+	set.SetOutput(out)
+	set.StringVar(&f.Bind, "bind", "0.0.0.0:25000", "address and port to listen on")
+	set.StringVar(&f.CertFile, "certfile", "", "serving certificate")
+	set.StringVar(&f.KeyFile, "keyfile", "", "its key")
+	set.IntVar(&seconds, "timeout", 240, "seconds that one call may take")
+	set.BoolVar(&f.Metrics, "enable-metrics", false, "serve /metrics")
+	set.StringVar(&minTLS, "min-tls-version", "tls12", "tls12 or tls13")
+	if err := set.Parse(argv); err != nil {
+		return f, err
+	}
+	f.Timeout = time.Duration(seconds) * time.Second
+	versions := map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
+	f.MinTLS = versions[minTLS]
+	switch {
+	case set.NArg() > 0:
+		return f, fmt.Errorf("unknown argument %q", set.Arg(0))
+	case f.MinTLS == 0:
+		return f, fmt.Errorf("cannot use --min-tls-version=%s: only tls12 and tls13 are safe", minTLS)
+	case seconds < 1:
+		return f, fmt.Errorf("cannot use --timeout=%d: it is at least 1 second", seconds)
+	case f.CertFile == "" || f.KeyFile == "":
+		return f, errors.New("--certfile and --keyfile are needed")
+	}
+	if _, _, err := net.SplitHostPort(f.Bind); err != nil {
+		return f, fmt.Errorf("cannot use --bind=%s: %w", f.Bind, err)
+	}
+	return f, nil
+}
+
+// Restarter restarts services of this node.
+type Restarter interface {
+	Restart(ctx context.Context, names ...string) error
+}
+
+// Run serves, and keeps certificates in order, until ctx ends.
+func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log *slog.Logger) error {
+	srv, err := server.New(server.Options{
+		CertFile: f.CertFile, KeyFile: f.KeyFile, MinTLS: f.MinTLS, Timeout: f.Timeout, Metrics: f.Metrics, Log: log,
+	})
+	if err != nil {
+		return fmt.Errorf("%w; make it anew with: sudo microk8s refresh-certs -e server.crt", err)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.Bind)
+	if err != nil {
+		return fmt.Errorf("cannot listen on %s: %w; another program has the port, or set --bind in %s", f.Bind, err, env.Args("cluster-agent"))
+	}
+	log.Info("listening", "address", listener.Addr().String())
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return srv.Serve(ctx, listener) })
+	group.Go(func() error {
+		keeper := &renewal.Keeper{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
+		return keeper.Run(ctx)
+	})
+	return group.Wait()
+}

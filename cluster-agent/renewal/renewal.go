@@ -1,0 +1,161 @@
+// Package renewal keeps a running node's certificates in order: it looks when the host's
+// addresses change, when somebody edits the names or a file disappears, and when the next
+// certificate becomes due, and then lets internal/certs do what is needed. Only services that
+// cannot read a new certificate by themselves are restarted.
+package renewal
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	"github.com/vishvananda/netlink"
+
+	"microk8s/internal/certs"
+	"microk8s/internal/snapenv"
+)
+
+// Store is what is kept in order.
+type Store interface {
+	Renew(ctx context.Context) (certs.Change, error)
+	NextRenewal() time.Time
+}
+
+var _ Store = (*certs.Store)(nil)
+
+// Keeper is the loop. Set the first four fields; the others have defaults.
+type Keeper struct {
+	Env   snapenv.Env
+	Store Store
+	// Restart restarts services by name. An error makes the Keeper try again.
+	Restart func(ctx context.Context, names ...string) error
+	Log     *slog.Logger
+
+	// Addresses gives a channel that is sent to when an address of the host changes; it is
+	// closed when watching ends. nil means the kernel's.
+	Addresses func(ctx context.Context) (<-chan struct{}, error)
+	Settle    time.Duration // quiet time after an event before acting; 2 s by default
+	Retry     time.Duration // after a failure; a minute by default
+	Done      func()        // called after each look; for tests
+}
+
+// longest is the longest time between two looks, in case an event was lost or the clock jumped.
+const longest = 12 * time.Hour
+
+// Run keeps going until ctx ends.
+func (k *Keeper) Run(ctx context.Context) error {
+	if k.Addresses == nil {
+		k.Addresses = hostAddresses
+	}
+	if k.Settle == 0 {
+		k.Settle = 2 * time.Second
+	}
+	if k.Retry == 0 {
+		k.Retry = time.Minute
+	}
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("cannot watch the certificates: %w", err)
+	}
+	defer watcher.Close()
+	for _, dir := range []string{k.Env.CertsDir(), k.Env.CredentialsDir()} {
+		if err := watcher.Add(dir); err != nil {
+			return fmt.Errorf("cannot watch the certificates: %w", err)
+		}
+	}
+	addresses, err := k.Addresses(ctx)
+	if err != nil {
+		k.Log.Warn("changes of addresses are noticed late", "error", err)
+	}
+	pending := []string{} // services still to be restarted
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, open := <-addresses:
+			if !open {
+				addresses = nil
+				k.Log.Warn("changes of addresses are noticed late from now on")
+			}
+			timer.Reset(k.Settle)
+		case e := <-watcher.Events:
+			if interesting(e) {
+				timer.Reset(k.Settle)
+			}
+		case err := <-watcher.Errors:
+			k.Log.Warn("a change of a certificate may have been missed", "error", err)
+			timer.Reset(k.Settle)
+		case <-timer.C:
+			timer.Reset(k.look(ctx, &pending))
+			if k.Done != nil {
+				k.Done()
+			}
+		}
+	}
+}
+
+// interesting leaves out temporary files and what is only read.
+func interesting(e fsnotify.Event) bool {
+	name := filepath.Base(e.Name)
+	return name[0] != '.' && name != "csr.conf" && name != "csr.conf.rendered" && !e.Op.Has(fsnotify.Chmod)
+}
+
+// look puts things in order and says when to look again.
+func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
+	change, err := k.Store.Renew(ctx)
+	for _, name := range change.Restart {
+		if !slices.Contains(*pending, name) {
+			*pending = append(*pending, name)
+		}
+	}
+	if len(change.Issued) > 0 {
+		k.Log.Info("certificates were issued", "names", change.Issued, "restart", change.Restart)
+	}
+	switch {
+	case len(*pending) == 0:
+	case k.Env.Locked("join-in-progress"), k.Env.Locked(snapenv.LockStopped):
+		err = errors.Join(err, errors.New("services are not restarted while the node joins or is stopped"))
+	default:
+		if restartErr := k.Restart(ctx, *pending...); restartErr != nil {
+			err = errors.Join(err, fmt.Errorf("cannot restart %v, which still use an old certificate: %w", *pending, restartErr))
+		} else {
+			*pending = nil
+		}
+	}
+	if err != nil && ctx.Err() == nil {
+		k.Log.Error("certificates are not in order; trying again", "error", err, "in", k.Retry)
+		return k.Retry
+	}
+	next := time.Until(k.Store.NextRenewal())
+	if next < time.Minute { // due, and yet nothing more can be done: the CA itself ends
+		next = longest
+	}
+	return min(next, longest)
+}
+
+// hostAddresses subscribes to the kernel's changes of addresses.
+func hostAddresses(ctx context.Context) (<-chan struct{}, error) {
+	updates, done := make(chan netlink.AddrUpdate), make(chan struct{})
+	if err := netlink.AddrSubscribe(updates, done); err != nil {
+		return nil, fmt.Errorf("cannot watch the host's addresses: %w", err)
+	}
+	context.AfterFunc(ctx, func() { close(done) })
+	changed := make(chan struct{})
+	go func() {
+		defer close(changed)
+		for range updates { // ends when done is closed or the socket breaks
+			select {
+			case changed <- struct{}{}:
+			case <-ctx.Done():
+			}
+		}
+	}()
+	return changed, nil
+}

@@ -1,0 +1,40 @@
+// Command cluster-agent answers the nodes of a cluster over HTTPS and keeps this node's
+// certificates in order.
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/pflag"
+
+	"microk8s/cluster-agent/agent"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	flags, err := agent.Parse(os.Args[1:], os.Stderr)
+	if errors.Is(err, pflag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		log.Error("cannot start", "error", err)
+		return 2
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	env := snapenv.FromEnviron(os.Getenv)
+	if err := agent.Run(ctx, env, flags, service.New(env), log); err != nil {
+		log.Error("the cluster agent ends", "error", err)
+		return 1
+	}
+	return 0
+}
