@@ -104,9 +104,13 @@ func (h Host) KeepLogs(t testing.TB) {
 		t.Log(err)
 		return
 	}
+	files := h.Root(h.Name)
+	if i, err := h.Info(context.WithoutCancel(t.Context()), h.Name); err == nil && i.PID != 0 {
+		files = fmt.Sprintf("/proc/%d/root", i.PID) // with what is mounted in it
+	}
 	logs := []string{h.LogFile(h.Name)}
 	for _, pattern := range []string{"var/snap/microk8s/common/var/log/*", "var/log/microk8s*"} {
-		more, _ := filepath.Glob(filepath.Join(h.Root(h.Name), pattern))
+		more, _ := filepath.Glob(filepath.Join(files, pattern))
 		logs = append(logs, more...)
 	}
 	for _, log := range logs {
