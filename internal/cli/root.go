@@ -37,6 +37,7 @@ func (a *App) commands() []command {
 		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
 		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
 		{name: "helm3", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
+		{name: "inspect", usage: ExitUsage, sudo: true, build: a.newInspect},
 		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
 		{name: "logs", usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
 		{name: "refresh-certs", usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
