@@ -15,6 +15,7 @@ import (
 	_ "github.com/flannel-io/flannel/pkg/backend/vxlan"  // registers "vxlan"
 	"github.com/flannel-io/flannel/pkg/subnet"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/cmd/kubelite/network/hostnet"
@@ -270,11 +271,28 @@ func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g groun
 		n.Log.Warn("changes of this machine's addresses are not seen", "err", err)
 		addresses = nil
 	}
+	// Flannel notices by itself that its tunnel has gone, but only when it is not busy
+	// trying to write to it, which it does for half a minute.
+	links := make(chan netlink.LinkUpdate, 16)
+	if err := netlink.LinkSubscribe(links, ctx.Done()); err != nil {
+		n.Log.Warn("changes of this machine's interfaces are not seen", "err", err)
+		links = nil
+	}
 	announced := false
 	for {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		case u, ok := <-links:
+			if !ok {
+				links = nil
+				continue
+			}
+			name := u.Attrs().Name
+			if u.Header.Type == unix.RTM_DELLINK && u.Family == unix.AF_UNSPEC && n.Backend == BackendVXLAN && (name == hostnet.Tunnel || name == hostnet.Tunnel6) {
+				return fmt.Errorf("%w: the interface %s has vanished", errRestart, name)
+			}
+			continue
 		case <-changes:
 		case _, ok := <-addresses:
 			if !ok {
