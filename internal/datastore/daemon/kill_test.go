@@ -1,0 +1,176 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// seed gives the seed of a random test: TEST_SEED, or a new one, which is printed.
+func seed(t *testing.T) *rand.Rand {
+	n := time.Now().UnixNano()
+	if s := os.Getenv("TEST_SEED"); s != "" {
+		v, err := strconv.ParseInt(s, 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n = v
+	}
+	t.Logf("TEST_SEED=%d", n)
+	return rand.New(rand.NewPCG(uint64(n), 0))
+}
+
+// spawn runs the daemon as a process of its own and waits until it serves.
+func spawn(t *testing.T, dir string) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, "kine.sock:12379")
+	os.Remove(socket)
+	cmd := exec.Command(exe, "--storage-dir", dir, "--listen", "unix://"+socket)
+	// The name of the C node's socket is free in each test by its instance name.
+	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1", "SNAP_INSTANCE_NAME=test-"+filepath.Base(filepath.Dir(dir))+"-"+strconv.Itoa(os.Getpid()))
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cmd.Process.Kill() })
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		if _, err := os.Stat(socket); err == nil {
+			return cmd
+		}
+		if time.Now().After(deadline) || syscall.Kill(cmd.Process.Pid, 0) != nil {
+			cmd.Process.Kill()
+			cmd.Wait()
+			t.Fatalf("the daemon does not serve:\n%s", log.String())
+		}
+		time.Sleep(5 * time.Millisecond) // the loop has a deadline; there is nothing to wait on
+	}
+}
+
+// Killed with -9 under load, again and again: no acknowledged write is lost, and revisions go
+// on strictly.
+func TestKillUnderLoad(t *testing.T) {
+	t.Parallel()
+	rnd := seed(t)
+	rounds := 5
+	if n, err := strconv.Atoi(os.Getenv("TEST_KILLS")); err == nil {
+		rounds = n
+	}
+	dir := newDir(t)
+	const writers = 12
+	var mu sync.Mutex
+	acked := map[string]int64{} // key → revision of its last acknowledged write
+	tried := map[string]bool{}  // written since then, with an unknown outcome
+	highest := int64(0)
+	counter := 0
+	for round := range rounds {
+		cmd := spawn(t, dir)
+		ctx, cancel := context.WithCancel(testContext(t))
+		c := dial(t, "unix://"+filepath.Join(dir, "kine.sock:12379"))
+
+		// What the last life acknowledged is there.
+		got, err := c.Get(ctx, "/k/", clientv3.WithPrefix())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Header.Revision < highest {
+			t.Fatalf("round %d: the revision went back from %d to %d", round, highest, got.Header.Revision)
+		}
+		stored := map[string]int64{}
+		for _, kv := range got.Kvs {
+			stored[string(kv.Key)] = kv.ModRevision
+			if want := string(kv.Key) + "="; !strings.HasPrefix(string(kv.Value), want) {
+				t.Fatalf("round %d: %s has the value %q", round, kv.Key, kv.Value)
+			}
+		}
+		for k, rev := range acked {
+			if stored[k] != rev && !(tried[k] && stored[k] > rev) {
+				t.Fatalf("round %d: %s was acknowledged at %d and is at %d", round, k, rev, stored[k])
+			}
+		}
+		acked, tried = stored, map[string]bool{}
+		highest = got.Header.Revision
+
+		acks := 0
+		enough := make(chan struct{})
+		target := 50 + rnd.IntN(800)
+		var wg sync.WaitGroup
+		for w := range writers {
+			r := rand.New(rand.NewPCG(rnd.Uint64(), 0))
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				for {
+					mu.Lock()
+					counter++
+					key := fmt.Sprintf("/k/%d/%d", w, r.IntN(20))
+					value := fmt.Sprintf("%s=%d %s", key, counter, strings.Repeat("x", r.IntN(6000)))
+					tried[key] = true
+					mu.Unlock()
+					resp, err := c.Put(ctx, key, value)
+					if err != nil {
+						return
+					}
+					mu.Lock()
+					delete(tried, key)
+					acked[key] = resp.Header.Revision
+					highest = max(highest, resp.Header.Revision)
+					if acks++; acks == target {
+						close(enough)
+					}
+					mu.Unlock()
+				}
+			}()
+		}
+		select {
+		case <-enough:
+		case <-ctx.Done():
+			t.Fatal("too few writes were acknowledged")
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		cancel()
+		wg.Wait()
+		c.Close()
+	}
+}
+
+func TestTerminates(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGPWR} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			dir := newDir(t)
+			cmd := spawn(t, dir)
+			c := dial(t, "unix://"+filepath.Join(dir, "kine.sock:12379"))
+			w := c.Watch(testContext(t), "/", clientv3.WithPrefix(), clientv3.WithCreatedNotify()) // an open stream must not keep it
+			<-w
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("it ended with %v", err)
+			}
+		})
+	}
+}
