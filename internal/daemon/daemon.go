@@ -227,7 +227,8 @@ func (p *Preparer) environment(cmd *Command, name string) error {
 		cmd.NoFile, cmd.MemLock = max(cmd.NoFile, env.NoFile), max(cmd.MemLock, env.MemLock)
 	}
 	for _, kv := range base {
-		if k, _, _ := strings.Cut(kv, "="); set[k] == "" {
+		k, _, _ := strings.Cut(kv, "=")
+		if _, replaced := set[k]; !replaced {
 			cmd.Env = append(cmd.Env, kv)
 		}
 	}
