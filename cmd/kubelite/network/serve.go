@@ -249,11 +249,11 @@ func (n *node) flannelConfig(g ground) (*subnet.Config, error) {
 	if n.Backend == BackendVXLAN {
 		be["VNI"], be["Port"] = vxlanNetworkID, vxlanPort
 		mtu := g.external.Iface.MTU
-		if n.MTU != 0 {
-			mtu = n.MTU + vxlanEncapsulation
-		}
 		if c.EnableIPv6 {
 			mtu -= 20 // an IPv6 header is that much longer, and flannel counts on IPv4
+		}
+		if n.MTU != 0 {
+			mtu = n.MTU + vxlanEncapsulation
 		}
 		be["MTU"] = mtu
 	}
