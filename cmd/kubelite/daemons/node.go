@@ -2,6 +2,7 @@ package daemons
 
 import (
 	"context"
+	"io"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -26,6 +27,7 @@ func newKubelet(words []string) (func(context.Context) error, error) {
 	fs := pflag.NewFlagSet(Kubelet, pflag.ContinueOnError)
 	fs.SetNormalizeFunc(cliflag.WordSepNormalizeFunc)
 	fs.Usage = func() {}
+	fs.SetOutput(io.Discard) // notes about deprecated flags come when the command parses
 	kubeletoptions.NewKubeletFlags().AddFlags(fs)
 	kubeletoptions.AddKubeletConfigFlags(fs, config)
 	kubeletoptions.AddGlobalFlags(fs)

@@ -47,6 +47,7 @@ func Remove(ctx context.Context, env snapenv.Env) error {
 	step(removeResults(env))
 	step(removeLinks())
 	step(removeRoutes(network))
+	step(removeServiceRoutes())
 	step(removeTables(func(t *nftables.Table) bool { return t.Name == Table }))
 	step(RemoveAccepts())
 	step(os.RemoveAll(leasesDir(env)))

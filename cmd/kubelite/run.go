@@ -1,0 +1,298 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/component-base/version"
+	"k8s.io/klog/v2"
+
+	"microk8s/cmd/kubelite/daemons"
+	"microk8s/cmd/kubelite/network"
+	"microk8s/cmd/kubelite/network/hostnet"
+	"microk8s/internal/args"
+	"microk8s/internal/bootstrap"
+	"microk8s/internal/hostprobe"
+	"microk8s/internal/images"
+	"microk8s/internal/snapenv"
+)
+
+const (
+	// apiServerStart is how long the API server may take to become ready (cli.md 7.2): a
+	// first start on a slow disk, or a datastore that waits for its quorum.
+	apiServerStart = 360 * time.Second
+	// stopGrace is how long daemons may take to end in good order; service managers kill
+	// after 30 s.
+	stopGrace = 15 * time.Second
+)
+
+// flags of kubelite, one file of arguments for each daemon (cli.md 6.3).
+type flags struct {
+	files             map[string]*string
+	kubeconfig        string
+	startControlPlane bool
+}
+
+func parseFlags(argv []string, env snapenv.Env, stderr io.Writer) (*flags, error) {
+	f := &flags{files: map[string]*string{}}
+	fs := pflag.NewFlagSet("kubelite", pflag.ContinueOnError)
+	fs.SetOutput(stderr)
+	fs.SortFlags = false
+	for _, d := range []struct{ flag, daemon string }{
+		{"apiserver-args-file", daemons.APIServer},
+		{"controller-manager-args-file", daemons.ControllerManager},
+		{"scheduler-args-file", daemons.Scheduler},
+		{"kubelet-args-file", daemons.Kubelet},
+		{"proxy-args-file", daemons.Proxy},
+	} {
+		f.files[d.daemon] = fs.String(d.flag, env.Args(d.daemon), "arguments of "+d.daemon+", one flag a line")
+	}
+	fs.StringVar(&f.kubeconfig, "kubeconfig-file", env.AdminKubeconfig(), "kubeconfig with which the API server's readiness is checked")
+	fs.BoolVar(&f.startControlPlane, "start-control-plane", true, "run the API server, controller manager and scheduler as well (false on a worker)")
+	fs.Usage = func() {
+		fmt.Fprintf(stderr, "kubelite runs all of Kubernetes that a node needs in one process.\n\nUsage:\n  kubelite [flags]\n  kubelite kubectl [kubectl's arguments]\n  kubelite version\n\nFlags:\n%s", fs.FlagUsages())
+	}
+	if err := fs.Parse(argv); err != nil {
+		return nil, err
+	}
+	if fs.NArg() > 0 {
+		return nil, fmt.Errorf("unknown argument %q; see kubelite --help", fs.Arg(0))
+	}
+	return f, nil
+}
+
+func run(argv []string, getenv func(string) string, stdout, stderr io.Writer) int {
+	if len(argv) == 1 && argv[0] == "version" {
+		fmt.Fprintln(stdout, "Kubernetes", version.Get().GitVersion)
+		return 0
+	}
+	env := snapenv.FromEnviron(getenv)
+	f, err := parseFlags(argv, env, stderr)
+	if errors.Is(err, pflag.ErrHelp) {
+		return 0
+	}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	if err == nil {
+		err = serve(env, f, log)
+	}
+	if err != nil {
+		klog.Flush()
+		log.Error("kubelite ends", "err", err)
+		return 1
+	}
+	log.Info("kubelite stopped")
+	return 0
+}
+
+// serve runs the node's daemons until a signal asks it to stop (nil) or one of them ends.
+func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
+	ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer cancel()
+
+	host := hostprobe.Probe(env.Host)
+	for _, note := range host.Notes() {
+		log.Info("this host: " + note)
+	}
+	words, kubeletArgs, err := readArgs(env, f, host, log)
+	if err != nil {
+		return err
+	}
+	parsed, err := daemons.Parse(words)
+	if err != nil {
+		return fmt.Errorf("%w\nthe arguments are in %s; see what is wrong, mend it, and run: microk8s start", err, env.ArgsDir())
+	}
+
+	group := daemons.NewGroup(ctx, log)
+	group.Go("image import", untilDone(func(ctx context.Context) error { return images.Load(ctx, env, log) }))
+	if f.startControlPlane {
+		group.Go(daemons.APIServer, parsed[daemons.APIServer].Run)
+		admin, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+		if err != nil {
+			return fmt.Errorf("cannot read the kubeconfig of the local API server: %w", err)
+		}
+		if err := waitReady(group, admin, log); err != nil {
+			if ctx.Err() != nil { // asked to stop before it was up
+				return group.Wait(stopGrace)
+			}
+			return err
+		}
+		group.Go(daemons.ControllerManager, parsed[daemons.ControllerManager].Run)
+		group.Go(daemons.Scheduler, parsed[daemons.Scheduler].Run)
+		group.Go("shipped objects", untilDone(func(ctx context.Context) error {
+			return applyManifests(ctx, admin, env, log)
+		}))
+	}
+	group.Go(daemons.Proxy, parsed[daemons.Proxy].Run)
+	group.Go("pod network", func(ctx context.Context) error {
+		return runNetwork(ctx, env, kubeletArgs, words, log)
+	})
+	group.Go(daemons.Kubelet, parsed[daemons.Kubelet].Run)
+	return group.Wait(stopGrace)
+}
+
+// readArgs reads the argument file of each daemon to be run, and adds what this host needs
+// unless the user set the flag.
+func readArgs(env snapenv.Env, f *flags, host hostprobe.Host, log *slog.Logger) (words map[string][]string, kubelet *args.File, err error) {
+	names := []string{daemons.Kubelet, daemons.Proxy}
+	if f.startControlPlane {
+		names = append(names, daemons.APIServer, daemons.ControllerManager, daemons.Scheduler)
+	}
+	lookup := func(name string) (string, bool) {
+		if v, ok := env.Lookup(name); ok {
+			return v, true
+		}
+		return os.LookupEnv(name)
+	}
+	words = map[string][]string{}
+	var errs []error
+	for _, name := range names {
+		file, err := args.Load(*f.files[name], args.GrammarA)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		added, err := host.Apply(name, file)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, o := range added {
+			log.Info("this host needs an argument", "daemon", name, "flag", "--"+o.Flag+"="+o.Value, "why", o.Why)
+		}
+		words[name] = file.Words(lookup)
+		if name == daemons.Kubelet {
+			kubelet = file
+		}
+	}
+	return words, kubelet, errors.Join(errs...)
+}
+
+// untilDone makes a daemon of a job that ends: when the job is done the daemon stays until
+// its context ends, when it fails the daemon does.
+func untilDone(job func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if err := job(ctx); err != nil && ctx.Err() == nil {
+			return err
+		}
+		<-ctx.Done()
+		return nil
+	}
+}
+
+// waitReady returns when the local API server is ready. Readiness has no event to wait for,
+// so it is asked for, often at first since a start takes a few seconds.
+func waitReady(group *daemons.Group, admin *rest.Config, log *slog.Logger) error {
+	cfg := rest.CopyConfig(admin)
+	cfg.Timeout = 5 * time.Second
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(group.Context(), apiServerStart)
+	defer cancel()
+	began := time.Now()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").DoRaw(ctx)
+		if err == nil {
+			log.Info("API server is ready", "after", time.Since(began).Round(time.Millisecond))
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			if err := group.Context().Err(); err != nil {
+				return err
+			}
+			return fmt.Errorf("%s is not ready after %s: %w", daemons.APIServer, apiServerStart, err)
+		}
+		if err := group.Failed(); err != nil {
+			return err
+		}
+	}
+}
+
+// applyManifests applies the shipped objects, and tries again while the API server refuses.
+func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
+	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
+		err := bootstrap.Apply(ctx, admin, env.Manifests(), log, bootstrap.Absent(env)...)
+		if err == nil {
+			return nil
+		}
+		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "err", err, "again in", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words map[string][]string, log *slog.Logger) error {
+	name, ok := kubelet.Get("hostname-override")
+	if !ok {
+		host, err := os.Hostname()
+		if err != nil {
+			return err
+		}
+		name = host
+	}
+	var nodeIP netip.Addr // the first one when there is one of each family
+	if v, ok := kubelet.Get("node-ip"); ok {
+		first, _, _ := strings.Cut(v, ",")
+		ip, err := netip.ParseAddr(first)
+		if err != nil {
+			return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
+		}
+		nodeIP = ip
+	}
+	if nodeIP.IsValid() {
+		var services []netip.Prefix
+		for _, text := range strings.Split(flagValue(words[daemons.APIServer], "service-cluster-ip-range"), ",") {
+			if p, err := netip.ParsePrefix(text); err == nil { // kube-apiserver checks the flag itself
+				services = append(services, p)
+			}
+		}
+		if err := hostnet.ServiceRoutes(services, nodeIP); err != nil {
+			log.Warn("programs of this host will not reach Services", "err", err)
+		}
+	}
+	kubeconfig, ok := kubelet.Get("kubeconfig")
+	if !ok {
+		kubeconfig = env.Credential("kubelet.config")
+	}
+	return network.Run(ctx, network.Options{
+		Env:         env,
+		Kubeconfig:  os.Expand(kubeconfig, func(k string) string { v, _ := env.Lookup(k); return v }),
+		NodeName:    strings.ToLower(strings.TrimSpace(name)),
+		NodeIP:      nodeIP,
+		ClusterCIDR: flagValue(words[daemons.Proxy], "cluster-cidr"),
+		Log:         log,
+	})
+}
+
+// flagValue is the value of --name=value in words, the last one when it is repeated.
+func flagValue(words []string, name string) (value string) {
+	for i, w := range words {
+		if v, ok := strings.CutPrefix(w, "--"+name+"="); ok {
+			value = v
+		} else if w == "--"+name && i+1 < len(words) {
+			value = words[i+1]
+		}
+	}
+	return value
+}
