@@ -43,6 +43,11 @@ type Host struct {
 	// when there is none.
 	ResolvConf string
 
+	// DefaultRoute is true where packets to anywhere have a way, by IPv4 or IPv6.
+	DefaultRoute bool
+	// Address is an IPv4 address under which neighbours reach this host, "" when it has none.
+	Address string
+
 	MachineID, BootID string
 
 	mounts []mount
@@ -129,6 +134,7 @@ func Probe(root string) Host {
 		h.UserNS = len(fields) > 3
 	}
 	h.ResolvConf = resolvConf(read)
+	h.DefaultRoute, h.Address = network(read)
 	return h
 }
 
@@ -211,6 +217,12 @@ func (h Host) Overrides() map[string][]Override {
 		}
 	}
 	kubelet = append(kubelet, Override{"resolv-conf", h.ResolvConf, "name servers that pods can reach"})
+	var apiserver []Override
+	if !h.DefaultRoute && h.Address != "" { // both would look for the interface of that route
+		why := "the host has no default route"
+		apiserver = append(apiserver, Override{"advertise-address", h.Address, why})
+		kubelet = append(kubelet, Override{"node-ip", h.Address, why})
+	}
 	if h.UserNS || h.ProcSysReadOnly {
 		kubelet = append(kubelet, Override{"feature-gates", "KubeletInUserNamespace=true", "kernel settings may not be written here"})
 	}
@@ -229,7 +241,7 @@ func (h Host) Overrides() map[string][]Override {
 				Override{"conntrack-tcp-timeout-close-wait", "0s", why})
 		}
 	}
-	return map[string][]Override{"kubelet": kubelet, "kube-proxy": proxy}
+	return map[string][]Override{"kubelet": kubelet, "kube-proxy": proxy, "kube-apiserver": apiserver}
 }
 
 // Apply adds the overrides of the argument file called name to f, in memory, where f does not
@@ -283,6 +295,8 @@ func (h Host) Notes() []string {
 	add(h.NoBridgeNF, "no bridge netfilter (module br_netfilter): a pod does not reach a Service whose answering pod is on its own node")
 	add(!h.Overlayfs, "no overlayfs: images are copied for each container, which takes space and time")
 	add(h.UserNS, "inside a user namespace: the kubelet tolerates what it may not do")
+	add(!h.DefaultRoute && h.Address != "", "no default route: this node is known by its address "+h.Address)
+	add(!h.DefaultRoute && h.Address == "", "neither a default route nor an address: give the host one, or set --advertise-address and --node-ip")
 	add(h.ResolvConf == "", "no name server that pods could reach in /etc/resolv.conf: pods resolve names of the cluster only")
 	add(h.NoKmsg, "no /dev/kmsg: the kubelet cannot report processes killed for want of memory")
 	return notes

@@ -1,9 +1,12 @@
 package hostprobe
 
 import (
+	"encoding/binary"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -27,8 +30,48 @@ func usual() map[string]string {
 		"proc/self/cgroup":                            "0::/system.slice/x.service\n",
 		"proc/swaps":                                  "Filename\tType\tSize\tUsed\tPriority\n",
 		"proc/filesystems":                            "nodev\tproc\n\text4\nnodev\toverlay\n",
+		"proc/net/route":                              routes("eth0 0 10.0.0.1 0", "eth0 10.0.0.0 0.0.0.0 24"),
+		"proc/net/fib_trie":                           fibTrie,
 		"proc/self/mountinfo":                         mountinfo("/ ext4 rw", "/proc proc rw", "/sys/fs/cgroup cgroup2 rw"),
 	}
+}
+
+// fibTrie is a host with 10.1.7.1 on a pod bridge and 10.0.0.5 on the network.
+const fibTrie = `Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 10.0.0.0
+        /24 link UNICAST
+Local:
+  +-- 10.0.0.0/8 2 0 2
+     |-- 10.0.0.5
+        /32 host LOCAL
+     |-- 10.0.0.255
+        /32 link BROADCAST
+     |-- 10.1.7.1
+        /32 host LOCAL
+     |-- 127.0.0.1
+        /32 host LOCAL
+     |-- 169.254.3.4
+        /32 host LOCAL
+`
+
+// routes writes lines of "interface destination gateway bits" as /proc/net/route has them.
+func routes(lines ...string) string {
+	text := "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
+	number := func(b []byte) string { return fmt.Sprintf("%08X", binary.NativeEndian.Uint32(b)) }
+	for _, l := range lines {
+		f := strings.Fields(l)
+		bits, err := strconv.Atoi(f[3])
+		if err != nil {
+			panic(err)
+		}
+		dst, gateway := net.ParseIP(f[1]).To4(), net.ParseIP(f[2]).To4()
+		if dst == nil {
+			dst = net.IPv4zero.To4()
+		}
+		text += strings.Join([]string{f[0], number(dst), number(gateway), "0003", "0", "0", "0", number(net.CIDRMask(bits, 32)), "0", "0", "0"}, "\t") + "\n"
+	}
+	return text
 }
 
 func mountinfo(mounts ...string) string {
@@ -79,6 +122,7 @@ func TestHosts(t *testing.T) {
 		name           string
 		change         func(f map[string]string)
 		kubelet, proxy map[string]string
+		apiserver      map[string]string
 		restrict       bool
 		snapshotter    string
 		note           string // part of a note, "" if there must be none
@@ -189,6 +233,32 @@ func TestHosts(t *testing.T) {
 			kubelet: map[string]string{"resolv-conf": ""}, snapshotter: "overlayfs", note: "no name server",
 		},
 		{
+			name: "no default route",
+			change: func(f map[string]string) {
+				f["proc/net/route"] = routes("cni0 10.1.7.0 0.0.0.0 24", "eth0 10.0.0.0 0.0.0.0 24")
+			},
+			kubelet:   resolv("node-ip", "10.0.0.5"),
+			apiserver: map[string]string{"advertise-address": "10.0.0.5"}, snapshotter: "overlayfs", note: "known by its address 10.0.0.5",
+		},
+		{
+			name: "a default route of IPv6 only",
+			change: func(f map[string]string) {
+				f["proc/net/route"] = routes("eth0 10.0.0.0 0.0.0.0 24")
+				zero := strings.Repeat("0", 32)
+				f["proc/net/ipv6_route"] = zero + " 00 " + zero + " 00 fe800000000000000000000000000001 00000400 00000001 00000000 00000003 eth0\n"
+			},
+			kubelet: resolv(), snapshotter: "overlayfs",
+		},
+		{
+			name: "an IPv6 route to nowhere, and no network",
+			change: func(f map[string]string) {
+				zero := strings.Repeat("0", 32)
+				f["proc/net/route"] = routes("cni0 10.1.7.0 0.0.0.0 24")
+				f["proc/net/ipv6_route"] = zero + " 00 " + zero + " 00 " + zero + " ffffffff 00000001 00000000 00200200 lo\n"
+			},
+			kubelet: resolv(), snapshotter: "overlayfs", note: "neither a default route nor an address",
+		},
+		{
 			name: "no kmsg", change: func(f map[string]string) { delete(f, "dev/kmsg") },
 			kubelet: resolv(), snapshotter: "overlayfs", note: "/dev/kmsg",
 		},
@@ -205,6 +275,12 @@ func TestHosts(t *testing.T) {
 			}
 			if d := cmp.Diff(tc.proxy, flags(h.Overrides()["kube-proxy"])); d != "" {
 				t.Errorf("kube-proxy: %s", d)
+			}
+			if tc.apiserver == nil {
+				tc.apiserver = map[string]string{}
+			}
+			if d := cmp.Diff(tc.apiserver, flags(h.Overrides()["kube-apiserver"])); d != "" {
+				t.Errorf("kube-apiserver: %s", d)
 			}
 			if got := h.RestrictOOMScoreAdj(); got != tc.restrict {
 				t.Errorf("restrict_oom_score_adj %v, want %v", got, tc.restrict)
