@@ -30,8 +30,10 @@ func (a *App) perm(w io.Writer) gate {
 			return f.Close()
 		case errors.Is(err, fs.ErrNotExist):
 			return errNotSetUp()
+		case errors.Is(err, fs.ErrPermission):
+			return a.refusePerm(w)
 		}
-		return a.refusePerm(w)
+		return fmt.Errorf("cannot read the administrator's kubeconfig: %w", err)
 	}
 }
 

@@ -15,7 +15,6 @@ import (
 
 	"microk8s/internal/cli/reset"
 	"microk8s/internal/snapenv"
-	"microk8s/internal/status"
 )
 
 // resetWait is how long reset waits for the node to be usable, before and after.
@@ -39,7 +38,7 @@ It may be interrupted and run again. It is for clusters of one node.`,
 }
 
 func (a *App) reset(ctx context.Context, destroy bool) error {
-	prober := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	prober := a.prober()
 	wait, cancel := context.WithTimeout(ctx, resetWait)
 	defer cancel()
 	report := prober.WaitReady(wait)

@@ -77,7 +77,7 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		p.say("This worker's services run. See it on a control plane node: microk8s kubectl get nodes")
 		return nil
 	}
-	prober := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	prober := a.prober()
 	var report status.Report
 	_ = p.step("Waiting for the node to be Ready", func() error {
 		wait, cancel := context.WithTimeout(ctx, startWait)

@@ -58,8 +58,17 @@ used, 1 that it cannot.`,
 	return cmd
 }
 
+// budgetVar sets how long status waits for answers, as in MICROK8S_STATUS_BUDGET=1s, for
+// machines that are too slow for the default and tests that must not depend on speed.
+const budgetVar = "MICROK8S_STATUS_BUDGET"
+
+func (a *App) prober() *status.Prober {
+	budget, _ := time.ParseDuration(a.getenv(budgetVar)) // 0 where it is not a time: the default
+	return &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now, Budget: max(budget, 0)}
+}
+
 func (a *App) status(ctx context.Context, o statusOptions) error {
-	p := &status.Prober{Env: a.Env, Manager: a.Services, Now: a.Now}
+	p := a.prober()
 	var r status.Report
 	if o.waitReady {
 		wait := ctx

@@ -1,0 +1,152 @@
+package cli
+
+import (
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// fakeNode stands in for a whole node, on the far side of the command line's connections:
+//
+//	fakenode ready      services run, the API server answers, the node is Ready
+//	fakenode notready   the same, the node is not Ready
+//	fakenode nodes N    the same as ready, with N nodes
+//	fakenode failing    kubelite fails again and again, nothing answers
+//	fakenode silent     services run and take connections, nobody answers
+//	fakenode becomes    the node is not Ready until a watch of the nodes is opened
+func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: fakenode ready|notready|nodes N|failing|silent|becomes")
+	}
+	env := snapenv.FromEnviron(ts.Getenv)
+	f := &node{kind: args[0], count: 1, watched: make(chan struct{})}
+	if f.kind == "nodes" {
+		_, err := fmt.Sscan(args[1], &f.count)
+		ts.Check(err)
+	}
+	for _, path := range []string{env.SupervisorSocket(), env.DatastoreSocket(), env.ContainerdSocket()} {
+		ts.Check(os.MkdirAll(filepath.Dir(path), 0o755))
+	}
+	f.listen(ts, env.SupervisorSocket(), http.HandlerFunc(f.services))
+	if f.kind != "failing" {
+		f.listen(ts, env.DatastoreSocket(), http.NotFoundHandler())
+		f.listen(ts, env.ContainerdSocket(), http.NotFoundHandler())
+	}
+	api := httptest.NewUnstartedServer(http.HandlerFunc(f.api))
+	api.EnableHTTP2 = true
+	api.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that hang up early are part of the tests
+	api.StartTLS()
+	ts.Defer(func() {
+		api.CloseClientConnections()
+		api.Close()
+	})
+	if f.kind == "failing" {
+		api.Close()
+	}
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: api.Certificate().Raw})
+	config, err := json.Marshal(map[string]any{
+		"apiVersion": "v1", "kind": "Config", "current-context": "c",
+		"clusters": []any{map[string]any{"name": "c", "cluster": map[string]any{"server": api.URL, "certificate-authority-data": ca}}},
+		"contexts": []any{map[string]any{"name": "c", "context": map[string]any{"cluster": "c", "user": "u"}}},
+		"users":    []any{map[string]any{"name": "u", "user": map[string]any{"token": "a-fake-token"}}},
+	})
+	ts.Check(err)
+	ts.Check(os.MkdirAll(env.CredentialsDir(), 0o755))
+	ts.Check(os.WriteFile(env.AdminKubeconfig(), config, 0o644))
+}
+
+type node struct {
+	kind    string
+	count   int
+	watched chan struct{} // closed when the nodes are watched
+	once    sync.Once
+}
+
+// listen serves HTTP/1 and unencrypted HTTP/2, as gRPC servers do, on a unix socket.
+func (f *node) listen(ts *testscript.TestScript, path string, h http.Handler) {
+	l, err := net.Listen("unix", path)
+	ts.Check(err)
+	if f.kind == "silent" {
+		ts.Defer(func() { l.Close() })
+		return
+	}
+	var p http.Protocols
+	p.SetHTTP1(true)
+	p.SetUnencryptedHTTP2(true)
+	s := &http.Server{Handler: h, Protocols: &p, ReadHeaderTimeout: time.Minute}
+	ts.Defer(func() { s.Close() })
+	go func() { _ = s.Serve(l) }()
+}
+
+func (f *node) services(w http.ResponseWriter, _ *http.Request) {
+	var states []service.State
+	for i, n := range service.Names() {
+		st := service.State{Name: n, Phase: service.Running, Enabled: true, PID: 100 + i}
+		switch {
+		case n == service.Proxy:
+			st = service.State{Name: n, Phase: service.Idle, Enabled: true, LastExit: "exit status 0"}
+		case n == service.Kubelite && f.kind == "failing":
+			st = service.State{Name: n, Phase: service.Backoff, Enabled: true, LastExit: "exit status 1", Restarts: 3}
+		}
+		states = append(states, st)
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{"services": states})
+}
+
+func (f *node) api(w http.ResponseWriter, r *http.Request) {
+	if f.kind == "silent" {
+		<-r.Context().Done()
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	switch {
+	case r.URL.Path == "/readyz":
+		fmt.Fprint(w, "ok")
+	case r.URL.Path == "/api/v1/namespaces/default/services/kubernetes":
+		fmt.Fprint(w, `{"kind":"Service","metadata":{"name":"kubernetes"}}`)
+	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
+		f.once.Do(func() { close(f.watched) })
+		if f.kind != "becomes" {
+			w.(http.Flusher).Flush()
+			<-r.Context().Done() // nothing ever happens
+			return
+		}
+		fmt.Fprint(w, `{"type":"MODIFIED","object":{}}`)
+	case r.URL.Path == "/api/v1/nodes":
+		ready := f.kind != "notready"
+		if f.kind == "becomes" {
+			select {
+			case <-f.watched:
+			default:
+				ready = false
+			}
+		}
+		status, message := "True", "kubelet is posting ready status"
+		if !ready {
+			status, message = "False", "container runtime network not ready"
+		}
+		var items []string
+		for i := range f.count {
+			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"Ready","status":%q,"message":%q}]}}`, i+1, status, message))
+		}
+		fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[%s]}`, strings.Join(items, ","))
+	default:
+		w.WriteHeader(http.StatusNotFound)
+		fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"NotFound","code":404}`)
+	}
+}
