@@ -70,7 +70,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 	addresses, err := k.Addresses(ctx)
 	if err != nil {
-		k.Log.Warn("changes of addresses are noticed late", "error", err)
+		k.Log.Warn("changes of addresses are noticed late", "err", err)
 	}
 	pending := []string{} // services still to be restarted
 	timer := time.NewTimer(0)
@@ -90,7 +90,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 				timer.Reset(k.Settle)
 			}
 		case err := <-watcher.Errors:
-			k.Log.Warn("a change of a certificate may have been missed", "error", err)
+			k.Log.Warn("a change of a certificate may have been missed", "err", err)
 			timer.Reset(k.Settle)
 		case <-timer.C:
 			timer.Reset(k.look(ctx, &pending))
@@ -130,7 +130,7 @@ func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
 		}
 	}
 	if err != nil && ctx.Err() == nil {
-		k.Log.Error("certificates are not in order; trying again", "error", err, "in", k.Retry)
+		k.Log.Error("certificates are not in order; trying again", "err", err, "in", k.Retry)
 		return k.Retry
 	}
 	next := time.Until(k.Store.NextRenewal())

@@ -50,7 +50,7 @@ func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 
 func (c *certificate) fallback(err error) (*tls.Certificate, error) {
 	if c.pair != nil {
-		c.log.Warn("still using the previous certificate", "file", c.certFile, "error", err)
+		c.log.Warn("still using the previous certificate", "file", c.certFile, "err", err)
 		return c.pair, nil
 	}
 	return nil, fmt.Errorf("cannot use the certificate %s with the key %s: %w", c.certFile, c.keyFile, err)

@@ -195,9 +195,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer cancel()
 		if err := srv.Shutdown(grace); err != nil {
-			s.opts.Log.Warn("calls were cut off", "error", err)
+			s.opts.Log.Warn("calls were cut off", "err", err)
 			if err := srv.Close(); err != nil {
-				s.opts.Log.Warn("cannot close", "error", err)
+				s.opts.Log.Warn("cannot close", "err", err)
 			}
 		}
 	})

@@ -26,14 +26,14 @@ func run() int {
 		return 0
 	}
 	if err != nil {
-		log.Error("cannot start", "error", err)
+		log.Error("cannot start", "err", err)
 		return 2
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	env := snapenv.FromEnviron(os.Getenv)
 	if err := agent.Run(ctx, env, flags, service.New(env), log); err != nil {
-		log.Error("the cluster agent ends", "error", err)
+		log.Error("the cluster agent ends", "err", err)
 		return 1
 	}
 	return 0

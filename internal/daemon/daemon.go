@@ -86,7 +86,7 @@ func setLimit(log *slog.Logger, resource int, what string, value uint64) {
 	}
 	var now unix.Rlimit
 	if err := unix.Getrlimit(resource, &now); err != nil {
-		log.Warn("cannot read a limit", "of", what, "error", err)
+		log.Warn("cannot read a limit", "of", what, "err", err)
 		return
 	}
 	want := unix.Rlimit{Cur: value, Max: max(now.Max, value)}

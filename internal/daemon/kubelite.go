@@ -162,7 +162,7 @@ func (p *Preparer) kernel(ctx context.Context) {
 	} {
 		if _, err := os.Stat(p.Env.HostPath(feature)); errors.Is(err, fs.ErrNotExist) {
 			if err := p.Modprobe(ctx, module); err != nil {
-				p.Log.Warn("cannot load a kernel module", "error", err)
+				p.Log.Warn("cannot load a kernel module", "err", err)
 			} else {
 				p.Host = nil // look again
 			}
@@ -195,7 +195,7 @@ func (p *Preparer) sysctl(name string, value uint64) {
 		err = os.WriteFile(path, []byte(strconv.FormatUint(value, 10)), 0o644)
 	}
 	if err != nil {
-		p.Log.Warn("cannot change a kernel setting", "setting", strings.ReplaceAll(name, "/", "."), "wanted", value, "error", err)
+		p.Log.Warn("cannot change a kernel setting", "setting", strings.ReplaceAll(name, "/", "."), "wanted", value, "err", err)
 	}
 }
 

@@ -155,7 +155,7 @@ func (in *Installer) locks(context.Context) error {
 	}
 	total, err := memTotal(in.Env.HostPath("proc/meminfo"))
 	if err != nil {
-		in.Log.Warn("cannot find out how much memory there is", "error", err)
+		in.Log.Warn("cannot find out how much memory there is", "err", err)
 		return nil
 	}
 	if total <= lowMemory {
