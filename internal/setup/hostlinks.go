@@ -59,7 +59,7 @@ func (in *Installer) hostLinks(context.Context) error {
 			}
 			parents = append(parents, dir)
 		}
-		if err := in.noteDirs(parents); err != nil {
+		if err := in.note(func(n *hostNotes) { addMissing(&n.Dirs, parents...) }); err != nil {
 			return err
 		}
 		if err := os.MkdirAll(filepath.Dir(l.path), 0o755); err != nil {
@@ -78,39 +78,77 @@ func (in *Installer) hostLinks(context.Context) error {
 	return nil
 }
 
-// hostDirsFile lists the directories outside the snap that were made for links.
-func hostDirsFile(env snapenv.Env) string { return filepath.Join(env.Common, "var/host-dirs.json") }
-
-func hostDirs(env snapenv.Env) ([]string, error) {
-	data, err := os.ReadFile(hostDirsFile(env))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+// hostTrees are directories that the node's programs make on the host and fill. Where one was
+// not there before, the whole of it is the node's.
+func hostTrees(env snapenv.Env) []string {
+	return []string{
+		env.HostPath("var/log/pods"), env.HostPath("var/log/containers"),
+		env.HostPath("var/lib/cni"), env.HostPath("run/containerd"),
 	}
-	if err != nil {
-		return nil, err
-	}
-	var dirs []string
-	if err := json.Unmarshal(data, &dirs); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w; remove the file, and by hand what was made in /etc/cni and /opt/cni", hostDirsFile(env), err)
-	}
-	return dirs, nil
 }
 
-func (in *Installer) noteDirs(dirs []string) error {
-	known, err := hostDirs(in.Env)
-	if err != nil || len(dirs) == 0 {
-		return err
+// hostNotes remembers what was not on the host before the node.
+type hostNotes struct {
+	Dirs  []string `json:"dirs"`  // made for links; removed when empty
+	Trees []string `json:"trees"` // removed with all that is in them
+}
+
+func hostNotesFile(env snapenv.Env) string { return filepath.Join(env.Common, "var/host.json") }
+
+func readNotes(env snapenv.Env) (hostNotes, error) {
+	var n hostNotes
+	data, err := os.ReadFile(hostNotesFile(env))
+	if errors.Is(err, fs.ErrNotExist) {
+		return n, nil
 	}
-	for _, d := range dirs {
-		if !slices.Contains(known, d) {
-			known = append(known, d)
-		}
+	if err != nil {
+		return n, err
 	}
-	data, err := json.Marshal(known)
+	if err := json.Unmarshal(data, &n); err != nil {
+		return n, fmt.Errorf("cannot read %s: %w; remove the file, and by hand what is not wanted in /etc/cni, /opt/cni and /var/log/pods", hostNotesFile(env), err)
+	}
+	return n, nil
+}
+
+// note adds to the notes, which are complete on disk before anything is made.
+func (in *Installer) note(add func(*hostNotes)) error {
+	n, err := readNotes(in.Env)
 	if err != nil {
 		return err
 	}
-	return atomicfile.Write(hostDirsFile(in.Env), append(data, '\n'), 0o600, nil)
+	before, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	add(&n)
+	after, err := json.Marshal(n)
+	if err != nil || string(after) == string(before) {
+		return err
+	}
+	if err := atomicfile.Write(hostNotesFile(in.Env), append(after, '\n'), 0o600, nil); err != nil {
+		return err
+	}
+	return in.changed(hostNotesFile(in.Env))
+}
+
+func addMissing(list *[]string, paths ...string) {
+	for _, p := range paths {
+		if !slices.Contains(*list, p) {
+			*list = append(*list, p)
+		}
+	}
+}
+
+// noteTrees notes which of the trees are not there yet. It runs once, before any program of
+// the node does.
+func (in *Installer) noteTrees(context.Context) error {
+	return in.note(func(n *hostNotes) {
+		for _, dir := range hostTrees(in.Env) {
+			if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+				addMissing(&n.Trees, dir)
+			}
+		}
+	})
 }
 
 // cniPlugins links the shipped plugins into the directory that containerd looks in. Plugins

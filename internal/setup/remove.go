@@ -45,7 +45,7 @@ func (in *Installer) Remove(ctx context.Context) error {
 		{"remove the pods' interfaces", func(context.Context) error { return in.Links() }},
 		{"remove the links on the host", in.removeLinks},
 		{"remove settings files", in.removeSettings},
-		{"remove directories made for the links", in.removeDirs},
+		{"remove directories that came with the node", in.removeDirs},
 	} {
 		if err := ctx.Err(); err != nil {
 			errs = append(errs, fmt.Errorf("cannot %s: %w", s.name, err))
@@ -104,19 +104,36 @@ func (in *Installer) removeSettings(context.Context) error {
 	return errors.Join(errs...)
 }
 
-// removeDirs removes the directories that were made for links and hold nothing else now.
+// removeDirs removes the directories that came with the node: those that its programs filled,
+// and those made for links if they hold nothing else now.
 func (in *Installer) removeDirs(context.Context) error {
-	dirs, err := hostDirs(in.Env)
+	notes, err := readNotes(in.Env)
 	if err != nil {
 		return err
 	}
-	slices.SortFunc(dirs, func(a, b string) int { return len(b) - len(a) })
-	for _, d := range dirs {
+	host := hostprobe.Probe(in.Env.Host)
+	var errs []error
+	for _, dir := range notes.Trees {
+		if !slices.Contains(hostTrees(in.Env), dir) { // never anything but what is known here
+			errs = append(errs, fmt.Errorf("%s names %s, which is left alone", hostNotesFile(in.Env), dir))
+			continue
+		}
+		if points := host.MountsBelow(dir); len(points) > 0 {
+			errs = append(errs, fmt.Errorf("%s is left alone: something is mounted at %s", dir, points[0]))
+			continue
+		}
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	slices.SortFunc(notes.Dirs, func(a, b string) int { return len(b) - len(a) })
+	for _, d := range notes.Dirs {
 		if err := os.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			in.Log.Info("a directory stays, because others use it", "path", d)
 		}
 	}
-	if err := os.Remove(hostDirsFile(in.Env)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := os.Remove(hostNotesFile(in.Env)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -22,16 +22,26 @@ func outside(files map[string]string) map[string]string {
 
 func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	in := machine(t)
-	if err := os.MkdirAll(in.Env.HostPath("opt"), 0o755); err != nil {
-		t.Fatal(err)
+	for _, dir := range []string{"opt", "run", "var/log"} {
+		if err := os.MkdirAll(in.Env.HostPath(dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
 	before := outside(tree(t, in.Env.Host))
-	for round := range 2 {
+	for range 2 {
+		if err := os.RemoveAll(in.Env.Lock("installed.lock")); err != nil { // as when installed anew
+			t.Fatal(err)
+		}
 		if err := in.Install(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		for _, dir := range []string{"var/log/pods/ns_pod_uid", "var/lib/cni/results", "run/containerd/s"} { // as the node's programs do
+			if err := os.MkdirAll(in.Env.HostPath(dir), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
 		installed := outside(tree(t, in.Env.Host))
-		if _, ok := installed["/etc/cni/net.d"]; !ok && round == 0 {
+		if _, ok := installed["/etc/cni/net.d"]; !ok {
 			t.Fatal("there is nothing to remove")
 		}
 		for range 2 { // removing twice is removing
@@ -51,6 +61,10 @@ func TestRemoveKeepsWhatOthersPutThere(t *testing.T) {
 	if err := os.Symlink("/elsewhere", in.Env.HostPath("opt/cni/bin")); err != nil {
 		t.Fatal(err)
 	}
+	logs := in.Env.HostPath("var/log/pods/of-another")
+	if err := os.MkdirAll(logs, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	if err := in.Install(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -64,6 +78,9 @@ func TestRemoveKeepsWhatOthersPutThere(t *testing.T) {
 		t.Errorf("a foreign link: %q, %v", target, err)
 	}
 	if _, err := os.Stat(in.Env.HostPath("etc/cni/other")); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(logs); err != nil {
 		t.Error(err)
 	}
 	if _, err := os.Stat(in.Env.AdminKubeconfig()); err != nil {

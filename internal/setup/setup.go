@@ -62,6 +62,7 @@ func (in *Installer) Install(ctx context.Context) error {
 		{"prepare the datastore", in.datastore},
 		{"make certificates and credentials", in.certificates},
 		{"link the CNI plugins", in.cniPlugins},
+		{"note what is not on the host yet", in.noteTrees},
 		{"make the links on the host", in.hostLinks},
 		{"set the locks", in.locks},
 		{"note that it is done", func(context.Context) error { return in.lock(snapenv.LockInstalled) }},
