@@ -374,8 +374,16 @@ func TestWatchOfCompactedRevision(t *testing.T) {
 			t.Fatalf("below: %v, %d", r.Err(), r.CompactRevision)
 		}
 		r = <-c.Watch(ctx, "/c", clientv3.WithRev(8), clientv3.WithPrevKV())
-		if r.Err() != nil || len(r.Events) == 0 || r.Events[0].Kv.ModRevision != 8 || r.Events[0].PrevKv == nil {
+		if !errors.Is(r.Err(), rpctypes.ErrCompacted) || r.CompactRevision != 8 {
+			t.Fatalf("with previous values, from the compacted revision on: %v, %d", r.Err(), r.CompactRevision)
+		}
+		r = <-c.Watch(ctx, "/c", clientv3.WithRev(8))
+		if r.Err() != nil || len(r.Events) == 0 || r.Events[0].Kv.ModRevision != 8 {
 			t.Fatalf("from the compacted revision on: %v", r)
+		}
+		r = <-c.Watch(ctx, "/c", clientv3.WithRev(9), clientv3.WithPrevKV())
+		if r.Err() != nil || len(r.Events) == 0 || r.Events[0].Kv.ModRevision != 9 || r.Events[0].PrevKv == nil {
+			t.Fatalf("from the next revision on: %v", r)
 		}
 	}
 	check()

@@ -158,12 +158,16 @@ func (p *process) stop() {
 	}
 }
 
-func dial(t testing.TB, listen string) *clientv3.Client {
-	t.Helper()
-	c, err := clientv3.New(clientv3.Config{
+func clientConfig(listen string) clientv3.Config {
+	return clientv3.Config{
 		Endpoints: []string{listen}, DialTimeout: 10 * time.Second, Logger: zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())},
-	})
+	}
+}
+
+func dial(t testing.TB, listen string) *clientv3.Client {
+	t.Helper()
+	c, err := clientv3.New(clientConfig(listen))
 	if err != nil {
 		t.Fatal(err)
 	}

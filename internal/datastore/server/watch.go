@@ -190,7 +190,21 @@ func (st *stream) create(r *pb.WatchCreateRequest) error {
 	if err := st.Send(&pb.WatchResponse{Header: st.s.header(rev), WatchId: id, Created: true}); err != nil {
 		return err
 	}
+	// The previous values at the compacted revision itself belong to what was compacted: API
+	// servers want to hear so, others may go on from there, as in etcd.
+	if compacted := st.s.opt.Engine.Compacted(); r.PrevKv && r.StartRevision > 0 && r.StartRevision <= compacted {
+		return st.compacted(w, compacted)
+	}
 	return st.deliver(w)
+}
+
+// compacted ends a watch that begins, or has fallen behind, a compaction.
+func (st *stream) compacted(w *clientWatch, rev int64) error {
+	st.remove(w)
+	return st.Send(&pb.WatchResponse{
+		Header: st.s.now(), WatchId: w.id, Canceled: true,
+		CompactRevision: rev, CancelReason: state.ErrCompacted.Error(),
+	})
 }
 
 func (st *stream) deliverAll() error {
@@ -207,11 +221,7 @@ func (st *stream) deliver(w *clientWatch) error {
 	for {
 		changes, rev, more, err := w.Collect(watchMessage)
 		if errors.Is(err, state.ErrCompacted) {
-			st.remove(w)
-			return st.Send(&pb.WatchResponse{
-				Header: st.s.now(), WatchId: w.id, Canceled: true,
-				CompactRevision: st.s.opt.Engine.Compacted(), CancelReason: state.ErrCompacted.Error(),
-			})
+			return st.compacted(w, st.s.opt.Engine.Compacted())
 		}
 		if err != nil {
 			return toGRPC(err)
