@@ -22,8 +22,7 @@ func kept(r resource) bool {
 	case "/nodes", "/componentstatuses", "storage.k8s.io/csinodes", "resource.k8s.io/resourceslices",
 		"internal.apiserver.k8s.io/storageversions", "networking.k8s.io/ipaddresses",
 		"/events", "events.k8s.io/events", // they end by themselves after minutes
-		"coordination.k8s.io/leasecandidates", "metrics.k8s.io/pods", "metrics.k8s.io/nodes",
-		"/endpoints", "discovery.k8s.io/endpointslices": // they go with their services
+		"coordination.k8s.io/leasecandidates", "metrics.k8s.io/pods", "metrics.k8s.io/nodes":
 		return true
 	}
 	return false
@@ -36,7 +35,9 @@ func protected(r resource, o *unstructured.Unstructured, accounts map[string]boo
 	switch r.gvr.Resource {
 	case "namespaces":
 		return systemNamespaces[name]
-	case "services":
+	case "endpointslices":
+		return ns == metav1.NamespaceDefault && labels["kubernetes.io/service-name"] == "kubernetes"
+	case "services", "endpoints":
 		return ns == metav1.NamespaceDefault && name == "kubernetes"
 	case "servicecidrs":
 		return name == "kubernetes"

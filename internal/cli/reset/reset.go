@@ -52,8 +52,14 @@ type Cleaner struct {
 	// Patience, Force and Round replace the constants; 0 means them.
 	Patience, Force, Round time.Duration
 
-	said map[string]bool
+	said   map[string]bool
+	remade map[string]map[types.UID]bool // by kind, namespace and name
 }
+
+// remadeAfter is how many times an object must have come back to be taken for one that
+// Kubernetes, or the product itself, makes anew whenever it is missing. Such an object is part
+// of the initial state.
+const remadeAfter = 3
 
 // New makes a Cleaner for the cluster of cfg.
 func New(cfg *rest.Config) (*Cleaner, error) {
@@ -73,7 +79,7 @@ func New(cfg *rest.Config) (*Cleaner, error) {
 
 // Clean deletes until nothing is left. It may be interrupted and run again.
 func (c *Cleaner) Clean(ctx context.Context) error {
-	c.said = map[string]bool{}
+	c.said, c.remade = map[string]bool{}, map[string]map[types.UID]bool{}
 	or := func(d, def time.Duration) time.Duration {
 		if d == 0 {
 			return def
@@ -195,7 +201,7 @@ func (c *Cleaner) sweep(ctx context.Context, force bool) ([]string, error) {
 		}
 		var todo []unstructured.Unstructured
 		for _, o := range list.Items {
-			if !protected(r, &o, system) {
+			if !protected(r, &o, system) && !c.comesBack(r, &o) {
 				todo = append(todo, o)
 			}
 		}
@@ -207,10 +213,24 @@ func (c *Cleaner) sweep(ctx context.Context, force bool) ([]string, error) {
 			return nil, err
 		}
 		for _, o := range todo {
-			left = append(left, strings.TrimPrefix(o.GetNamespace()+"/", "/")+r.gvr.Resource+"/"+o.GetName())
+			left = append(left, fullName(r, &o))
 		}
 	}
 	return left, nil
+}
+
+func fullName(r resource, o *unstructured.Unstructured) string {
+	return strings.TrimPrefix(o.GetNamespace()+"/", "/") + r.gvr.Resource + "/" + o.GetName()
+}
+
+// comesBack notes that an object was seen and says whether it is one that cannot be got rid of.
+func (c *Cleaner) comesBack(r resource, o *unstructured.Unstructured) bool {
+	name := fullName(r, o)
+	if c.remade[name] == nil {
+		c.remade[name] = map[types.UID]bool{}
+	}
+	c.remade[name][o.GetUID()] = true
+	return len(c.remade[name]) > remadeAfter
 }
 
 func (c *Cleaner) announce(r resource, n int) {

@@ -1,0 +1,100 @@
+package cli
+
+import (
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// fakeAPI stands in for an API server with one node that is Ready.
+func fakeAPI(t *testing.T) (kubeconfig string) {
+	t.Helper()
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/api/v1/nodes" {
+			fmt.Fprint(w, `{"metadata":{"resourceVersion":"1"},"items":[{"metadata":{"name":"n1"},"status":{"conditions":[{"type":"Ready","status":"True"}]}}]}`)
+			return
+		}
+		fmt.Fprint(w, `{}`)
+	}))
+	t.Cleanup(s.Close)
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
+	config, err := json.Marshal(map[string]any{
+		"apiVersion": "v1", "kind": "Config", "current-context": "c",
+		"clusters": []any{map[string]any{"name": "c", "cluster": map[string]any{"server": s.URL, "certificate-authority-data": ca}}},
+		"contexts": []any{map[string]any{"name": "c", "context": map[string]any{"cluster": "c", "user": "u"}}},
+		"users":    []any{map[string]any{"name": "u", "user": map[string]any{"token": "a-fake-token"}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(config)
+}
+
+func TestStart(t *testing.T) {
+	a := newApp(t)
+	a.write(t, a.Env.AdminKubeconfig(), fakeAPI(t))
+	a.write(t, a.Env.Lock(snapenv.LockStopped), "")
+	a.write(t, a.Env.Lock(snapenv.LockLowMemory), "")
+	if code := a.run(t.Context(), "start"); code != ExitError || len(a.parts) > 0 {
+		t.Fatalf("the low memory guard let it pass: code %d", code)
+	}
+	if code := a.run(t.Context(), "start", "--disable-low-memory-guard"); code != ExitOK {
+		t.Fatalf("code %d: %s", code, a.err.String())
+	}
+	if !slices.Equal(a.parts, []string{"install"}) || !slices.Equal(a.services.calls, []string{"start"}) {
+		t.Errorf("parts %q, services %q", a.parts, a.services.calls)
+	}
+	for _, lock := range []string{snapenv.LockStopped, snapenv.LockLowMemory} {
+		if a.Env.Locked(lock) {
+			t.Errorf("%s is still there", lock)
+		}
+	}
+	want := "Setting up the node\nStarting the services\nWaiting for the node to be Ready\nThe node is Ready. Try: microk8s kubectl get pods -A\n"
+	if a.err.String() != want || a.out.Len() > 0 {
+		t.Errorf("stdout %q, stderr %q, want %q", a.out.String(), a.err.String(), want)
+	}
+}
+
+func TestStartUnderSnapd(t *testing.T) {
+	a := newApp(t)
+	a.Env.Snapd = true
+	a.write(t, a.Env.AdminKubeconfig(), fakeAPI(t))
+	if code := a.run(t.Context(), "start"); code != ExitOK || len(a.parts) > 0 {
+		t.Errorf("code %d, parts %q: %s", code, a.parts, a.err.String())
+	}
+	a.services.failOn, a.services.err = "start", fmt.Errorf("cannot run snapctl: exit status 1")
+	code := a.run(t.Context(), "start")
+	if code != ExitError || !strings.Contains(a.err.String(), `Failed to start microk8s services. Check snapd logs with "journalctl -u snapd.service"`) {
+		t.Errorf("code %d: %s", code, a.err.String())
+	}
+}
+
+func TestStartRefusesAPortInUse(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	a := newApp(t)
+	a.services.phase = service.Stopped
+	port := l.Addr().(*net.TCPAddr).Port
+	a.write(t, a.Env.Args("cluster-agent"), fmt.Sprintf("--bind 127.0.0.1:%d\n", port))
+	code := a.run(t.Context(), "start")
+	// The machine of the test may have other ports of ours in use as well: one is named.
+	if code != ExitError || !strings.Contains(a.err.String(), "microk8s: cannot start: port ") ||
+		!strings.Contains(a.err.String(), "  stop that program and run microk8s start\n") {
+		t.Errorf("code %d: %s", code, a.err.String())
+	}
+	if len(a.services.calls) > 0 {
+		t.Errorf("services were started: %v", a.services.calls)
+	}
+}

@@ -1,0 +1,206 @@
+package status
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+func write(t *testing.T, path, text string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fakeManager stands in for the service manager.
+type fakeManager struct {
+	service.Manager
+	status func(context.Context) ([]service.State, error)
+}
+
+func (f fakeManager) Status(ctx context.Context) ([]service.State, error) { return f.status(ctx) }
+
+// TestHangingAnswersAreLeftBehind has a manager that answers when it wants, after the probe.
+func TestHangingAnswersAreLeftBehind(t *testing.T) {
+	env := snapenv.Under(t.TempDir())
+	release, late := make(chan struct{}), make(chan struct{})
+	m := fakeManager{status: func(context.Context) ([]service.State, error) {
+		<-release
+		defer close(late)
+		return []service.State{{Name: service.Kubelite, Phase: service.Running}}, nil
+	}}
+	p := &Prober{Env: env, Manager: m, Now: time.Now, Budget: time.Millisecond}
+	r := p.Probe(t.Context())
+	close(release)
+	<-late
+	if r.Ready || r.Services != nil {
+		t.Errorf("report: %+v", r)
+	}
+	if len(r.Problems) == 0 || !strings.Contains(r.Problems[0].What, "did not answer within 1ms") {
+		t.Errorf("problems: %v", r.Problems)
+	}
+}
+
+func TestManagerError(t *testing.T) {
+	m := fakeManager{status: func(context.Context) ([]service.State, error) { return nil, errors.New("no socket") }}
+	p := &Prober{Env: snapenv.Under(t.TempDir()), Manager: m, Now: time.Now, Budget: time.Minute}
+	r := p.Probe(t.Context())
+	if len(r.Problems) == 0 || r.Problems[0].What != "no socket" {
+		t.Errorf("problems: %v", r.Problems)
+	}
+}
+
+func TestReadHA(t *testing.T) {
+	member := func(n, role int) string {
+		return fmt.Sprintf("- {Address: \"10.0.0.%d:19001\", ID: %d, Role: %d}\n", n, n, role)
+	}
+	for _, tc := range []struct {
+		name    string
+		files   map[string]string
+		lock    bool
+		enabled bool
+		nodes   []string
+	}{
+		{"never started", nil, false, false, nil},
+		{"nothing yet", nil, true, false, nil},
+		{"before the first start", map[string]string{"init.yaml": "Address: 127.0.0.1:19001\n"}, true, false, []string{"127.0.0.1:19001 voter"}},
+		{"one", map[string]string{"info.yaml": "Address: 127.0.0.1:19001\nID: 7\nRole: 0\n"}, true, false, []string{"127.0.0.1:19001 voter"}},
+		{"two", map[string]string{"cluster.yaml": member(1, 0) + member(2, 2)}, true, false, []string{"10.0.0.1:19001 voter", "10.0.0.2:19001 spare"}},
+		{"two voters", map[string]string{"cluster.yaml": member(1, 0) + member(2, 0)}, true, false, []string{"10.0.0.1:19001 voter", "10.0.0.2:19001 voter"}},
+		{"three", map[string]string{"cluster.yaml": member(1, 0) + member(2, 0) + member(3, 0) + member(4, 1)}, true, true,
+			[]string{"10.0.0.1:19001 voter", "10.0.0.2:19001 voter", "10.0.0.3:19001 voter", "10.0.0.4:19001 standby"}},
+		{"broken", map[string]string{"cluster.yaml": "\x00{", "info.yaml": "]"}, true, false, nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			env := snapenv.Under(t.TempDir())
+			for name, text := range tc.files {
+				write(t, filepath.Join(env.Backend(), name), text)
+			}
+			if tc.lock {
+				write(t, env.Lock(snapenv.LockHA), "")
+			}
+			ha := readHA(env)
+			var nodes []string
+			for _, n := range ha.Nodes {
+				nodes = append(nodes, n.Address+" "+string(n.Role))
+			}
+			if ha.Enabled != tc.enabled || ha.Datastore != tc.lock || !slices.Equal(nodes, tc.nodes) {
+				t.Errorf("got %+v", ha)
+			}
+		})
+	}
+}
+
+func TestExpected(t *testing.T) {
+	for _, tc := range []struct {
+		locks []string
+		want  []string
+	}{
+		{nil, []string{"containerd", "k8s-dqlite", "cluster-agent", "kubelite"}},
+		{[]string{snapenv.LockWorker}, []string{"containerd", "cluster-agent", "kubelite", "apiserver-proxy"}},
+		{[]string{snapenv.LockNoDqlite}, []string{"containerd", "cluster-agent", "kubelite"}},
+	} {
+		env := snapenv.Under(t.TempDir())
+		for _, l := range tc.locks {
+			write(t, env.Lock(l), "")
+		}
+		got := slices.DeleteFunc(service.Names(), func(n string) bool { return !Expected(env, n) })
+		if !slices.Equal(got, tc.want) {
+			t.Errorf("with %v: %v, want %v", tc.locks, got, tc.want)
+		}
+	}
+}
+
+func TestPortsInUse(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+	env := snapenv.Under(t.TempDir())
+	write(t, env.Args("kube-apiserver"), fmt.Sprintf("--secure-port=%d\n", port))
+	find := func(running ...string) *PortProblem {
+		for _, p := range PortsInUse(env, running) {
+			if p.Port == port {
+				return &p
+			}
+		}
+		return nil
+	}
+	p := find()
+	if p == nil {
+		t.Fatalf("port %d was not found", port)
+	}
+	want := fmt.Sprintf("port %d, which kubelite needs, is in use by", port)
+	if !strings.HasPrefix(p.What, want) || !strings.HasSuffix(p.What, fmt.Sprintf("(pid %d)", os.Getpid())) {
+		t.Errorf("problem: %s", p)
+	}
+	if p := find(service.Kubelite); p != nil {
+		t.Errorf("our own port is a problem: %s", p)
+	}
+}
+
+func TestProbeHTTP2(t *testing.T) {
+	dir, err := os.MkdirTemp("", "st") // short: a unix socket below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	serve := func(name string, talk func(net.Conn)) string {
+		path := filepath.Join(dir, name)
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				talk(c)
+			}
+		}()
+		return path
+	}
+	if err := probeHTTP2(t.Context(), serve("good", func(c net.Conn) { _, _ = c.Write([]byte{0, 0, 0, settingsFrame, 0, 0, 0, 0, 0}) })); err != nil {
+		t.Errorf("a server: %v", err)
+	}
+	if err := probeHTTP2(t.Context(), serve("web", func(c net.Conn) { fmt.Fprint(c, "HTTP/1.1 400 Bad Request\r\n\r\n") })); err == nil {
+		t.Error("an HTTP/1 server passed")
+	}
+	if err := probeHTTP2(t.Context(), serve("closes", func(c net.Conn) { c.Close() })); err == nil {
+		t.Error("a server that hangs up passed")
+	}
+	if err := probeHTTP2(t.Context(), filepath.Join(dir, "none")); err == nil {
+		t.Error("no server passed")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := probeHTTP2(ctx, serve("mute", func(net.Conn) {})); err == nil {
+		t.Error("a frozen server passed")
+	}
+}
+
+func TestShorten(t *testing.T) {
+	long := strings.Repeat("ä", lastWords+10)
+	if got := shorten(long); len([]rune(got)) != lastWords+1 {
+		t.Errorf("%d runes", len([]rune(got)))
+	}
+}
