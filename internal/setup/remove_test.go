@@ -2,11 +2,14 @@ package setup
 
 import (
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"microk8s/internal/snapenv"
 )
 
 // outside is the part of a tree that is not the product's own data.
@@ -146,4 +149,32 @@ func TestConfigure(t *testing.T) {
 		t.Fatal(err)
 	}
 	diff(t, want, tree(t, in.Env.Host), "Configure")
+}
+
+func TestHardenedNode(t *testing.T) {
+	in := machine(t)
+	if err := in.Install(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(in.Env.Lock(snapenv.LockCIS), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Configure(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{in.Env.ArgsDir(), in.Env.CertsDir(), in.Env.CredentialsDir(), in.Env.LocksDir(), in.Env.BackendLive()} {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			st, err := d.Info()
+			if err == nil && st.Mode().Perm()&0o077 != 0 {
+				t.Errorf("%s is %v on a hardened node", path, st.Mode())
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -182,7 +182,11 @@ func memTotal(path string) (kB uint64, err error) {
 // daemons' kubeconfigs stay root's.
 func (in *Installer) modes(context.Context) error {
 	a := in.access()
-	for _, dir := range []string{in.Env.ArgsDir(), in.Env.LocksDir(), filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(), filepath.Join(in.Env.Common, "hooks")} {
+	dirs := []string{in.Env.ArgsDir(), in.Env.LocksDir(), filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(), filepath.Join(in.Env.Common, "hooks")}
+	if a.RootOnly() {
+		dirs = append(dirs, in.Env.CertsDir(), in.Env.CredentialsDir(), in.Env.BackendLive())
+	}
+	for _, dir := range dirs {
 		if err := a.ShareTree(dir); err != nil {
 			return err
 		}

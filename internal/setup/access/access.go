@@ -57,6 +57,9 @@ func GroupID(path, name string) (gid int, found bool, err error) {
 	return 0, false, nil
 }
 
+// RootOnly says whether the lock cis-hardening keeps everything from the group.
+func (a Access) RootOnly() bool { return a.cis }
+
 // WriteShared replaces a file that group members may read and change.
 func (a Access) WriteShared(path string, data []byte) error {
 	if a.cis {
