@@ -47,6 +47,7 @@ func TestWords(t *testing.T) {
 		{"default", "--a=${NONE:-d}", GrammarB, []string{"--a=d"}},
 		{"single quotes keep variables", "--a='$SNAP'", GrammarB, []string{"--a=$SNAP"}},
 		{"no globbing", "--a=/*", GrammarB, []string{"--a=/*"}},
+		{"empty value", `--a "" --b='' --c`, GrammarB, []string{"--a", "", "--b=", "--c"}},
 		{"continued line", "--a=1 \\\n  --b=2\n", GrammarB, []string{"--a=1", "--b=2"}},
 		{"braces, as in bash", "--a={1,2}", GrammarB, []string{"--a=1", "--a=2"}},
 	} {
@@ -93,6 +94,7 @@ func TestRefused(t *testing.T) {
 		{"arithmetic", "--b=$((1+1))\n", GrammarB, 1, "not supported"},
 		{"pipe", "--b=1\n--c | sh\n", GrammarB, 2, "quotes"},
 		{"semicolon", "--b=1; id\n", GrammarB, 1, "quotes"},
+		{"nothing alone", "--a=1 ''\n", GrammarB, 1, "not a flag"},
 		{"open quote", "--a=1\n--b=\"x\n", GrammarB, 2, "quote"},
 		{"failing expansion", "--b=${X:?boom}\n", GrammarB, 1, "not supported"},
 		{"length", "--b=${#X}\n", GrammarB, 1, "not supported"},

@@ -31,9 +31,7 @@ func tokensB(data []byte) ([]token, error) {
 			}
 			return words
 		}
-		if t.plain != "" {
-			tokens = append(tokens, t)
-		}
+		tokens = append(tokens, t) // "" too: it is a value
 		return true
 	})
 	if bad == nil {
