@@ -42,7 +42,11 @@ type Node struct {
 }
 
 func (n Node) yaml(indent string) string {
-	return fmt.Sprintf("Address: %s\n%sID: %d\n%sRole: %d\n", n.Address, indent, n.ID, indent, n.Role)
+	address := n.Address
+	if strings.HasPrefix(address, "[") { // IPv6, which would begin a list
+		address = "'" + address + "'"
+	}
+	return fmt.Sprintf("Address: %s\n%sID: %d\n%sRole: %d\n", address, indent, n.ID, indent, n.Role)
 }
 
 // initConfig is init.yaml: what a node without data shall become.

@@ -1,0 +1,163 @@
+package daemon
+
+import (
+	"context"
+	"database/sql/driver"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"microk8s/internal/datastore/member"
+
+	"github.com/canonical/go-dqlite/v3/client"
+	dqdriver "github.com/canonical/go-dqlite/v3/driver"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// image copies the directory of a running daemon: what a crash would leave.
+func image(t *testing.T, dir string) string {
+	t.Helper()
+	to := t.TempDir()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.Type().IsRegular() {
+			data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			writeFile(t, filepath.Join(to, e.Name()), data)
+		}
+	}
+	return to
+}
+
+// move gives an image an address of its own.
+func move(t *testing.T, dir string) string {
+	t.Helper()
+	writeFile(t, filepath.Join(dir, "update.yaml"), []byte("Address: "+freeAddress(t)+"\n"))
+	return dir
+}
+
+func TestDamageIsNoticed(t *testing.T) {
+	t.Parallel()
+	p := start(t, newDir(t))
+	ctx := testContext(t)
+	for i := range 50 {
+		if _, err := p.client.Put(ctx, fmt.Sprintf("/d/%d", i), strings.Repeat("v", 500)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.client.Close()
+	whole := start(t, move(t, image(t, p.cfg.StorageDir)))
+	if r, err := whole.client.Get(ctx, "/d/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || r.Count != 50 {
+		t.Fatalf("the image of a running daemon: %v, %v", r, err)
+	}
+	for _, tc := range []struct {
+		file   string
+		damage func(data []byte) []byte
+		names  string
+	}{
+		{"open-1", func(d []byte) []byte { d[9000] ^= 1; return d }, "open-1"},
+		{"open-1", func(d []byte) []byte { clear(d[4096:8192]); return d }, "open-1"},
+		{"0000000000000001-0000000000000001", func(d []byte) []byte { d[40] ^= 1; return d }, "0000000000000001-0000000000000001"},
+		{"metadata1", func(d []byte) []byte { return d[:8] }, "metadata1"},
+	} {
+		dir := image(t, p.cfg.StorageDir)
+		path := filepath.Join(dir, tc.file)
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, path, tc.damage(data))
+		before := listing(t, dir)
+		err = Run(ctx, config(dir), "", slog.New(slog.DiscardHandler), nil)
+		if err == nil || !strings.Contains(err.Error(), tc.names) || !strings.Contains(err.Error(), "backup") {
+			t.Errorf("%s: %v", tc.file, err)
+		}
+		if after := listing(t, dir); after != before {
+			t.Errorf("%s: the refused directory was changed:\n%s\n%s", tc.file, before, after)
+		}
+	}
+}
+
+func listing(t *testing.T, dir string) string {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	for _, e := range entries {
+		fi, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&b, "%s %d %v\n", e.Name(), fi.Size(), fi.ModTime())
+	}
+	return b.String()
+}
+
+// A directory with upstream's table is refused, and its data is as it was.
+func TestUpstreamDirectoryIsRefused(t *testing.T) {
+	t.Parallel()
+	dir := newDir(t)
+	ctx := testContext(t)
+	cfg := config(dir)
+	query := func(sql ...string) string {
+		t.Helper()
+		m, err := member.Start(member.Options{Dir: dir, Logger: slog.New(slog.DiscardHandler), SocketName: cfg.socketName})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		store := client.NewInmemNodeStore()
+		if err := store.Set(ctx, []client.NodeInfo{{Address: m.Node().Address}}); err != nil {
+			t.Fatal(err)
+		}
+		d, err := dqdriver.New(store, dqdriver.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", cfg.socketName)
+		}), dqdriver.WithLogFunc(func(client.LogLevel, string, ...any) {}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := d.Open("k8s")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		c := conn.(*dqdriver.Conn)
+		for _, s := range sql[:len(sql)-1] {
+			if _, err := c.ExecContext(ctx, s, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rows, err := c.QueryContext(ctx, sql[len(sql)-1], nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer rows.Close()
+		row := make([]driver.Value, 1)
+		if err := rows.Next(row); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(row[0])
+	}
+	query("CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)", "INSERT INTO kine (name) VALUES ('/registry/x')", "SELECT count(*) FROM kine")
+	err := Run(ctx, cfg, "", slog.New(slog.DiscardHandler), nil)
+	if err == nil || !strings.Contains(err.Error(), "kine") || !strings.Contains(err.Error(), dir) {
+		t.Fatalf("it was not refused: %v", err)
+	}
+	if n := query("SELECT group_concat(name) FROM sqlite_master WHERE type = 'table'"); n != "kine,sqlite_sequence" {
+		t.Errorf("tables after the refusal: %s", n)
+	}
+	if n := query("SELECT name FROM kine"); n != "/registry/x" {
+		t.Errorf("data after the refusal: %s", n)
+	}
+}

@@ -1,0 +1,212 @@
+package member
+
+import (
+	"encoding/binary"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestTuning(t *testing.T) {
+	for _, tc := range []struct {
+		text     string
+		want     Tuning
+		warnings int
+		err      string
+	}{
+		{text: "", want: DefaultTuning()},
+		{text: "snapshot: {threshold: 384, trailing: 1024, strategy: static}\nnetwork-latency: 20ms\n", want: Tuning{384, 1024, false, 20 * time.Millisecond}},
+		{text: "snapshot: {threshold: 0, trailing: 1024}", want: Tuning{768, 1024, true, 66 * time.Millisecond}},
+		{text: "snapshot: {trailing: 512}", want: Tuning{512, 512, true, 66 * time.Millisecond}},
+		{text: "snapshot: {strategy: lazy}\nkine-poll-interval: 1s\nkine-compact-interval: 5m", want: DefaultTuning(), warnings: 3},
+		{text: "snapshot: {trailing: 511}", err: "trailing"},
+		{text: "snapshot: {threshold: 100}", err: "threshold"},
+		{text: "snapshot: {threshold: 600, trailing: 512}", err: "threshold"},
+		{text: "network-latency: fast", err: "network-latency"},
+		{text: "network-latency: -1s", err: "network-latency"},
+		{text: "\t:", err: "yaml"},
+	} {
+		got, warnings, err := parseTuning([]byte(tc.text))
+		if tc.err != "" {
+			if err == nil || !strings.Contains(err.Error(), tc.err) {
+				t.Errorf("%q: error %v", tc.text, err)
+			}
+			continue
+		}
+		if err != nil || got != tc.want || len(warnings) != tc.warnings {
+			t.Errorf("%q: %+v, %q, %v", tc.text, got, warnings, err)
+		}
+	}
+}
+
+func TestIdentityRoundTrip(t *testing.T) {
+	d := directory{t.TempDir()}
+	want := Node{ID: 1<<64 - 3, Address: "[fd00::1]:19001", Role: 0}
+	if err := d.identify(want); err != nil {
+		t.Fatal(err)
+	}
+	got, ok, err := read(d, infoFile, parseInfo)
+	if err != nil || !ok || got != want {
+		t.Errorf("info: %v, %v", got, err)
+	}
+	list, ok, err := read(d, clusterFile, parseCluster)
+	if err != nil || !ok || len(list) != 1 || list[0] != want {
+		t.Errorf("cluster: %v, %v", list, err)
+	}
+}
+
+// A start that was interrupted after any of its steps is completed by the next.
+func TestInitializeIsRepeatable(t *testing.T) {
+	node := Node{ID: BootstrapID, Address: "127.0.0.1:19001"}
+	for _, done := range []string{"", infoFile, clusterFile} {
+		d := directory{t.TempDir()}
+		for name, text := range d.identity(node) {
+			if name == done || done == clusterFile {
+				if err := d.write(name, text); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := d.write(initFile, "Address: 127.0.0.1:19001\n"); err != nil {
+			t.Fatal(err)
+		}
+		got, err := d.prepare(nil)
+		if err != nil || got != node || d.has(initFile) {
+			t.Errorf("after %q: %v, %v, %t", done, got, err, d.has(initFile))
+		}
+	}
+}
+
+func makeBatch(terms ...string) []byte {
+	header := binary.LittleEndian.AppendUint64(nil, uint64(len(terms)))
+	var data []byte
+	for _, e := range terms {
+		for len(e)%8 != 0 {
+			e += "."
+		}
+		header = binary.LittleEndian.AppendUint64(header, 1)
+		header = append(header, 1, 0, 0, 0)
+		header = binary.LittleEndian.AppendUint32(header, uint32(len(e)))
+		data = append(data, e...)
+	}
+	out := binary.LittleEndian.AppendUint32(nil, crc(0, header))
+	out = binary.LittleEndian.AppendUint32(out, crc(0, data))
+	return append(append(out, header...), data...)
+}
+
+func segment(batches ...[]byte) []byte {
+	out := binary.LittleEndian.AppendUint64(nil, diskFormat)
+	for _, b := range batches {
+		out = append(out, b...)
+	}
+	return out
+}
+
+func TestSegments(t *testing.T) {
+	a, b := makeBatch("the first", "the second"), makeBatch("the third")
+	whole := segment(a, b)
+	padded := append(append([]byte(nil), whole...), make([]byte, 4096)...)
+	if err := checkClosed(whole, 5, 7); err != nil {
+		t.Error(err)
+	}
+	if good, bad, err := checkOpen(padded); good != 2 || bad != nil || err != nil {
+		t.Error(good, bad, err)
+	}
+	if err := checkClosed(whole, 5, 8); !errors.Is(err, errMissing) {
+		t.Error(err)
+	}
+	if err := checkClosed(whole[:len(whole)-8], 5, 7); err == nil {
+		t.Error("a short closed segment was accepted")
+	}
+	for i := range whole {
+		flipped := append([]byte(nil), padded...)
+		flipped[i] ^= 0x10
+		if checkClosed(flipped[:len(whole)], 5, 7) == nil {
+			t.Errorf("closed: the flip at %d was not noticed", i)
+		}
+		good, bad, err := checkOpen(flipped)
+		switch {
+		case i < 8+len(a):
+			if err == nil {
+				t.Errorf("open: the flip at %d, before a good batch, was not noticed", i)
+			}
+		case good != 1 || bad == nil || err != nil:
+			t.Errorf("open: the flip at %d, at the end: %d, %v, %v", i, good, bad, err)
+		}
+	}
+	for n := 8; n < len(whole); n += 8 { // what a crash leaves
+		torn := append(append([]byte(nil), whole[:n]...), make([]byte, 4096)...)
+		if _, _, err := checkOpen(torn); err != nil {
+			t.Errorf("torn at %d: %v", n, err)
+		}
+	}
+}
+
+func TestCheckFiles(t *testing.T) {
+	metadata := append(binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, diskFormat), 1), make([]byte, 16)...)
+	good := segment(makeBatch("x"))
+	bad := append([]byte(nil), good...)
+	bad[len(bad)-1] ^= 1
+	for _, tc := range []struct {
+		name  string
+		files map[string][]byte
+		want  string
+	}{
+		{"empty", nil, ""},
+		{"only prepared segments", map[string][]byte{"open-1": make([]byte, 4096)}, ""},
+		{"healthy", map[string][]byte{"0000000000000001-0000000000000001": good, "open-2": good, "metadata1": metadata}, ""},
+		{"one metadata file torn", map[string][]byte{"open-1": good, "metadata1": metadata, "metadata2": nil}, ""},
+		{"torn end", map[string][]byte{"open-1": bad, "open-2": make([]byte, 64), "metadata1": metadata}, ""},
+		{"bad segment before a good one", map[string][]byte{"open-9": bad, "open-10": good, "metadata1": metadata}, "open-9"},
+		{"bad closed segment", map[string][]byte{"0000000000000001-0000000000000001": bad, "metadata1": metadata}, "0000000000000001-0000000000000001"},
+		{"zeroed closed segment", map[string][]byte{"0000000000000001-0000000000000001": make([]byte, 100), "metadata1": metadata}, "0000000000000001-0000000000000001"},
+		{"no metadata", map[string][]byte{"open-1": good}, "metadata1"},
+		{"short metadata", map[string][]byte{"open-1": good, "metadata1": metadata[:31]}, "metadata1"},
+		{"bad snapshot", map[string][]byte{"snapshot-1-2-3.meta": make([]byte, 40), "metadata1": metadata}, "snapshot-1-2-3.meta"},
+	} {
+		dir := t.TempDir()
+		for name, data := range tc.files {
+			if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		err := CheckFiles(dir)
+		if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+	}
+}
+
+func FuzzYAML(f *testing.F) {
+	for _, s := range []string{"Address: 127.0.0.1:19001\n", "ID: 1\nAddress: a:1\nRole: 0\n", "- Address: a:1\n  ID: 2\n  Role: 1\n", "snapshot: {trailing: 512}", "7\n", "\x00", "&a [*a]"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if c, err := parseInit(data); err == nil && checkAddress(c.Address) != nil {
+			t.Errorf("accepted the address %q", c.Address)
+		}
+		if n, err := parseInfo(data); err == nil {
+			if back, err := parseInfo([]byte(n.yaml(""))); err != nil || back != n {
+				t.Errorf("%+v is written as %q", n, n.yaml(""))
+			}
+		}
+		_, _ = parseCluster(data)
+		if tu, _, err := parseTuning(data); err == nil && (tu.Trailing < 512 || tu.Threshold < 384 || tu.Threshold > tu.Trailing || tu.NetworkLatency <= 0) {
+			t.Errorf("accepted %+v", tu)
+		}
+		_, _ = parseFailureDomain(data)
+	})
+}
+
+func FuzzSegments(f *testing.F) {
+	f.Add(segment(makeBatch("a"), makeBatch("b", "c")))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, data []byte) {
+		_, _, _ = checkOpen(data)
+		_ = checkClosed(data, 1, 1)
+		_ = checkSnapshotMeta(data)
+	})
+}
