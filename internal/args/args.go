@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"unicode"
 	"unicode/utf8"
 
 	"microk8s/internal/atomicfile"
@@ -188,8 +189,8 @@ func splitFlag(word string) (name, value string, hasValue bool) {
 		return "", "", false
 	}
 	name, value, hasValue = strings.Cut(body, "=")
-	if !long && len(name) != 1 {
-		return "", "", false // -abc is no flag of any of these programs
+	if !long && (len(name) != 1 || !unicode.IsLetter(rune(name[0]))) {
+		return "", "", false // -abc is no flag of any of these programs, and -1 is a number
 	}
 	return name, value, hasValue
 }
