@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"syscall"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
@@ -89,6 +90,11 @@ type apiState struct {
 	nodes   []corev1.Node
 	version string // resource version of nodes
 	nodeErr error
+
+	// started is when this node's kubelet was started, zero where that is not known, and
+	// local is this node's name. What the API server has of the time before says nothing.
+	started time.Time
+	local   string
 }
 
 // nodesPath lists enough nodes to find one that is Ready.
@@ -126,11 +132,20 @@ func (s apiState) ready() bool {
 		return false
 	}
 	for _, n := range s.nodes {
-		if c := readyCondition(n); c != nil && c.Status == corev1.ConditionTrue {
+		if c := readyCondition(n); c != nil && c.Status == corev1.ConditionTrue && !s.stale(n, c) {
 			return true
 		}
 	}
 	return false
+}
+
+// stale says whether a condition of this node is from before its kubelet was started. A
+// kubelet reports at once when it starts.
+func (s apiState) stale(n corev1.Node, c *corev1.NodeCondition) bool {
+	if s.started.IsZero() || n.Name != s.local && len(s.nodes) > 1 {
+		return false
+	}
+	return c.LastHeartbeatTime.Time.Before(s.started.Truncate(time.Second)) // it has whole seconds
 }
 
 func readyCondition(n corev1.Node) *corev1.NodeCondition {
@@ -180,6 +195,8 @@ func (r *Report) apiProblems(s apiState) {
 			r.add("node %s has not reported its state yet", n.Name)("wait a little, or see microk8s logs kubelite")
 		case c.Status != corev1.ConditionTrue:
 			r.add("node %s is not Ready: %s", n.Name, shorten(c.Message))("see microk8s kubectl describe node " + n.Name)
+		case s.stale(n, c):
+			r.add("the kubelet of node %s has not reported since it was started", n.Name)("wait a little, or see microk8s logs kubelite")
 		}
 		for _, c := range n.Status.Conditions {
 			if c.Type != corev1.NodeReady && c.Status == corev1.ConditionTrue && pressure[c.Type] {

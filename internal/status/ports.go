@@ -19,6 +19,7 @@ type PortProblem struct {
 	Problem
 	Port    int
 	service string
+	inode   string // of the listening socket
 }
 
 // port is a TCP port that a service listens on (cli.md 6.8).
@@ -66,34 +67,42 @@ func lastNumber(addr string, def int) int {
 	return n
 }
 
-// portProblems lists the needed ports on which something listens. Whether that is our own
-// service the caller knows.
-func portProblems(env snapenv.Env) []PortProblem {
+// busyPorts lists the needed ports on which something listens. Whether that is our own service
+// the caller knows.
+func busyPorts(env snapenv.Env) []PortProblem {
 	busy := listeners()
 	var out []PortProblem
 	for _, p := range neededPorts(env) {
-		inode, ok := busy[p.number]
-		if !ok {
-			continue
+		if inode, ok := busy[p.number]; ok {
+			out = append(out, PortProblem{Port: p.number, service: p.service, inode: inode})
 		}
-		by := "another program"
-		if owner := socketOwner(inode); owner != "" {
-			by = owner
-		}
-		out = append(out, PortProblem{
-			Problem: Problem{
-				What: fmt.Sprintf("port %d, which %s needs, is in use by %s", p.number, p.service, by),
-				Do:   "stop that program and run microk8s start",
-			},
-			Port: p.number, service: p.service,
-		})
 	}
 	return out
 }
 
+// describe finds out who holds the port. It looks at every open file of the machine, so it is
+// for ports that are a problem only.
+func (p PortProblem) describe() PortProblem {
+	by := socketOwner(p.inode)
+	if by == "" {
+		by = "another program"
+	}
+	p.Problem = Problem{
+		What: fmt.Sprintf("port %d, which %s needs, is in use by %s", p.Port, p.service, by),
+		Do:   "stop that program and run microk8s start",
+	}
+	return p
+}
+
 // PortsInUse lists the ports that services not in running need and other programs hold.
 func PortsInUse(env snapenv.Env, running []string) []PortProblem {
-	return slices.DeleteFunc(portProblems(env), func(p PortProblem) bool { return slices.Contains(running, p.service) })
+	var out []PortProblem
+	for _, p := range busyPorts(env) {
+		if !slices.Contains(running, p.service) {
+			out = append(out, p.describe())
+		}
+	}
+	return out
 }
 
 // listeners maps the listening TCP ports of this network namespace to their socket inodes.

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"microk8s/internal/certs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -122,7 +123,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
 		"members":    func() { ha = readHA(p.Env) },
 		"disk":       func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
-		"ports":      func() { ports = portProblems(p.Env) },
+		"ports":      func() { ports = busyPorts(p.Env) },
 	})
 	// What is late is still being written to by its goroutine: take nothing from it.
 	r := Report{Addons: coreAddons()}
@@ -145,7 +146,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["ports"] {
 		for _, pr := range ports {
 			if !running(pr.service) {
-				r.Problems = append(r.Problems, pr.Problem)
+				r.Problems = append(r.Problems, pr.describe().Problem)
 			}
 		}
 	}
@@ -164,6 +165,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if missed["API"] {
 		api = apiState{err: fmt.Errorf("the API server did not answer within %s", budget)}
 	}
+	api.started, api.local = startedAt(r.Services, p.Now()), localName()
 	if running(service.Kubelite) || r.Services == nil {
 		r.apiProblems(api)
 	}
@@ -218,6 +220,26 @@ func phaseOf(states []service.State, name string) service.Phase {
 		}
 	}
 	return service.Stopped
+}
+
+// startedAt gives the time at which the kubelet was started; zero where it is not known, or
+// where the clock has been set back since.
+func startedAt(states []service.State, now time.Time) time.Time {
+	for _, s := range states {
+		if s.Name == service.Kubelite && s.Phase == service.Running && !s.Since.After(now) {
+			return s.Since
+		}
+	}
+	return time.Time{}
+}
+
+// localName is the name of this node, "" where it cannot be told.
+func localName() string {
+	name, err := certs.Hostname()
+	if err != nil {
+		return ""
+	}
+	return name
 }
 
 // serviceProblems says which services should run and do not, with their own last words.

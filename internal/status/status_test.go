@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -202,5 +205,41 @@ func TestShorten(t *testing.T) {
 	long := strings.Repeat("ä", lastWords+10)
 	if got := shorten(long); len([]rune(got)) != lastWords+1 {
 		t.Errorf("%d runes", len([]rune(got)))
+	}
+}
+
+// TestOldReportsDoNotCount has an API server that still says what was before a restart.
+func TestOldReportsDoNotCount(t *testing.T) {
+	started := time.Date(2026, 1, 2, 3, 4, 5, 500, time.UTC)
+	node := func(name string, beat time.Time) corev1.Node {
+		n := corev1.Node{}
+		n.Name = name
+		n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.NewTime(beat)}}
+		return n
+	}
+	old, young := started.Add(-time.Minute), started.Truncate(time.Second)
+	for _, tc := range []struct {
+		name    string
+		nodes   []corev1.Node
+		started time.Time
+		want    bool
+	}{
+		{"before", []corev1.Node{node("me", old)}, started, false},
+		{"in the same second", []corev1.Node{node("me", young)}, started, true},
+		{"start not known", []corev1.Node{node("me", old)}, time.Time{}, true},
+		{"only node, other name", []corev1.Node{node("renamed", old)}, started, false},
+		{"another node", []corev1.Node{node("me", old), node("other", old)}, started, true},
+	} {
+		s := apiState{nodes: tc.nodes, started: tc.started, local: "me"}
+		if got := s.ready(); got != tc.want {
+			t.Errorf("%s: ready %t", tc.name, got)
+		}
+	}
+	states := []service.State{{Name: service.Kubelite, Phase: service.Running, Since: started}}
+	if got := startedAt(states, started.Add(time.Hour)); got != started {
+		t.Errorf("started at %s", got)
+	}
+	if got := startedAt(states, started.Add(-time.Hour)); !got.IsZero() {
+		t.Errorf("with the clock set back: %s", got)
 	}
 }
