@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -25,6 +26,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/grpclog"
 )
 
 // The test binary is also the daemon, for tests that kill it.
@@ -32,6 +34,8 @@ func TestMain(m *testing.M) {
 	if os.Getenv("TEST_K8S_DQLITE") == "1" {
 		os.Exit(Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
 	}
+	// Clients that outlive their daemon complain at length.
+	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	os.Exit(m.Run())
 }
 
