@@ -235,6 +235,9 @@ func TestOrdinaryTextStays(t *testing.T) {
 	for _, line := range []string{
 		"--service-account-private-key-file=${SNAP_DATA}/certs/serviceaccount.key",
 		"--authentication-token-webhook=true",
+		"--authentication-token-webhook-cache-ttl=2m0s",
+		"--authorization-mode=Node,RBAC",
+		"--anonymous-auth=false",
 		"--tls-private-key-file=/var/snap/microk8s/current/certs/server.key",
 		"--use-service-account-credentials",
 		"the token expired an hour ago",

@@ -125,8 +125,8 @@ var (
 	authHeader = regexp.MustCompile(`(?i)\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}`)
 	userInfo   = regexp.MustCompile(`://[^\s/@"']+@`)
 	joinToken  = regexp.MustCompile(`\b[0-9a-f]{32}\b(/[0-9a-f]{12,64})?`)
-	keyValue   = regexp.MustCompile(`(?i)([\w.-]*(?:token|passw(?:or)?d|passphrase|secret|api[-_]?key|access[-_]?key|private[-_]?key|key-data|credentials?|authorization|auth)[\w.-]*["']?)(\s*[:=]\s*["'\[]*|\s+)([^\s"',}\]]+)`)
-	harmless   = regexp.MustCompile(`^(true|false|null|none|-?[0-9]+|[\$/].*|--.*|` + regexp.QuoteMeta(removed) + `.*)$`)
+	keyValue   = regexp.MustCompile(`(?i)((?:[\w.-]*(?:token|passw(?:or)?d|passphrase|secret|api[-_]?key|access[-_]?key|private[-_]?key|key-data|credentials?)[\w.-]*|\b_?auth(?:orization)?)["']?)(\s*[:=]\s*["'\[]*|\s+)([^\s"',}\]]+)`)
+	harmless   = regexp.MustCompile(`^(true|false|null|none|-?[0-9]+|[0-9.]+(?:ms|[smh])[0-9smh.]*|[\$/].*|--.*|` + regexp.QuoteMeta(removed) + `.*)$`)
 )
 
 // Redact gives text without secrets.

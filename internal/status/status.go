@@ -162,17 +162,18 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
 		}
 	}
-	if missed["API"] {
-		api = apiState{err: fmt.Errorf("the API server did not answer within %s", budget)}
+	answer := apiState{err: fmt.Errorf("the API server did not answer within %s", budget)}
+	if !missed["API"] {
+		answer = api
 	}
-	api.started, api.local = startedAt(r.Services, p.Now()), localName()
+	answer.started, answer.local = startedAt(r.Services, p.Now()), localName()
 	if running(service.Kubelite) || r.Services == nil {
-		r.apiProblems(api)
+		r.apiProblems(answer)
 	}
-	p.seen(api)
-	r.Ready = api.ready()
+	p.seen(answer)
+	r.Ready = answer.ready()
 	if !r.Ready && len(r.Problems) == 0 {
-		r.add("%s", api.why())("wait a little, or see microk8s logs kubelite")
+		r.add("%s", answer.why())("wait a little, or see microk8s logs kubelite")
 	}
 	return r
 }
