@@ -6,6 +6,8 @@
 // its comment: kubectl, helm, ctr and sudo are shell scripts made by the test scripts, and the
 // command `fakenode` (fakenode.go) answers for the services and the API server. Real nodes are
 // tested in tests/lab.
+//
+// Run it with -count=1: go's test cache does not see that the program is built from here.
 package cli
 
 import (
