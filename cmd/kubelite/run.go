@@ -90,7 +90,7 @@ func run(argv []string, getenv func(string) string, stdout, stderr io.Writer) in
 	}
 	if err != nil {
 		klog.Flush()
-		log.Error("kubelite ends", "err", err)
+		log.Error("kubelite ends", "error", err)
 		return 1
 	}
 	log.Info("kubelite stopped")
@@ -118,7 +118,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	group := daemons.NewGroup(ctx, log)
 	group.Go("image import", untilDone(func(ctx context.Context) error { return images.Load(ctx, env, log) }))
 	if f.startControlPlane {
-		group.Go(daemons.APIServer, parsed[daemons.APIServer].Run)
+		group.Start(parsed[daemons.APIServer])
 		admin, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
 		if err != nil {
 			return fmt.Errorf("cannot read the kubeconfig of the local API server: %w", err)
@@ -129,17 +129,18 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 			}
 			return err
 		}
-		group.Go(daemons.ControllerManager, parsed[daemons.ControllerManager].Run)
-		group.Go(daemons.Scheduler, parsed[daemons.Scheduler].Run)
+		releaseOwnLeases(ctx, admin, log)
+		group.Start(parsed[daemons.ControllerManager])
+		group.Start(parsed[daemons.Scheduler])
 		group.Go("shipped objects", untilDone(func(ctx context.Context) error {
 			return applyManifests(ctx, admin, env, log)
 		}))
 	}
-	group.Go(daemons.Proxy, parsed[daemons.Proxy].Run)
+	group.Start(parsed[daemons.Proxy])
 	group.Go("pod network", func(ctx context.Context) error {
 		return runNetwork(ctx, env, kubeletArgs, words, log)
 	})
-	group.Go(daemons.Kubelet, parsed[daemons.Kubelet].Run)
+	group.Start(parsed[daemons.Kubelet])
 	return group.Wait(stopGrace)
 }
 
@@ -233,7 +234,7 @@ func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, lo
 		if err == nil {
 			return nil
 		}
-		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "err", err, "again in", wait)
+		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "error", err, "again in", wait)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -268,7 +269,7 @@ func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words 
 			}
 		}
 		if err := hostnet.ServiceRoutes(services, nodeIP); err != nil {
-			log.Warn("programs of this host will not reach Services", "err", err)
+			log.Warn("programs of this host will not reach Services", "error", err)
 		}
 	}
 	kubeconfig, ok := kubelet.Get("kubeconfig")

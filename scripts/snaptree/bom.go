@@ -55,8 +55,8 @@ func BOM(root string) ([]byte, error) {
 		}
 		out.Components = append(out.Components, Component{m.name, version, m.module})
 	}
-	// build/dqlite/VERSION is written by the component's build.
-	if v, err := os.ReadFile(filepath.Join(root, "build/dqlite/VERSION")); err == nil {
+	// build/dqlite/version is written by the component's build.
+	if v, err := os.ReadFile(filepath.Join(root, "build/dqlite/version")); err == nil {
 		out.Components = append(out.Components, Component{"dqlite", "v" + strings.TrimSpace(string(v)), "dqlite"})
 	}
 	data, err := json.MarshalIndent(out, "", "  ")

@@ -159,7 +159,7 @@ func startProduct() error {
 	}
 	defer null.Close()
 	const program = "/snap/microk8s/current/bin/microk8s"
-	_, err = os.StartProcess(program, []string{program, "supervise"}, &os.ProcAttr{
+	_, err = os.StartProcess(program, []string{program, "supervise", "--boot"}, &os.ProcAttr{
 		Dir:   "/",
 		Env:   []string{"PATH=" + Path, "HOME=/root", "USER=root", "LANG=C.UTF-8"},
 		Files: []*os.File{null, out, out},

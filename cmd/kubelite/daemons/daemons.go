@@ -29,10 +29,13 @@ const (
 // Daemon is a parsed daemon, ready to run once.
 type Daemon struct {
 	Name string
-	// Run blocks until the daemon ends. It ends in good order when ctx does (the kubelet and
-	// kube-proxy also by SIGTERM to the process); any other return is a failure, a nil error
-	// included.
+	// Run blocks until the daemon ends. It ends in good order when ctx does, unless EndsProcess
+	// is set; any other return is a failure, a nil error included.
 	Run func(ctx context.Context) error
+	// EndsProcess is set for daemons that do not return when ctx ends: kube-proxy goes on, the
+	// controller manager and the scheduler end the process on the spot, with whatever else
+	// runs in it. They are left to end with the process.
+	EndsProcess bool
 }
 
 // parsers make a Daemon of command line words. The returned error is about the words.
@@ -63,7 +66,7 @@ func Parse(words map[string][]string) (map[string]*Daemon, error) {
 			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 			continue
 		}
-		out[name] = &Daemon{Name: name, Run: run}
+		out[name] = &Daemon{Name: name, Run: run, EndsProcess: name != APIServer && name != Kubelet}
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
@@ -84,12 +87,13 @@ type Group struct {
 	ctx  context.Context
 	stop context.CancelFunc
 	done chan result
-	n    int
+	n    int // jobs that end with ctx and still run
 }
 
 type result struct {
-	name string
-	err  error
+	name    string
+	err     error
+	awaited bool
 }
 
 // NewGroup makes an empty group whose daemons end with ctx.
@@ -98,11 +102,21 @@ func NewGroup(ctx context.Context, log *slog.Logger) *Group {
 	return &Group{log: log, ctx: ctx, stop: stop, done: make(chan result, 16)}
 }
 
-// Go starts run under the given name. Not safe for concurrent use.
+// Start runs a daemon. Not safe for concurrent use, like [Group.Go].
+func (g *Group) Start(d *Daemon) {
+	if !d.EndsProcess {
+		g.Go(d.Name, d.Run)
+		return
+	}
+	g.log.Info("starting", "daemon", d.Name)
+	go func() { g.done <- result{name: d.Name, err: d.Run(context.WithoutCancel(g.ctx))} }()
+}
+
+// Go runs a job of ours like a daemon: it ends when the group's context does.
 func (g *Group) Go(name string, run func(context.Context) error) {
 	g.n++
 	g.log.Info("starting", "daemon", name)
-	go func() { g.done <- result{name, run(g.ctx)} }()
+	go func() { g.done <- result{name, run(g.ctx), true} }()
 }
 
 // Context ends when the group does.
@@ -112,43 +126,45 @@ func (g *Group) Context() context.Context { return g.ctx }
 func (g *Group) Failed() error {
 	select {
 	case r := <-g.done:
-		g.n--
-		return ended(r)
+		return g.ended(r)
 	default:
 		return nil
 	}
 }
 
-// Wait blocks until the group's context ends or a daemon does, then stops the others and
-// gives them the grace time to end. The error names the daemon that ended by itself; it is
-// nil after an orderly stop.
+// Wait blocks until the group's context ends or a daemon does, then stops those that end with
+// their context and gives them the grace time for it. The error names the daemon that ended
+// by itself; it is nil after an orderly stop.
 func (g *Group) Wait(grace time.Duration) error {
 	var first error
 	select {
 	case <-g.ctx.Done():
 	case r := <-g.done:
-		g.n--
-		if g.ctx.Err() == nil {
-			first = ended(r)
+		if err := g.ended(r); g.ctx.Err() == nil {
+			first = err
 		}
 	}
 	g.stop()
 	timeout := time.NewTimer(grace)
 	defer timeout.Stop()
-	for ; g.n > 0; g.n-- {
+	for g.n > 0 {
 		select {
 		case r := <-g.done:
-			if r.err != nil && !errors.Is(r.err, context.Canceled) {
-				g.log.Warn("ended with an error while stopping", "daemon", r.name, "err", r.err)
+			if err := g.ended(r); r.err != nil && !errors.Is(err, context.Canceled) {
+				g.log.Warn("ended with an error while stopping", "daemon", r.name, "error", r.err)
 			}
 		case <-timeout.C:
+			g.log.Warn("did not stop in time", "daemons", g.n, "grace", grace)
 			return first
 		}
 	}
 	return first
 }
 
-func ended(r result) error {
+func (g *Group) ended(r result) error {
+	if r.awaited {
+		g.n--
+	}
 	if r.err == nil {
 		r.err = ErrEnded
 	}

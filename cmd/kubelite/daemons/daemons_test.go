@@ -75,14 +75,32 @@ func TestGroupStopsInGoodOrder(t *testing.T) {
 	}
 }
 
-// A daemon that does not heed its context (kube-proxy ends with the process only) does not
-// hold the others up.
+// A job that does not heed its context holds the others up for the grace time only, and a
+// daemon of the kind that never heeds it not at all.
 func TestGroupDoesNotWaitForever(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	g := NewGroup(ctx, quiet)
-	g.Go(Proxy, func(context.Context) error { select {} })
+	g.Go("stuck", func(context.Context) error { select {} })
 	cancel()
 	if err := g.Wait(time.Millisecond); err != nil {
 		t.Fatal(err)
 	}
+
+	ctx, cancel = context.WithCancel(t.Context())
+	g = NewGroup(ctx, quiet)
+	heard := make(chan error, 1)
+	g.Start(&Daemon{Name: Proxy, EndsProcess: true, Run: func(ctx context.Context) error {
+		<-t.Context().Done()
+		heard <- ctx.Err()
+		select {}
+	}})
+	cancel()
+	if err := g.Wait(time.Hour); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := <-heard; err != nil {
+			t.Errorf("the daemon's context ended with the group's: %v", err)
+		}
+	})
 }
