@@ -3,6 +3,7 @@ package daemons
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/spf13/pflag"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
@@ -25,6 +26,9 @@ import (
 // componentGlobals is the registry that the three daemons' options all use by default.
 var componentGlobals = compatibility.DefaultComponentGlobalsRegistry
 
+// shutdownWatches is the time over which a stopping API server spreads the end of its watches.
+const shutdownWatches = time.Second
+
 // parseFlags reads words into the daemon's named flag sets as its cobra command would.
 func parseFlags(name string, sets *cliflag.NamedFlagSets, words []string) error {
 	globalflag.AddGlobalFlags(sets.FlagSet("global"), name, logs.SkipLoggingConfigurationFlags())
@@ -45,6 +49,12 @@ func parseFlags(name string, sets *cliflag.NamedFlagSets, words []string) error 
 
 func newAPIServer(words []string) (func(context.Context) error, error) {
 	opts := apiserveroptions.NewServerRunOptions()
+	// By default the server waits up to a minute for its clients to hang up, and most of them
+	// run in this process and never do. So it ends its watches itself, over shutdownWatches,
+	// and then gives connections the two seconds that go with ShutdownSendRetryAfter; requests
+	// that are being served are finished in either case. Flags of the same names override.
+	opts.GenericServerRunOptions.ShutdownSendRetryAfter = true
+	opts.GenericServerRunOptions.ShutdownWatchTerminationGracePeriod = shutdownWatches
 	sets := opts.Flags()
 	if err := parseFlags(APIServer, &sets, words); err != nil {
 		return nil, err

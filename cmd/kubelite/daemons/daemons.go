@@ -12,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
 	"time"
 
 	logsapi "k8s.io/component-base/logs/api/v1"
@@ -87,7 +89,7 @@ type Group struct {
 	ctx  context.Context
 	stop context.CancelFunc
 	done chan result
-	n    int // jobs that end with ctx and still run
+	run  []string // names of the jobs that end with ctx and still run
 }
 
 type result struct {
@@ -114,7 +116,7 @@ func (g *Group) Start(d *Daemon) {
 
 // Go runs a job of ours like a daemon: it ends when the group's context does.
 func (g *Group) Go(name string, run func(context.Context) error) {
-	g.n++
+	g.run = append(g.run, name)
 	g.log.Info("starting", "daemon", name)
 	go func() { g.done <- result{name, run(g.ctx), true} }()
 }
@@ -147,14 +149,14 @@ func (g *Group) Wait(grace time.Duration) error {
 	g.stop()
 	timeout := time.NewTimer(grace)
 	defer timeout.Stop()
-	for g.n > 0 {
+	for len(g.run) > 0 {
 		select {
 		case r := <-g.done:
 			if err := g.ended(r); r.err != nil && !errors.Is(err, context.Canceled) {
 				g.log.Warn("ended with an error while stopping", "daemon", r.name, "error", r.err)
 			}
 		case <-timeout.C:
-			g.log.Warn("did not stop in time", "daemons", g.n, "grace", grace)
+			g.log.Warn("did not stop in time", "daemons", strings.Join(g.run, ", "), "grace", grace)
 			return first
 		}
 	}
@@ -163,7 +165,9 @@ func (g *Group) Wait(grace time.Duration) error {
 
 func (g *Group) ended(r result) error {
 	if r.awaited {
-		g.n--
+		if i := slices.Index(g.run, r.name); i >= 0 {
+			g.run = slices.Delete(g.run, i, i+1)
+		}
 	}
 	if r.err == nil {
 		r.err = ErrEnded

@@ -79,11 +79,15 @@ func TestGroupStopsInGoodOrder(t *testing.T) {
 // daemon of the kind that never heeds it not at all.
 func TestGroupDoesNotWaitForever(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
-	g := NewGroup(ctx, quiet)
+	var log strings.Builder
+	g := NewGroup(ctx, slog.New(slog.NewTextHandler(&log, nil)))
 	g.Go("stuck", func(context.Context) error { select {} })
 	cancel()
 	if err := g.Wait(time.Millisecond); err != nil {
 		t.Fatal(err)
+	}
+	if !strings.Contains(log.String(), "daemons=stuck") {
+		t.Errorf("the log does not name what did not stop:\n%s", log.String())
 	}
 
 	ctx, cancel = context.WithCancel(t.Context())
