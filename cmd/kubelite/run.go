@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -22,9 +23,9 @@ import (
 
 	"microk8s/cmd/kubelite/daemons"
 	"microk8s/cmd/kubelite/network"
-	"microk8s/cmd/kubelite/network/hostnet"
 	"microk8s/internal/args"
 	"microk8s/internal/bootstrap"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/images"
 	"microk8s/internal/snapenv"
@@ -231,6 +232,9 @@ func waitReady(group *daemons.Group, admin *rest.Config, log *slog.Logger) error
 func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
 	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
 		err := bootstrap.Apply(ctx, admin, env.Manifests(), log, bootstrap.Absent(env)...)
+		if _, missing := os.Stat(env.CNIManifest()); err == nil && missing == nil {
+			err = bootstrap.ApplyFile(ctx, admin, env.CNIManifest(), log) // the user's own pod network
+		}
 		if err == nil {
 			return nil
 		}
@@ -276,14 +280,37 @@ func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words 
 	if !ok {
 		kubeconfig = env.Credential("kubelet.config")
 	}
-	return network.Run(ctx, network.Options{
-		Env:         env,
-		Kubeconfig:  os.Expand(kubeconfig, func(k string) string { v, _ := env.Lookup(k); return v }),
-		NodeName:    strings.ToLower(strings.TrimSpace(name)),
-		NodeIP:      nodeIP,
-		ClusterCIDR: flagValue(words[daemons.Proxy], "cluster-cidr"),
-		Log:         log,
-	})
+	options, err := podNetworkOptions(env)
+	if err != nil {
+		return err
+	}
+	options.Kubeconfig = os.Expand(kubeconfig, func(k string) string { v, _ := env.Lookup(k); return v })
+	options.NodeName = strings.ToLower(strings.TrimSpace(name))
+	options.NodeIP = nodeIP
+	options.ClusterCIDR = flagValue(words[daemons.Proxy], "cluster-cidr")
+	options.Env, options.Log = env, log
+	return network.Run(ctx, options)
+}
+
+// podNetworkOptions reads args/pod-network; where there is none, defaults hold.
+func podNetworkOptions(env snapenv.Env) (o network.Options, err error) {
+	path := env.Args("pod-network")
+	file, err := args.Load(path, args.GrammarFor("pod-network"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return o, nil
+	}
+	if err != nil {
+		return o, err
+	}
+	flags := pflag.NewFlagSet("pod-network", pflag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&o.Backend, "backend", network.BackendVXLAN, "")
+	flags.StringVar(&o.Interface, "interface", "", "")
+	flags.IntVar(&o.MTU, "mtu", 0, "")
+	if err := flags.Parse(file.Words(env.Lookup)); err != nil {
+		return o, fmt.Errorf("%s: %w; the flags are --backend, --interface and --mtu", path, err)
+	}
+	return o, nil
 }
 
 // flagValue is the value of --name=value in words, the last one when it is repeated.

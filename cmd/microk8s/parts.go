@@ -8,6 +8,7 @@ import (
 
 	"microk8s/internal/cli"
 	"microk8s/internal/daemon"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/images"
 	"microk8s/internal/service"
 	"microk8s/internal/setup"
@@ -19,8 +20,14 @@ func parts() cli.Parts {
 		Install:        install,
 		Hook:           hook,
 		RunDaemon:      daemon.Run,
-		StopContainers: images.StopAll,
+		StopContainers: stopContainers,
 	}
+}
+
+// stopContainers ends every container and takes the accept rules for pods out of the host's
+// firewall, where they have no business while nothing of ours runs.
+func stopContainers(ctx context.Context, env snapenv.Env) error {
+	return errors.Join(images.StopAll(ctx, env), hostnet.RemoveAccepts())
 }
 
 // install sets the node up, or brings one that is in line with this version of the package.
@@ -53,6 +60,7 @@ func remove(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 		images.StopAll(ctx, env),
 		services.Stop(ctx),
 		images.Discard(env),
+		hostnet.Cleanup(ctx, env), // before setup.Remove: it reads the network's configuration
 		setup.Remove(ctx, env, log),
 	)
 }

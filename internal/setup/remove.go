@@ -42,6 +42,7 @@ func (in *Installer) Remove(ctx context.Context) error {
 	var errs []error
 	for _, s := range []step{
 		{"unmount what pods had mounted", in.unmountAll},
+		{"remove the pods' cgroups", in.removeCgroups},
 		{"remove the pods' interfaces", func(context.Context) error { return in.Links() }},
 		{"remove the links on the host", in.removeLinks},
 		{"remove settings files", in.removeSettings},

@@ -59,7 +59,9 @@ func run(ctx context.Context, build string, settle, idle time.Duration) (err err
 		what string
 		f    func(context.Context) error
 	}{
-		{"first start", func(ctx context.Context) error { return b.start(ctx, "first start → node Ready (makes certificates)") }},
+		{"first start", func(ctx context.Context) error {
+			return b.start(ctx, "first start → node Ready (makes certificates)")
+		}},
 		{"stop", func(ctx context.Context) error { _, err := b.timed(ctx, "microk8s", "stop"); return err }},
 		{"start again", func(ctx context.Context) error { return b.start(ctx, "services started → node Ready") }},
 		{"status", b.status},

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -82,7 +83,9 @@ func TestNode(t *testing.T) {
 			t.FailNow() // what follows stands on this
 		}
 	}
+	var untouched string
 	step("start", func(t *testing.T) {
+		untouched = n.traces(t)
 		n.run(t, "microk8s", "start")
 		n.connect(t)
 		n.waitReady(t)
@@ -101,6 +104,12 @@ func TestNode(t *testing.T) {
 	step("status while the API server is down", n.testStatusAPIDown)
 	step("inspect", n.testInspect)
 	step("reset", n.testReset)
+	step("remove leaves nothing on the host", func(t *testing.T) {
+		n.run(t, "/snap/microk8s/current/bin/microk8s", "hook", "remove")
+		if diff := cmp.Diff(untouched, n.traces(t)); diff != "" {
+			t.Errorf("the host is not as it was before the first start (-before +after):\n%s", diff)
+		}
+	})
 	step("down leaves nothing", func(t *testing.T) {
 		if err := l.Down(ctx); err != nil {
 			t.Fatal(err)
@@ -228,6 +237,9 @@ func (n *node) waitPodsAnswer(t *testing.T) {
 
 func (n *node) testStopStart(t *testing.T) {
 	n.run(t, "microk8s", "stop")
+	if out := n.run(t, "iptables", "-S", "FORWARD"); strings.Contains(out, "10.1.0.0/16") {
+		t.Errorf("the accept rules for pods are still there after stop:\n%s", out)
+	}
 	if out := n.run(t, "ps", "-eo", "args"); strings.Contains(out, "/web") || strings.Contains(out, "/pause") || strings.Contains(out, "kubelite") || strings.Contains(out, "containerd") {
 		t.Errorf("these still run after stop:\n%s", out)
 	}
@@ -356,6 +368,26 @@ func (n *node) testReset(t *testing.T) {
 	if out := n.run(t, "ps", "-eo", "args"); strings.Contains(out, "/web") {
 		t.Errorf("containers still run after reset:\n%s", out)
 	}
+}
+
+// traces lists what an installation may leave on its host: interfaces, routes, firewall rules,
+// mounts, cgroups, processes, and files outside of its own data.
+func (n *node) traces(t *testing.T) string {
+	t.Helper()
+	var out strings.Builder
+	for _, c := range []string{
+		"ip -o link | sed 's/^[0-9]*: //; s/[<@ ].*//' | sort",
+		"ip route; ip -6 route show table main | grep -v fe80",
+		"nft list ruleset",
+		"iptables-legacy-save 2>/dev/null || true",
+		"findmnt -rno TARGET | sort",
+		"find /sys/fs/cgroup -mindepth 2 -type d | grep -v unified/ | sort",
+		"ps -eo comm | grep -vE '^(sh|ps|sort|grep|COMMAND)$' | sort",
+		"find /var/lib/kubelet /var/lib/cni /var/lib/calico /etc/cni /opt /run /usr/libexec/kubernetes /etc/sysctl.d /var/log/pods /var/log/containers 2>/dev/null | grep -v ^/run/mount | sort",
+	} {
+		fmt.Fprintf(&out, "# %s\n%s", c, n.run(t, "sh", "-c", c+"; true"))
+	}
+	return out.String()
 }
 
 // What follows is how the tests talk to a node.

@@ -27,7 +27,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"microk8s/cmd/kubelite/network/hostnet"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/snapenv"
 )
 

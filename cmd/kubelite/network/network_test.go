@@ -25,7 +25,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
-	"microk8s/cmd/kubelite/network/hostnet"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/snapenv"
 )
 

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
-	"microk8s/cmd/kubelite/network/hostnet"
+	"microk8s/internal/hostnet"
 )
 
 const tunnelName = hostnet.Tunnel
