@@ -27,7 +27,11 @@ func (a *App) newDaemon() *cobra.Command {
 			if err := service.TieToSupervisor(a.getenv); err != nil {
 				return err
 			}
-			return a.Parts.RunDaemon(cmd.Context(), a.Env, name, a.daemonLog())
+			err = a.Parts.RunDaemon(cmd.Context(), a.Env, name, a.daemonLog())
+			if err == nil && service.Supervised(a.getenv) {
+				return exitError(service.ExitIdle)
+			}
+			return err
 		},
 	}
 }

@@ -35,8 +35,8 @@ func Names() []string {
 // Phase is what a service is doing.
 type Phase string
 
-// The phases. A service that ended with status 0 had nothing to do on this node and is Idle,
-// which is no failure; Backoff waits for the next start after a failure.
+// The phases. A service that ended with status [ExitIdle] had nothing to do on this node and is
+// Idle, which is no failure; Backoff waits for the next start after a failure.
 const (
 	Running  Phase = "running"
 	Stopping Phase = "stopping"
@@ -55,6 +55,9 @@ type State struct {
 	Since    time.Time `json:"since,omitzero"`      // when the phase began; zero when not known
 	Restarts int       `json:"restarts,omitempty"`  // restarts after failures since it was last started
 	LastExit string    `json:"last_exit,omitempty"` // how the process ended last, such as "exit status 1"
+	// LastWords is the last line that the process wrote before it was restarted after a
+	// failure the last time; "" when it was not.
+	LastWords string `json:"last_words,omitempty"`
 }
 
 // Manager drives the services of this node. Without names a call means all of them. Unknown

@@ -28,8 +28,8 @@ import (
 // holds it (`microk8s supervise`); others talk to it with [Client]. It is exclusive: a second
 // one on the same $SNAP_COMMON waits for the lock and then gives up.
 //
-// A service that fails is started again after a back-off; one that ends with status 0 had
-// nothing to do and is left (except containerd, which is always started again). The
+// A service that ends is started again after a back-off, unless its exit status is [ExitIdle]:
+// then it has nothing to do and is left. The
 // supervisor adopts orphaned descendants, so it reaps the shims of containers too. What it
 // leaves behind when it is killed with SIGKILL is ended by the next one.
 type Supervisor struct {

@@ -64,6 +64,9 @@ func helperSupervise() int {
 		MinBackoff: 10 * time.Millisecond, MaxBackoff: 50 * time.Millisecond,
 		StopTimeout: 500 * time.Millisecond, LockWait: time.Second,
 	}
+	if _, err := os.Stat(env.Common + "/long-backoff"); err == nil {
+		s.MinBackoff, s.MaxBackoff = time.Hour, time.Hour
+	}
 	err := s.Run(ctx, start, func() {
 		if ready != nil {
 			_, _ = ready.WriteString(readyWord)
@@ -285,7 +288,7 @@ func TestOneService(t *testing.T) {
 func TestRestartsAfterFailure(t *testing.T) {
 	h := newHarness(t, map[string]string{
 		Kubelite:  `echo no luck; exit 7`,
-		Proxy:     `echo nothing to do; exit 0`,
+		Proxy:     `echo nothing to do; exit 80`,
 		Datastore: `if [ -e $SNAP_COMMON/second ]; then exec sleep 1000; fi; touch $SNAP_COMMON/second; kill -KILL $$`,
 	})
 	h.start()
@@ -294,7 +297,7 @@ func TestRestartsAfterFailure(t *testing.T) {
 		t.Errorf("last exit: %+v", s)
 	}
 	h.eventually("idle", func() bool { return h.state(Proxy).Phase == Idle })
-	if s := h.state(Proxy); s.Restarts != 0 || s.LastExit != "exit status 0" {
+	if s := h.state(Proxy); s.Restarts != 0 || s.LastExit != "exit status 80" {
 		t.Errorf("a service with nothing to do: %+v", s)
 	}
 	h.eventually("the second try", func() bool { s := h.state(Datastore); return s.Restarts == 1 && s.Phase == Running })
@@ -304,12 +307,39 @@ func TestRestartsAfterFailure(t *testing.T) {
 	if got := LastLine(h.env.ServiceLog(Kubelite)); got != "no luck" {
 		t.Errorf("last line: %q", got)
 	}
+	if s := h.state(Kubelite); s.LastWords != "no luck" {
+		t.Errorf("last words: %+v", s)
+	}
 }
 
-func TestContainerdIsAlwaysRestarted(t *testing.T) {
+// TestEndedByOthers has services that end well although nobody asked the supervisor for it.
+func TestEndedByOthers(t *testing.T) {
 	h := newHarness(t, map[string]string{Containerd: `exit 0`})
 	h.start()
 	h.eventually("restarts", func() bool { return h.state(Containerd).Restarts >= 2 })
+	h.eventually("traps are set", func() bool { return strings.Contains(h.readFile(h.env.ServiceLog(Kubelite)), "started with") })
+	old := h.state(Kubelite).PID
+	if err := unix.Kill(old, unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	h.eventually("another process", func() bool { s := h.state(Kubelite); return s.Phase == Running && s.PID != old })
+}
+
+// TestStartDoesNotWait mends a service that waits for its next try and asks for it.
+func TestStartDoesNotWait(t *testing.T) {
+	h := newHarness(t, map[string]string{Kubelite: `[ -e $SNAP_COMMON/mended ] || exit 1; exec sleep 1000`})
+	if err := os.WriteFile(h.env.Common+"/long-backoff", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	h.eventually("waits for its next try", func() bool { return h.state(Kubelite).Phase == Backoff })
+	if err := os.WriteFile(h.env.Common+"/mended", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	if s := h.state(Kubelite); s.Phase != Running || s.Restarts != 0 {
+		t.Errorf("after start: %+v", s)
+	}
 }
 
 func TestStubbornServiceIsKilled(t *testing.T) {

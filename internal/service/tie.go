@@ -12,6 +12,14 @@ import (
 // supervisorVar tells a service the pid of the supervisor that started it.
 const supervisorVar = "MICROK8S_SUPERVISOR"
 
+// ExitIdle is the exit status with which a service tells our supervisor that it has nothing to
+// do on this node. Status 0 does not say that: a daemon that somebody else told to end has it
+// too, and must be started again. (Under snapd 0 is what says it.)
+const ExitIdle = 80
+
+// Supervised says whether our supervisor started this process.
+func Supervised(getenv func(string) string) bool { return getenv(supervisorVar) != "" }
+
 // TieToSupervisor makes this process end when the supervisor that started it dies, also after
 // it has become another program. The kernel keeps that wish per thread, so the calling
 // goroutine is bound to its thread and must be the one that calls exec. It does nothing in a

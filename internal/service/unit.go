@@ -23,8 +23,8 @@ type unit struct {
 	log  io.Writer
 
 	// mainOnly: stopping ends the main process and leaves what it started (the shims of the
-	// containers). always: exit status 0 is no reason to stay down.
-	mainOnly, always bool
+	// containers).
+	mainOnly bool
 
 	cancel context.CancelFunc // nil when the loop does not run
 	done   chan struct{}      // closed when the loop has ended
@@ -56,7 +56,6 @@ func newUnit(s *Supervisor, name string) (*unit, error) {
 		name:     name,
 		log:      draining{&lumberjack.Logger{Filename: path, MaxSize: logMegabytes, MaxBackups: logBackups}},
 		mainOnly: name == Containerd,
-		always:   name == Containerd,
 		state:    State{Name: name, Phase: Stopped},
 	}, nil
 }
@@ -94,8 +93,12 @@ func (u *unit) note(format string, a ...any) {
 // NotePrefix begins the lines that the supervisor itself writes into a service's log.
 const NotePrefix = "-- microk8s: "
 
-// start runs the service unless it does already, and returns when its process exists.
+// start runs the service unless it does already, and returns when its process exists. One that
+// waits after a failure is started at once: whoever asks has mended something.
 func (u *unit) start() error {
+	if u.current().Phase == Backoff {
+		u.stop()
+	}
 	if u.cancel != nil {
 		select {
 		case <-u.done: // idle or failed: start anew
@@ -105,7 +108,7 @@ func (u *unit) start() error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	u.cancel, u.done = cancel, make(chan struct{})
-	u.set(func(st *State) { st.Restarts, st.LastExit = 0, "" })
+	u.set(func(st *State) { st.Restarts, st.LastExit, st.LastWords = 0, "", "" })
 	started := make(chan error, 1)
 	go func() {
 		defer close(u.done)
@@ -151,7 +154,7 @@ func (u *unit) loop(ctx context.Context, started chan<- error) {
 			ws := p.status
 			text := waitText(ws)
 			u.note("%s ended: %s", u.name, text)
-			if ws.Exited() && ws.ExitStatus() == 0 && !u.always {
+			if ws.Exited() && ws.ExitStatus() == ExitIdle {
 				u.sup.Log.Info("service has nothing to do", "service", u.name)
 				u.set(func(st *State) { st.Phase, st.PID, st.LastExit = Idle, 0, text })
 				return
@@ -168,7 +171,9 @@ func (u *unit) loop(ctx context.Context, started chan<- error) {
 		case <-time.After(backoff):
 		}
 		backoff = min(2*backoff, u.sup.MaxBackoff)
-		u.set(func(st *State) { st.Restarts++ })
+		// All that the process wrote has arrived in the log by now.
+		words := LastLine(u.sup.Env.ServiceLog(u.name))
+		u.set(func(st *State) { st.Restarts, st.LastWords = st.Restarts+1, words })
 	}
 }
 
