@@ -1,20 +1,13 @@
 package daemon
 
 import (
-	"context"
-	"database/sql/driver"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"microk8s/internal/datastore/member"
-
-	"github.com/canonical/go-dqlite/v3/client"
-	dqdriver "github.com/canonical/go-dqlite/v3/driver"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -102,62 +95,4 @@ func listing(t *testing.T, dir string) string {
 		fmt.Fprintf(&b, "%s %d %v\n", e.Name(), fi.Size(), fi.ModTime())
 	}
 	return b.String()
-}
-
-// A directory with upstream's table is refused, and its data is as it was.
-func TestUpstreamDirectoryIsRefused(t *testing.T) {
-	t.Parallel()
-	dir := newDir(t)
-	ctx := testContext(t)
-	cfg := config(dir)
-	query := func(sql ...string) string {
-		t.Helper()
-		m, err := member.Start(member.Options{Dir: dir, Logger: slog.New(slog.DiscardHandler), SocketName: cfg.socketName})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer m.Close()
-		store := client.NewInmemNodeStore()
-		if err := store.Set(ctx, []client.NodeInfo{{Address: m.Node().Address}}); err != nil {
-			t.Fatal(err)
-		}
-		d, err := dqdriver.New(store, dqdriver.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", cfg.socketName)
-		}), dqdriver.WithLogFunc(func(client.LogLevel, string, ...any) {}))
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn, err := d.Open("k8s")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		c := conn.(*dqdriver.Conn)
-		for _, s := range sql[:len(sql)-1] {
-			if _, err := c.ExecContext(ctx, s, nil); err != nil {
-				t.Fatal(err)
-			}
-		}
-		rows, err := c.QueryContext(ctx, sql[len(sql)-1], nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer rows.Close()
-		row := make([]driver.Value, 1)
-		if err := rows.Next(row); err != nil {
-			t.Fatal(err)
-		}
-		return fmt.Sprint(row[0])
-	}
-	query("CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)", "INSERT INTO kine (name) VALUES ('/registry/x')", "SELECT count(*) FROM kine")
-	err := Run(ctx, cfg, "", slog.New(slog.DiscardHandler), nil)
-	if err == nil || !strings.Contains(err.Error(), "kine") || !strings.Contains(err.Error(), dir) {
-		t.Fatalf("it was not refused: %v", err)
-	}
-	if n := query("SELECT group_concat(name) FROM sqlite_master WHERE type = 'table'"); n != "kine,sqlite_sequence" {
-		t.Errorf("tables after the refusal: %s", n)
-	}
-	if n := query("SELECT name FROM kine"); n != "/registry/x" {
-		t.Errorf("data after the refusal: %s", n)
-	}
 }

@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -32,34 +31,48 @@ func seed(t *testing.T) *rand.Rand {
 	return rand.New(rand.NewPCG(uint64(n), 0))
 }
 
-// spawn runs the daemon as a process of its own and waits until it serves.
-func spawn(t *testing.T, dir string) *exec.Cmd {
+// launch runs the daemon as a process of its own, whose log a failed test shows.
+func launch(t *testing.T, dir string, args ...string) *exec.Cmd {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	socket := filepath.Join(dir, "kine.sock:12379")
-	os.Remove(socket)
-	cmd := exec.Command(exe, "--storage-dir", dir, "--listen", "unix://"+socket)
+	cmd := exec.Command(exe, append([]string{"--storage-dir", dir, "--listen", "unix://" + filepath.Join(dir, "kine.sock:12379")}, args...)...)
 	// The name of the C node's socket is free in each test by its instance name.
-	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1", "SNAP_INSTANCE_NAME=test-"+filepath.Base(filepath.Dir(dir))+"-"+strconv.Itoa(os.Getpid()))
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
+	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
+	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cmd.Process.Kill() })
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		if text, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("log of the daemon:\n%s", text)
+		}
+	})
+	return cmd
+}
+
+// spawn runs the daemon as a process of its own and waits until it serves.
+func spawn(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	socket := filepath.Join(dir, "kine.sock:12379")
+	os.Remove(socket)
+	cmd := launch(t, dir, args...)
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		if _, err := os.Stat(socket); err == nil {
 			return cmd
 		}
 		if time.Now().After(deadline) || syscall.Kill(cmd.Process.Pid, 0) != nil {
-			cmd.Process.Kill()
-			cmd.Wait()
-			t.Fatalf("the daemon does not serve:\n%s", log.String())
+			t.Fatal("the daemon does not serve")
 		}
 		time.Sleep(5 * time.Millisecond) // the loop has a deadline; there is nothing to wait on
 	}

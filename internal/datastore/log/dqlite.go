@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"time"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	dqdriver "github.com/canonical/go-dqlite/v3/driver"
@@ -16,8 +17,8 @@ import (
 // Database is the name of the database in dqlite, the one that upstream uses, so that tools find it.
 const Database = "k8s"
 
-// ErrForeign says that the database was not made by this program.
-var ErrForeign = errors.New("the database has a table of another program")
+// ErrForeign says that another program has written into a database of this one.
+var ErrForeign = errors.New("the database has been written by another program")
 
 const (
 	columns    = "id, name, created, version, lease, value"
@@ -37,13 +38,20 @@ type Dqlite struct {
 
 	conn  *dqdriver.Conn
 	stmts map[int]driver.Stmt // by number of rows
+
+	// Migrated is not nil when OpenDqlite has taken over a database of upstream k8s-dqlite.
+	Migrated *Migration
 }
 
 var _ Log = (*Dqlite)(nil)
 
+// openTimeout is how long connecting may take. A migration, which follows, may take longer.
+const openTimeout = 30 * time.Second
+
 // OpenDqlite opens the database on the node with this address and creates the tables if they
-// are missing. dial connects to that node, whatever address it is given. It is an error when
-// the node does not lead, or when the database has tables of another program (ErrForeign).
+// are missing; a database of upstream k8s-dqlite is migrated. dial connects to that node,
+// whatever address it is given. It is an error when the node does not lead, or when upstream
+// has written into a database of this program (ErrForeign).
 func OpenDqlite(ctx context.Context, address string, dial func(context.Context) (net.Conn, error), logf client.LogFunc) (*Dqlite, error) {
 	l := &Dqlite{
 		address: address,
@@ -57,7 +65,9 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 			return dial(ctx)
 		},
 	}
-	if err := l.Reopen(ctx); err != nil {
+	attempt, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	if err := l.Reopen(attempt); err != nil {
 		return nil, err
 	}
 	if err := l.prepareTables(ctx); err != nil {
@@ -104,27 +114,44 @@ func (l *Dqlite) Close() error {
 	return nil
 }
 
-func (l *Dqlite) prepareTables(ctx context.Context) error {
-	tables := map[string]bool{}
-	err := l.query(ctx, "SELECT name FROM sqlite_master WHERE type = 'table'", nil, func(v []driver.Value) error {
+// tables are the statements that make the tables.
+var tables = []string{
+	"CREATE TABLE log (id INTEGER PRIMARY KEY, name BLOB, created INTEGER NOT NULL, version INTEGER NOT NULL, lease INTEGER NOT NULL, value BLOB)",
+	"CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
+}
+
+// names gives the types of the tables and views by name.
+func (l *Dqlite) names(ctx context.Context) (map[string]string, error) {
+	names := map[string]string{}
+	err := l.query(ctx, "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')", nil, func(v []driver.Value) error {
 		name, ok := v[0].(string)
-		if !ok {
+		kind, ok2 := v[1].(string)
+		if !ok || !ok2 {
 			return fmt.Errorf("unexpected table name of type %T", v[0])
 		}
-		tables[name] = true
+		names[name] = kind
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("cannot list the tables: %w", err)
+		return nil, fmt.Errorf("cannot list the tables: %w", err)
 	}
-	if tables["kine"] {
-		return fmt.Errorf("%w: it holds upstream's table \"kine\"", ErrForeign)
+	return names, nil
+}
+
+// prepareTables migrates upstream's table if there is one, and makes what is missing.
+func (l *Dqlite) prepareTables(ctx context.Context) error {
+	names, err := l.names(ctx)
+	if err != nil {
+		return err
 	}
-	for _, ddl := range []string{
-		"CREATE TABLE log (id INTEGER PRIMARY KEY, name BLOB, created INTEGER NOT NULL, version INTEGER NOT NULL, lease INTEGER NOT NULL, value BLOB)",
-		"CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
-	} {
-		if tables[strings.Fields(ddl)[2]] {
+	if names[kineTable] == "table" {
+		if l.Migrated, err = l.migrateKine(ctx); err != nil {
+			return err
+		}
+		return nil
+	}
+	for _, ddl := range append(tables, kineGuard) {
+		if names[strings.Fields(ddl)[2]] != "" {
 			continue
 		}
 		if err := l.exec(ctx, ddl, nil); err != nil {

@@ -192,14 +192,18 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 	const pause, report = 50 * time.Millisecond, 10 * time.Second
 	reported := time.Now()
 	for {
-		attempt, cancel := context.WithTimeout(ctx, 30*time.Second)
-		l, err := dslog.OpenDqlite(attempt, m.node.Address, m.dialOwn, m.logf)
-		cancel()
+		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.dialOwn, m.logf)
 		switch {
 		case err == nil:
+			if mig := l.Migrated; mig != nil {
+				m.opt.Logger.Info("the data of upstream k8s-dqlite was taken over; its daemon cannot use the directory any more",
+					"keys", mig.Keys, "revision", mig.Revision, "compacted", mig.Compacted)
+			}
 			return l, nil
+		case errors.Is(err, dslog.ErrKine):
+			return nil, fmt.Errorf("%s: %w; start it with the program that made it, and move the data with its backup: microk8s dbctl", m.opt.Dir, err)
 		case errors.Is(err, dslog.ErrForeign):
-			return nil, fmt.Errorf("%s was made by another program and is left as it is: %w; start it with the program that made it, and move the data with its backup", m.opt.Dir, err)
+			return nil, fmt.Errorf("%s is left as it is: %w; save the directory, stop the other program for good, and go on with a backup of either: microk8s dbctl restore", m.opt.Dir, err)
 		case ctx.Err() != nil:
 			return nil, fmt.Errorf("the datastore did not become usable: %w", err)
 		}
