@@ -113,7 +113,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 	parsed, err := daemons.Parse(words)
 	if err != nil {
-		return fmt.Errorf("%w\nthe arguments are in %s; see what is wrong, mend it, and run: microk8s start", err, env.ArgsDir())
+		return fmt.Errorf("cannot use the arguments in %s: %w; mend that file and run: microk8s start", env.ArgsDir(), err)
 	}
 
 	group := daemons.NewGroup(ctx, log)

@@ -23,10 +23,12 @@ import (
 
 // fakeServices stands in for the service manager and records what it is asked for.
 type fakeServices struct {
-	calls  []string
-	phase  service.Phase
-	failOn string
-	err    error
+	calls []string
+	phase service.Phase
+	// restarts is reported with the phase.
+	restarts int
+	failOn   string
+	err      error
 }
 
 func (f *fakeServices) note(verb string, names []string) error {
@@ -43,7 +45,7 @@ func (f *fakeServices) Restart(_ context.Context, n ...string) error { return f.
 func (f *fakeServices) Status(context.Context) ([]service.State, error) {
 	var out []service.State
 	for _, n := range service.Names() {
-		out = append(out, service.State{Name: n, Phase: f.phase})
+		out = append(out, service.State{Name: n, Phase: f.phase, Restarts: f.restarts, LastExit: "exit status 1"})
 	}
 	return out, nil
 }

@@ -79,16 +79,24 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 	}
 	prober := a.prober()
 	var report status.Report
+	var failing, why string
 	_ = p.step("Waiting for the node to be Ready", func() error {
 		wait, cancel := context.WithTimeout(ctx, startWait)
 		defer cancel()
-		if report = prober.WaitReady(wait); !report.Ready {
+		report = prober.WaitReadyUnless(wait, func(r status.Report) bool {
+			failing, why = r.Failing(a.Env)
+			return failing != ""
+		})
+		if !report.Ready {
 			return errors.New("not ready")
 		}
 		return nil
 	})
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if !report.Ready && failing != "" {
+		return failf("mend that and run microk8s start again; more in: microk8s logs "+failing, "service %s does not start: %s", failing, why)
 	}
 	if !report.Ready {
 		fmt.Fprintf(a.Err, "the services run, but the node was not Ready within %s\n", startWait)

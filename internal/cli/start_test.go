@@ -78,6 +78,18 @@ func TestStartUnderSnapd(t *testing.T) {
 	}
 }
 
+// TestStartGivesUp has services that fail again and again: no minute is waited for them.
+func TestStartGivesUp(t *testing.T) {
+	a := newApp(t)
+	a.services.phase, a.services.restarts = service.Backoff, 10
+	a.write(t, a.Env.ServiceLog(service.Containerd), "microk8s: cannot read args/containerd\n")
+	code := a.run(t.Context(), "start")
+	want := "microk8s: service containerd does not start: cannot read args/containerd\n  mend that and run microk8s start again; more in: microk8s logs containerd\n"
+	if code != ExitError || !strings.HasSuffix(a.err.String(), want) {
+		t.Errorf("code %d: %s, want %s", code, a.err.String(), want)
+	}
+}
+
 func TestStartRefusesAPortInUse(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -142,7 +142,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["disk"] {
 		r.Problems = append(r.Problems, local...)
 	}
-	r.serviceProblems(p.Env)
+	r.serviceProblems(p.Env, p.Now())
 	if !missed["ports"] {
 		for _, pr := range ports {
 			if !running(pr.service) {
@@ -244,7 +244,7 @@ func localName() string {
 }
 
 // serviceProblems says which services should run and do not, with their own last words.
-func (r *Report) serviceProblems(env snapenv.Env) {
+func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 	var down []string
 	for _, s := range r.Services {
 		var what string
@@ -259,10 +259,20 @@ func (r *Report) serviceProblems(env snapenv.Env) {
 			}
 			continue
 		default:
+		case service.Running:
+			// One that takes a while to fail runs most of the time.
+			if s.Restarts > 0 && now.Sub(s.Since) < justStarted {
+				what = fmt.Sprintf("service %s has ended and was started again (%s)", s.Name, s.LastExit)
+				if s.LastWords != "" {
+					what += ", its last words were: " + words(s.LastWords)
+				}
+				r.add("%s", what)("see microk8s logs " + s.Name)
+			}
+			continue
 			continue
 		}
-		if line := service.LastLine(env.ServiceLog(s.Name)); line != "" && !env.Snapd {
-			what += ", its last words: " + shorten(line)
+		if why := lastWordsOf(env, s); why != "" {
+			what += ", its last words: " + why
 		}
 		r.add("%s", what)("see microk8s logs " + s.Name)
 	}
@@ -276,6 +286,33 @@ func (r *Report) serviceProblems(env snapenv.Env) {
 }
 
 // Expected says whether a service has something to do on this node (cli.md 7.1).
+// justStarted is how long after a restart its cause is told.
+const justStarted = 30 * time.Second
+
+func lastWordsOf(env snapenv.Env, s service.State) string {
+	if env.Snapd {
+		return "" // snapd keeps the logs
+	}
+	return words(service.LastLine(env.ServiceLog(s.Name)))
+}
+
+// failuresToGiveUp is how many failures in a row show that waiting does not help.
+const failuresToGiveUp = 4
+
+// Failing gives a service that fails whenever it is started, and why, as one sentence; "" if
+// there is none.
+func (r Report) Failing(env snapenv.Env) (name, why string) {
+	for _, s := range r.Services {
+		if s.Phase == service.Backoff && s.Restarts+1 >= failuresToGiveUp {
+			if why = lastWordsOf(env, s); why == "" {
+				why = s.LastExit
+			}
+			return s.Name, why
+		}
+	}
+	return "", ""
+}
+
 func Expected(env snapenv.Env, name string) bool {
 	worker := env.Locked(snapenv.LockWorker)
 	switch name {

@@ -201,6 +201,44 @@ func TestProbeHTTP2(t *testing.T) {
 	}
 }
 
+func TestWords(t *testing.T) {
+	for line, want := range map[string]string{
+		"microk8s: cannot read /x: line 1: bad": "cannot read /x: line 1: bad",
+		`time=2026-01-02T03:04:05.678Z level=ERROR msg="kubelite ends" error="kubelet: \"a\" is bad\nso is b"`: `kubelet: "a" is bad; so is b`,
+		`time=2026-01-02T03:04:05.678Z level=ERROR msg=ends error=EOF`:                                         "EOF",
+		`E0102 03:04:05.678901      41 run.go:72] "command failed" err="no port"`:                              `"command failed" err="no port"`,
+		"k8s-dqlite: cannot open the log":                                                                      "k8s-dqlite: cannot open the log",
+	} {
+		if got := words(line); got != want {
+			t.Errorf("words(%s)\n got %s\nwant %s", line, got, want)
+		}
+	}
+}
+
+// TestRestartedService has a service that runs for a moment at a time.
+func TestRestartedService(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	state := service.State{Name: service.Kubelite, Phase: service.Running, Since: now.Add(-time.Second), Restarts: 2, LastExit: "exit status 1", LastWords: "microk8s: no port"}
+	var r Report
+	r.Services = []service.State{state}
+	env := snapenv.Under(t.TempDir())
+	r.serviceProblems(env, now)
+	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0].What, "its last words were: no port") {
+		t.Errorf("problems: %v", r.Problems)
+	}
+	old := Report{Services: r.Services}
+	if old.serviceProblems(env, now.Add(time.Hour)); len(old.Problems) != 0 {
+		t.Errorf("an hour later: %v", old.Problems)
+	}
+	if name, _ := r.Failing(env); name != "" {
+		t.Errorf("%s is running and called failing", name)
+	}
+	r.Services[0].Phase, r.Services[0].Restarts = service.Backoff, 3
+	if name, why := r.Failing(env); name != service.Kubelite || why != "exit status 1" {
+		t.Errorf("failing: %q, %q", name, why)
+	}
+}
+
 func TestShorten(t *testing.T) {
 	long := strings.Repeat("ä", lastWords+10)
 	if got := shorten(long); len([]rune(got)) != lastWords+1 {

@@ -18,9 +18,15 @@ const patience = 2 * time.Second
 // nodes are watched, not polled; asking again at intervals is left for the time before the API
 // server listens, which announces itself to nobody.
 func (p *Prober) WaitReady(ctx context.Context) Report {
+	return p.WaitReadyUnless(ctx, func(Report) bool { return false })
+}
+
+// WaitReadyUnless is [Prober.WaitReady] that also ends when a report shows that waiting is of
+// no use.
+func (p *Prober) WaitReadyUnless(ctx context.Context, hopeless func(Report) bool) Report {
 	for {
 		r := p.probe(ctx, patience)
-		if r.Ready || ctx.Err() != nil {
+		if r.Ready || ctx.Err() != nil || hopeless(r) {
 			return r
 		}
 		p.awaitChange(ctx)
