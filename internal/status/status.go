@@ -258,7 +258,6 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 				down = append(down, s.Name)
 			}
 			continue
-		default:
 		case service.Running:
 			// One that takes a while to fail runs most of the time.
 			if s.Restarts > 0 && now.Sub(s.Since) < justStarted {
@@ -285,7 +284,6 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 	}
 }
 
-// Expected says whether a service has something to do on this node (cli.md 7.1).
 // justStarted is how long after a restart its cause is told.
 const justStarted = 30 * time.Second
 
@@ -313,6 +311,7 @@ func (r Report) Failing(env snapenv.Env) (name, why string) {
 	return "", ""
 }
 
+// Expected says whether a service has something to do on this node (cli.md 7.1).
 func Expected(env snapenv.Env, name string) bool {
 	worker := env.Locked(snapenv.LockWorker)
 	switch name {
