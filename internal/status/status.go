@@ -268,6 +268,7 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 				r.add("%s", what)("see microk8s logs " + s.Name)
 			}
 			continue
+		default:
 			continue
 		}
 		if why := lastWordsOf(env, s); why != "" {
