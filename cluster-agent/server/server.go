@@ -125,7 +125,7 @@ func (s *Server) Handler() http.Handler {
 		counted := &response{ResponseWriter: w}
 		defer func() {
 			failure := recover()
-			if failure != nil && failure != http.ErrAbortHandler {
+			if failure != nil && failure != http.ErrAbortHandler { //nolint:errorlint // a value that was panicked with, compared as net/http does
 				s.opts.Log.Error("a call broke the agent's code", "method", r.Method, "path", r.URL.Path, "failure", fmt.Sprint(failure))
 				if counted.status == 0 {
 					WriteError(counted, http.StatusInternalServerError, "internal error; see the log of the cluster agent")
@@ -134,7 +134,7 @@ func (s *Server) Handler() http.Handler {
 			// The path only: a query could carry a secret.
 			s.opts.Log.Info("call", "from", r.RemoteAddr, "method", r.Method, "path", r.URL.Path,
 				"status", counted.code(), "bytes", counted.bytes, "took", time.Since(began).Round(time.Microsecond))
-			if failure == http.ErrAbortHandler {
+			if failure == http.ErrAbortHandler { //nolint:errorlint // a value that was panicked with, compared as net/http does
 				panic(failure)
 			}
 		}()

@@ -14,11 +14,13 @@ import (
 // tokensB reads shell words with the shell's own lexer and refuses what would run something.
 func tokensB(data []byte) ([]token, error) {
 	var tokens []token
-	var bad error
 	parser := syntax.NewParser(syntax.Variant(syntax.LangPOSIX))
-	err := parser.Words(bytes.NewReader(data), func(w *syntax.Word) bool {
-		if bad = checkWord(w); bad != nil {
-			return false
+	for w, err := range parser.WordsSeq(bytes.NewReader(data)) {
+		if err != nil {
+			return tokens, shellError(err)
+		}
+		if err := checkWord(w); err != nil {
+			return tokens, err
 		}
 		t := token{
 			start: int(w.Pos().Offset()), end: int(w.End().Offset()), line: int(w.Pos().Line()),
@@ -32,12 +34,8 @@ func tokensB(data []byte) ([]token, error) {
 			return words
 		}
 		tokens = append(tokens, t) // "" too: it is a value
-		return true
-	})
-	if bad == nil {
-		bad = shellError(err)
 	}
-	return tokens, bad
+	return tokens, nil
 }
 
 func wordConfig(lookup func(string) (string, bool)) *expand.Config {

@@ -138,7 +138,7 @@ func (a *App) ctr(user []string) error {
 func snapshotter(dir string) string {
 	const zfsMagic = 0x2fc12fc1
 	var fs unix.Statfs_t
-	if unix.Statfs(dir, &fs) == nil && int64(fs.Type) == zfsMagic {
+	if unix.Statfs(dir, &fs) == nil && int64(fs.Type) == zfsMagic { //nolint:unconvert // 32 bits on some architectures
 		return "native"
 	}
 	return "overlayfs"

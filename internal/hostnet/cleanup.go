@@ -118,7 +118,7 @@ func removeLinks() error {
 }
 
 func deleteLink(l netlink.Link) error {
-	if err := netlink.LinkDel(l); err != nil && err != unix.ENODEV {
+	if err := netlink.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("cannot delete interface %s: %w", l.Attrs().Name, err)
 	}
 	return nil
@@ -158,7 +158,7 @@ func removeRoutes(cluster []netip.Prefix) error {
 		for _, r := range routes {
 			dst, ok := toPrefix(r.Dst)
 			if ok && r.Gw != nil && dst.Bits() > c.Bits() && c.Contains(dst.Addr()) {
-				if err := netlink.RouteDel(&r); err != nil && err != unix.ESRCH {
+				if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
 					errs = append(errs, fmt.Errorf("cannot delete the route to %s: %w", dst, err))
 				}
 			}

@@ -90,7 +90,7 @@ func Forwarding(cidrs []netip.Prefix) error {
 // translated back; see [Rules].
 func BridgeFiltered() bool {
 	ok := setSysctl("net/bridge/bridge-nf-call-iptables", "1") == nil
-	setSysctl("net/bridge/bridge-nf-call-ip6tables", "1") // only of use with IPv6 pods
+	_ = setSysctl("net/bridge/bridge-nf-call-ip6tables", "1") // only of use with IPv6 pods
 	return ok
 }
 

@@ -2,7 +2,6 @@ package hostnet
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -23,7 +22,7 @@ import (
 var (
 	cluster = netip.MustParsePrefix("10.1.0.0/16")
 	podNet  = netip.MustParsePrefix("10.1.5.0/24")
-	quietly = slog.New(slog.NewTextHandler(io.Discard, nil))
+	quietly = slog.New(slog.DiscardHandler)
 )
 
 // world is a machine in a network namespace, with a pod on one side and another machine on

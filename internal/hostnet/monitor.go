@@ -3,9 +3,9 @@ package hostnet
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"github.com/mdlayher/netlink"
@@ -122,17 +122,7 @@ func subscribe(ctx context.Context, changes chan<- struct{}, log *slog.Logger) <
 }
 
 // overrun says whether a socket only lost events because nobody read them fast enough.
-func overrun(err error) bool {
-	op, ok := err.(*netlink.OpError)
-	if !ok {
-		return false
-	}
-	if op.Err == unix.ENOBUFS {
-		return true
-	}
-	sys, ok := op.Err.(*os.SyscallError)
-	return ok && sys.Err == unix.ENOBUFS
-}
+func overrun(err error) bool { return errors.Is(err, unix.ENOBUFS) }
 
 // concerns says whether one of the messages tells of a change in a table that others own.
 // kube-proxy writes its own very often, mostly set elements, which are not even decoded.

@@ -140,7 +140,7 @@ func removeContainers(ctx context.Context, c *client.Client) error {
 	return eachContainer(ctx, c, func(ctx context.Context, container client.Container) error {
 		task, err := container.Task(ctx, nil)
 		if err == nil {
-			task.Kill(ctx, syscall.SIGKILL, client.WithKillAll) // Delete tells if it did not work
+			_ = task.Kill(ctx, syscall.SIGKILL, client.WithKillAll) // Delete tells if it did not work
 			_, err = task.Delete(ctx, client.WithProcessKill)
 		}
 		if ignoreGone(err) != nil {
@@ -167,7 +167,7 @@ func eachContainer(ctx context.Context, c *client.Client, do func(context.Contex
 			return nil // the others shall not be given up
 		})
 	}
-	group.Wait()
+	_ = group.Wait() // the errors are collected above
 	return errors.Join(errs...)
 }
 
@@ -266,19 +266,19 @@ func killContainer(pid int, id string) {
 		}
 		own = true
 		for _, dir := range cgroupDirs(parts[1], parts[2]) {
-			os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) // v1
-			os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0)      // v2
-			os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)        // v2
+			_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0) // v1
+			_ = os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0)      // v2
+			_ = os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)        // v2
 			procs, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 			for field := range strings.FieldsSeq(string(procs)) {
 				if p, err := strconv.Atoi(field); err == nil && p > 1 {
-					unix.Kill(p, unix.SIGKILL)
+					_ = unix.Kill(p, unix.SIGKILL)
 				}
 			}
 		}
 	}
 	if own {
-		unix.Kill(pid, unix.SIGKILL)
+		_ = unix.Kill(pid, unix.SIGKILL)
 	}
 }
 

@@ -257,5 +257,5 @@ func (c *Client) spawn(ctx context.Context) error {
 		return ctx.Err()
 	}
 	err = cmd.Wait() // it closed the pipe without being ready: it has ended
-	return fmt.Errorf("the supervisor ended at once: %v: %s", err, LastLine(path))
+	return fmt.Errorf("the supervisor ended at once: %w: %s", err, LastLine(path))
 }

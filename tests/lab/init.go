@@ -103,7 +103,7 @@ func initMain() error {
 		return report(status, unix.Exec("/proc/self/exe", os.Args, append(os.Environ(), configEnv+"="+string(data))))
 	}
 	unix.CloseOnExec(4)
-	os.Unsetenv(configEnv)
+	_ = os.Unsetenv(configEnv)
 	var cfg initConfig
 	if err := json.Unmarshal([]byte(encoded), &cfg); err != nil {
 		return report(status, err)

@@ -59,7 +59,7 @@ func (l *Lab) ensureSwitch(ctx context.Context) (process, error) {
 	if err != nil {
 		return process{}, fmt.Errorf("cannot start the switch: %w", err)
 	}
-	go cmd.Wait() // reap it should it end before this program
+	go func() { _ = cmd.Wait() }() // reap it should it end before this program
 	if s.Switch, err = identify(cmd.Process.Pid); err != nil {
 		return process{}, fmt.Errorf("cannot start the switch: %w", err)
 	}

@@ -96,7 +96,7 @@ func (l *Lab) launch(ctx context.Context, h *host, sw process, cfg initConfig) e
 	if err != nil {
 		return err
 	}
-	go cmd.Wait() // reap it should it end before this program
+	go func() { _ = cmd.Wait() }() // reap it should it end before this program
 	h.Booted = false
 	if h.Init, err = identify(cmd.Process.Pid); err != nil {
 		return err

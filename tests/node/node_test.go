@@ -224,7 +224,7 @@ func (n *node) waitPodsAnswer(t *testing.T) {
 			}
 			got, err := n.httpGet(t, n.name, "http://"+p.Status.PodIP+":8080")
 			if err != nil || strings.TrimSpace(got) != p.Name {
-				return fmt.Errorf("pod %s answers %q, %v", p.Name, got, err)
+				return fmt.Errorf("pod %s answers %q, %w", p.Name, got, err)
 			}
 			answered++
 		}
