@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,18 +18,23 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// seed gives the seed of a random test: TEST_SEED, or a new one, which is printed.
-func seed(t *testing.T) *rand.Rand {
+// failedSeeds are those with which a test of this package ever failed; they always run.
+var failedSeeds []int64
+
+// withSeeds runs a random test once for each seed that ever failed, and once with that of
+// MICROK8S_TEST_SEED, or with a new one; the subtest's name is the seed.
+func withSeeds(t *testing.T, test func(t *testing.T, rnd *rand.Rand)) {
 	n := time.Now().UnixNano()
-	if s := os.Getenv("TEST_SEED"); s != "" {
+	if s := os.Getenv("MICROK8S_TEST_SEED"); s != "" {
 		v, err := strconv.ParseInt(s, 10, 64)
 		if err != nil {
 			t.Fatal(err)
 		}
 		n = v
 	}
-	t.Logf("TEST_SEED=%d", n)
-	return rand.New(rand.NewPCG(uint64(n), 0))
+	for _, n := range append(slices.Clone(failedSeeds), n) {
+		t.Run(fmt.Sprintf("seed-%d", n), func(t *testing.T) { test(t, rand.New(rand.NewPCG(uint64(n), 0))) })
+	}
 }
 
 // launch runs the daemon as a process of its own, whose log a failed test shows.
@@ -82,10 +88,13 @@ func spawn(t *testing.T, dir string, args ...string) *exec.Cmd {
 // on strictly.
 func TestKillUnderLoad(t *testing.T) {
 	t.Parallel()
-	rnd := seed(t)
-	rounds := 5
-	if n, err := strconv.Atoi(os.Getenv("TEST_KILLS")); err == nil {
-		rounds = n
+	withSeeds(t, killUnderLoad)
+}
+
+func killUnderLoad(t *testing.T, rnd *rand.Rand) {
+	rounds := 6
+	if os.Getenv("MICROK8S_TEST_LONG") != "" {
+		rounds = 60
 	}
 	dir := newDir(t)
 	const writers = 12

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -310,7 +311,10 @@ func TestStrangeUpstreamRowsAreRefused(t *testing.T) {
 // table is large enough that the transaction is longer than dqlite's 8 MiB segments.
 func TestMigrationSurvivesKills(t *testing.T) {
 	t.Parallel()
-	rnd := seed(t)
+	withSeeds(t, migrationSurvivesKills)
+}
+
+func migrationSurvivesKills(t *testing.T, rnd *rand.Rand) {
 	dir := newDir(t)
 	u := openUpstream(t, dir)
 	u.schema("1.0")

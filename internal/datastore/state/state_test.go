@@ -185,10 +185,10 @@ func (m *simple) snapshot() *simple {
 // Random histories with groups, rollbacks, compactions and reloads against the simple model.
 func TestAgainstModel(t *testing.T) {
 	n := time.Now().UnixNano()
-	if v, err := strconv.ParseInt(os.Getenv("TEST_SEED"), 10, 64); err == nil {
+	if v, err := strconv.ParseInt(os.Getenv("MICROK8S_TEST_SEED"), 10, 64); err == nil {
 		n = v
 	}
-	t.Logf("TEST_SEED=%d", n)
+	t.Logf("MICROK8S_TEST_SEED=%d", n)
 	for i := range 60 {
 		history(t, rand.New(rand.NewPCG(uint64(n), uint64(i))))
 		if t.Failed() {
