@@ -20,6 +20,9 @@ import (
 // does not depend on it.
 const startWait = 60 * time.Second
 
+// closingWait is how long a port that nobody seems to hold may stay in use.
+const closingWait = time.Second
+
 func (a *App) newStart() *cobra.Command {
 	var disableGuard bool
 	cmd := &cobra.Command{
@@ -123,6 +126,15 @@ func (a *App) checkPorts(ctx context.Context) error {
 		}
 	}
 	busy := status.PortsInUse(a.Env, running)
+	// The ports of a process that was killed are closed a moment after it can be seen no more.
+	for deadline := time.Now().Add(closingWait); len(busy) > 0 && busy[0].Owner == "" && time.Now().Before(deadline); {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(closingWait / 20):
+		}
+		busy = status.PortsInUse(a.Env, running)
+	}
 	if len(busy) == 0 {
 		return nil
 	}

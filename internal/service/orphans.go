@@ -26,6 +26,25 @@ type record struct {
 	Boot  string `json:"boot"`  // boot id and pid namespace in which pid and start mean anything
 }
 
+// alive says whether the process still runs.
+func (r record) alive() bool {
+	if r.PID <= 1 || r.Boot != bootID() {
+		return false
+	}
+	st, err := readStat(r.PID)
+	return err == nil && st.start == r.Start && st.state != 'Z'
+}
+
+// Alive lists the services whose last process still runs, whoever supervises it: after a
+// supervisor was killed its services take a moment to end.
+func Alive(env snapenv.Env) []string {
+	return slices.DeleteFunc(Names(), func(name string) bool {
+		var rec record
+		data, err := os.ReadFile(recordFile(env, name))
+		return err != nil || json.Unmarshal(data, &rec) != nil || !rec.alive()
+	})
+}
+
 func recordFile(env snapenv.Env, name string) string {
 	return filepath.Join(env.RunDir(), "supervisor."+name+".json")
 }
@@ -59,11 +78,8 @@ func (s *Supervisor) endOrphans(ctx context.Context) error {
 			continue
 		}
 		var rec record
-		alive := func() bool {
-			st, err := readStat(rec.PID)
-			return err == nil && st.start == rec.Start && st.state != 'Z'
-		}
-		if json.Unmarshal(data, &rec) == nil && rec.PID > 1 && rec.Boot == bootID() && alive() {
+		alive := func() bool { return rec.alive() }
+		if json.Unmarshal(data, &rec) == nil && alive() {
 			s.Log.Warn("ending a service that an earlier supervisor left", "service", name, "pid", rec.PID)
 			target := -rec.PID
 			if name == Containerd {

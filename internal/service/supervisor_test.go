@@ -420,6 +420,9 @@ func TestOrphanIsRecognised(t *testing.T) {
 	if !alive(old) {
 		t.Fatal("the service did not outlive its supervisor: the test shows nothing")
 	}
+	if got := Alive(h.env); !slices.Contains(got, Kubelite) {
+		t.Errorf("services alive without their supervisor: %v", got)
+	}
 	if err := h.client.Stop(context.Background()); err != nil {
 		t.Fatal(err)
 	}

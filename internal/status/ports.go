@@ -18,6 +18,7 @@ import (
 type PortProblem struct {
 	Problem
 	Port    int
+	Owner   string // who holds it, as "nginx (pid 12)"; "" where that cannot be seen
 	service string
 	inode   string // of the listening socket
 }
@@ -67,13 +68,13 @@ func lastNumber(addr string, def int) int {
 	return n
 }
 
-// busyPorts lists the needed ports on which something listens. Whether that is our own service
-// the caller knows.
+// busyPorts lists the needed ports on which something listens that is not a process of the
+// service itself, as far as our supervisor's records say; where there is none the caller knows.
 func busyPorts(env snapenv.Env) []PortProblem {
-	busy := listeners()
+	busy, own := listeners(), service.Alive(env)
 	var out []PortProblem
 	for _, p := range neededPorts(env) {
-		if inode, ok := busy[p.number]; ok {
+		if inode, ok := busy[p.number]; ok && !slices.Contains(own, p.service) {
 			out = append(out, PortProblem{Port: p.number, service: p.service, inode: inode})
 		}
 	}
@@ -83,7 +84,8 @@ func busyPorts(env snapenv.Env) []PortProblem {
 // describe finds out who holds the port. It looks at every open file of the machine, so it is
 // for ports that are a problem only.
 func (p PortProblem) describe() PortProblem {
-	by := socketOwner(p.inode)
+	p.Owner = socketOwner(p.inode)
+	by := p.Owner
 	if by == "" {
 		by = "another program"
 	}
