@@ -1,17 +1,8 @@
 package node
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net"
-	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -21,68 +12,15 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
-	"microk8s/tests/lab"
 	"microk8s/tests/lab/hoststate"
 )
-
-// build is where `make build` leaves its results, from this folder.
-const build = "../../build"
-
-// node is one lab host with the product started on it.
-type node struct {
-	lab    *lab.Lab
-	name   string
-	config *rest.Config
-	client *kubernetes.Clientset
-}
 
 // TestNode is the life of one node, told in order; each part goes on from where the one before
 // left the node.
 func TestNode(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Fatal("real nodes are made of namespaces, which needs root")
-	}
-	if _, err := os.Stat(filepath.Join(build, "snap/bin/kubelite")); err != nil {
-		t.Fatalf("%v; run `make build` first", err)
-	}
-	before := hoststate.Take(t, "node-test")
-
-	l, err := lab.New(lab.Config{Instance: "node-test", Snap: filepath.Join(build, "snap")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := context.WithoutCancel(t.Context())
-	if err := l.Down(ctx); err != nil { // of a run that was ended in the middle
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() && os.Getenv("KEEP") != "" {
-			t.Logf("kept: build/bin/lab --instance %s ls", l.Instance())
-			return
-		}
-		if err := l.Down(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-
-	n := &node{lab: l, name: "n1"}
-	for _, host := range []string{"n1", "other"} {
-		if err := l.Up(t.Context(), host, lab.Options{}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(func() { n.keepLogs(t) })
-
-	step := func(name string, f func(t *testing.T)) {
-		t.Helper()
-		if !t.Run(name, f) {
-			t.FailNow() // what follows stands on this
-		}
-	}
+	n := newNode(t, "other")
+	step := n.steps(t)
 	var untouched string
 	step("start", func(t *testing.T) {
 		untouched = n.traces(t)
@@ -111,10 +49,10 @@ func TestNode(t *testing.T) {
 		}
 	})
 	step("down leaves nothing", func(t *testing.T) {
-		if err := l.Down(ctx); err != nil {
+		if err := n.lab.Down(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		hoststate.Compare(t, before)
+		hoststate.Compare(t, n.before)
 	})
 }
 
@@ -389,195 +327,3 @@ func (n *node) traces(t *testing.T) string {
 	}
 	return out.String()
 }
-
-// What follows is how the tests talk to a node.
-
-// path is a file of the node's $SNAP_DATA, as seen from here.
-func (n *node) path(file string) string {
-	return filepath.Join(n.lab.Root(n.name), "var/snap/microk8s/current", file)
-}
-
-func (n *node) ip(t *testing.T) string {
-	t.Helper()
-	ip, err := n.lab.IP(n.name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ip
-}
-
-// connect makes the admin's client, whose connections begin inside the host.
-func (n *node) connect(t *testing.T) {
-	t.Helper()
-	kubeconfig, err := os.ReadFile(n.path("credentials/client.config"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.config, err = clientcmd.RESTConfigFromKubeConfig(kubeconfig)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.config.QPS = -1
-	n.config.Timeout = 30 * time.Second
-	n.config.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-		return n.lab.Dial(ctx, n.name, network, address)
-	}
-	n.client, err = kubernetes.NewForConfig(n.config)
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (n *node) waitReady(t *testing.T) {
-	t.Helper()
-	eventually(t, 3*time.Minute, func() error {
-		got, err := n.client.CoreV1().Nodes().Get(t.Context(), n.name, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		for _, c := range got.Status.Conditions {
-			if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue && time.Since(c.LastHeartbeatTime.Time) < time.Minute*6 {
-				return nil
-			}
-		}
-		return fmt.Errorf("node is not Ready: %v", got.Status.Conditions)
-	})
-}
-
-func (n *node) loadWebImage(t *testing.T) {
-	t.Helper()
-	image, err := os.Open(filepath.Join(build, "test-images/web.tar"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer image.Close()
-	var out bytes.Buffer
-	if err := n.lab.Exec(t.Context(), n.name, lab.Command{Args: []string{"microk8s", "ctr", "images", "import", "-"}, Stdin: image, Stdout: &out, Stderr: &out}); err != nil {
-		t.Fatalf("cannot import the test image: %v\n%s", err, &out)
-	}
-}
-
-// httpGet asks from inside the named host.
-func (n *node) httpGet(t *testing.T, host, url string) (string, error) {
-	t.Helper()
-	client := &http.Client{
-		Timeout: 5 * time.Second,
-		Transport: &http.Transport{
-			DisableKeepAlives: true, // each request is balanced anew
-			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-				return n.lab.Dial(ctx, host, network, address)
-			},
-		},
-	}
-	resp, err := client.Get(url)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = errors.New(resp.Status)
-	}
-	return string(body), err
-}
-
-// run gives the standard output of a command in the host, which must succeed.
-func (n *node) run(t *testing.T, args ...string) string {
-	t.Helper()
-	return n.runIn(t, "", args...)
-}
-
-func (n *node) runIn(t *testing.T, stdin string, args ...string) string {
-	t.Helper()
-	var out, errOut bytes.Buffer
-	err := n.lab.Exec(t.Context(), n.name, lab.Command{Args: args, Stdin: strings.NewReader(stdin), Stdout: &out, Stderr: &errOut})
-	if err != nil {
-		t.Fatalf("%s: %v\n%s%s", strings.Join(args, " "), err, &out, &errOut)
-	}
-	return out.String()
-}
-
-// try is run for commands that may fail.
-func (n *node) try(t *testing.T, args ...string) (string, error) {
-	t.Helper()
-	return n.lab.Output(t.Context(), n.name, args...)
-}
-
-// tryAll gives standard output and error together.
-func (n *node) tryAll(t *testing.T, stdin string, args ...string) (string, error) {
-	t.Helper()
-	var out bytes.Buffer
-	err := n.lab.Exec(t.Context(), n.name, lab.Command{Args: args, Stdin: strings.NewReader(stdin), Stdout: &out, Stderr: &out})
-	return out.String(), err
-}
-
-// background starts a command that goes on until the returned function ends it.
-func (n *node) background(t *testing.T, args ...string) (stop func()) {
-	t.Helper()
-	var out bytes.Buffer
-	cmd, err := n.lab.Spawn(t.Context(), n.name, lab.Command{Args: args, Stdout: &out, Stderr: &out})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if t.Failed() {
-			t.Logf("%s:\n%s", strings.Join(args, " "), &out)
-		}
-	}
-}
-
-func exitCode(err error) int {
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
-		return exit.ExitCode()
-	}
-	return -1
-}
-
-// keepLogs leaves the logs of every service in build/test-logs when a test failed.
-func (n *node) keepLogs(t *testing.T) {
-	if !t.Failed() {
-		return
-	}
-	dir := filepath.Join(build, "test-logs", n.name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Log(err)
-		return
-	}
-	logs, _ := filepath.Glob(filepath.Join(n.lab.Root(n.name), "var/snap/microk8s/common/var/log/*"))
-	for _, log := range append(logs, n.lab.LogFile(n.name)) {
-		data, err := os.ReadFile(log)
-		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, filepath.Base(log)), data, 0o644)
-		}
-		if err != nil {
-			t.Log(err)
-		}
-	}
-	t.Logf("logs of every service are in build/test-logs/%s", n.name)
-}
-
-// eventually calls f until it succeeds or the limit is over; a limit is generous, since it is
-// only reached by what is broken.
-func eventually(t *testing.T, limit time.Duration, f func() error) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	defer cancel()
-	tick := time.NewTicker(250 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			t.Fatalf("not within %s: %v", limit, err)
-		}
-	}
-}
-
-func ptr[T any](v T) *T { return &v }
