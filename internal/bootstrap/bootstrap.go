@@ -3,8 +3,9 @@
 // node applies all of them when its API server has started, by server-side apply, and removes
 // those that an earlier version had and this one has not.
 //
-// Addons are not its business, and it does not wait for anything: the caller starts it when
-// the API server answers, and again, with growing pauses, when it fails.
+// The same for any other set of objects is [Sync], which the addons use. It does not wait for
+// anything: the caller starts it when the API server answers, and again, with growing pauses,
+// when it fails.
 package bootstrap
 
 import (
@@ -81,11 +82,35 @@ func Apply(ctx context.Context, cfg *rest.Config, dir string, log *slog.Logger, 
 	if err != nil {
 		return err
 	}
+	return Sync(ctx, cfg, Set{Label: Label, Value: LabelValue, Objects: objects, Kinds: pruned}, log)
+}
+
+// Set is objects that belong together: all that the cluster should have with one value of a
+// label.
+type Set struct {
+	Label, Value string
+	Objects      []*unstructured.Unstructured
+	// Kinds are looked through for objects to remove, besides the kinds of Objects.
+	Kinds []schema.GroupVersionKind
+}
+
+// Sync makes the cluster have the objects of a set, labels them, and removes what has the
+// label and is not among them; with no objects it removes all there are. It is idempotent. It
+// goes on after an object that failed, but removes nothing then.
+func Sync(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) error {
+	for _, o := range set.Objects {
+		labels := o.GetLabels()
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[set.Label] = set.Value
+		o.SetLabels(labels)
+	}
 	c, err := newCluster(cfg, log)
 	if err != nil {
 		return err
 	}
-	return c.sync(ctx, objects)
+	return c.sync(ctx, set)
 }
 
 // ApplyFile applies the objects of one manifest as they are: for the user's own CNI at
@@ -102,7 +127,7 @@ func ApplyFile(ctx context.Context, cfg *rest.Config, path string, log *slog.Log
 	return c.apply(ctx, objects)
 }
 
-// load reads the manifests of a directory and labels their objects.
+// load reads the manifests of a directory.
 func load(dir string, absent []Feature) ([]*unstructured.Unstructured, error) {
 	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
 	if err != nil {
@@ -122,12 +147,6 @@ func load(dir string, absent []Feature) ([]*unstructured.Unstructured, error) {
 			if slices.Contains(absent, Feature(o.GetAnnotations()[FeatureAnnotation])) {
 				continue
 			}
-			labels := o.GetLabels()
-			if labels == nil {
-				labels = map[string]string{}
-			}
-			labels[Label] = LabelValue
-			o.SetLabels(labels)
 			out = append(out, o)
 		}
 	}
@@ -141,8 +160,13 @@ func read(path string) ([]*unstructured.Unstructured, error) {
 		return nil, fmt.Errorf("cannot read the manifest: %w", err)
 	}
 	defer f.Close()
+	return Decode(f, path)
+}
+
+// Decode gives the objects of one or more YAML documents, in their order; path is for errors.
+func Decode(r io.Reader, path string) ([]*unstructured.Unstructured, error) {
 	var out []*unstructured.Unstructured
-	for d := yaml.NewYAMLOrJSONDecoder(f, 4096); ; {
+	for d := yaml.NewYAMLOrJSONDecoder(r, 4096); ; {
 		o := &unstructured.Unstructured{}
 		if err := d.Decode(&o.Object); errors.Is(err, io.EOF) {
 			return out, nil
@@ -178,14 +202,14 @@ func newCluster(cfg *rest.Config, log *slog.Logger) (*cluster, error) {
 	return &cluster{client: client, mapper: restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(found)), log: log}, nil
 }
 
-// sync applies objects and then removes those with our label that are not among them.
-func (c *cluster) sync(ctx context.Context, objects []*unstructured.Unstructured) error {
-	if err := c.apply(ctx, objects); err != nil {
+// sync applies objects and then removes those with the label that are not among them.
+func (c *cluster) sync(ctx context.Context, set Set) error {
+	if err := c.apply(ctx, set.Objects); err != nil {
 		return err
 	}
 	keep := map[string]bool{}
-	kinds := slices.Clone(pruned)
-	for _, o := range objects {
+	kinds := slices.Clone(set.Kinds)
+	for _, o := range set.Objects {
 		keep[describe(o)] = true
 		if gvk := o.GroupVersionKind(); !slices.Contains(kinds, gvk) {
 			kinds = append(kinds, gvk)
@@ -201,7 +225,7 @@ func (c *cluster) sync(ctx context.Context, objects []*unstructured.Unstructured
 			errs = append(errs, fmt.Errorf("cannot look for outdated objects of kind %s: %w", gvk.Kind, err))
 			continue
 		}
-		list, err := c.client.Resource(mapping.Resource).List(ctx, metav1.ListOptions{LabelSelector: Label + "=" + LabelValue})
+		list, err := c.client.Resource(mapping.Resource).List(ctx, metav1.ListOptions{LabelSelector: set.Label + "=" + set.Value})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("cannot look for outdated objects of kind %s: %w", gvk.Kind, err))
 			continue
