@@ -47,7 +47,7 @@ programs: deps ## Build our own programs into build/bin
 	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
 
-COMPONENTS := containerd runc cni helm
+COMPONENTS := containerd runc cni helm coredns
 .PHONY: components
 components: $(COMPONENTS:%=build/components/%.stamp) ## Build the third-party programs from their pinned modules
 
@@ -56,7 +56,9 @@ build/components/%.stamp: scripts/components/build scripts/components/%/go.mod s
 	@touch $@
 
 .PHONY: images
-images: deps ## Build the container images that travel with the product, and those of the tests
+build/components/coredns.stamp: scripts/components/coredns/main.go
+
+images: deps build/components/coredns.stamp ## Build the container images that travel with the product, and those of the tests
 	@go run ./scripts/images --out build/images --test-out build/test-images
 
 .PHONY: clean

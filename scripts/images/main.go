@@ -48,6 +48,16 @@ var images = []image{
 		build:   func(b builder, out string) error { return b.c("pause/pause.c", out) },
 	},
 	{
+		archive: "coredns",
+		// The number after the version changes with our main package, so that pods are renewed.
+		refs:    []string{"microk8s.io/coredns:1.15.0-1"},
+		program: "/coredns",
+		user:    "65532:65532",
+		title:   "coredns",
+		note:    "CoreDNS with the plugins that the dns addon of MicroK8s uses, built from its module.",
+		build:   func(b builder, out string) error { return b.component("coredns", out) },
+	},
+	{
 		archive: "web",
 		refs:    []string{"microk8s.test/web:1"},
 		program: "/web",
@@ -141,6 +151,19 @@ func (b builder) c(source, out string) error {
 func (b builder) golang(pkg, out string) error {
 	return command([]string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + b.arch},
 		"go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg)
+}
+
+// component takes a program that scripts/components has built.
+func (b builder) component(name, out string) error {
+	if b.arch != runtime.GOARCH {
+		return fmt.Errorf("%s is built for %s only", name, runtime.GOARCH)
+	}
+	source := filepath.Join("build/components/bin", name)
+	data, err := os.ReadFile(source)
+	if err != nil {
+		return fmt.Errorf("%w; make components builds it", err)
+	}
+	return os.WriteFile(out, data, 0o755)
 }
 
 func command(env []string, name string, args ...string) error {

@@ -25,6 +25,7 @@ var materials = []struct{ name, mod, module string }{
 	{"containerd", "scripts/components/containerd/go.mod", "github.com/containerd/containerd/v2"},
 	{"runc", "scripts/components/runc/go.mod", "github.com/opencontainers/runc"},
 	{"cni-plugins", "scripts/components/cni/go.mod", "github.com/containernetworking/plugins"},
+	{"coredns", "scripts/components/coredns/go.mod", "github.com/coredns/coredns"},
 	{"helm", "scripts/components/helm/go.mod", "helm.sh/helm/v3"},
 }
 
