@@ -23,6 +23,7 @@ import (
 
 	"microk8s/cmd/kubelite/daemons"
 	"microk8s/cmd/kubelite/network"
+	"microk8s/internal/addon"
 	"microk8s/internal/args"
 	"microk8s/internal/bootstrap"
 	"microk8s/internal/hostnet"
@@ -236,6 +237,9 @@ func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, lo
 			err = bootstrap.ApplyFile(ctx, admin, env.CNIManifest(), log) // the user's own pod network
 		}
 		if err == nil {
+			err = reconcileAddons(ctx, admin, env, log)
+		}
+		if err == nil {
 			return nil
 		}
 		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "error", err, "again in", wait)
@@ -245,6 +249,17 @@ func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, lo
 			return nil
 		}
 	}
+}
+
+// reconcileAddons brings the addons in line with what is written down in the cluster. It is
+// here, and not in a command, that the default addons of a new cluster are enabled: this runs
+// whoever starts the services, and is tried until it is done.
+func reconcileAddons(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
+	set, err := addon.Open(env, admin, log)
+	if err != nil {
+		return err
+	}
+	return set.Reconcile(ctx)
 }
 
 func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words map[string][]string, log *slog.Logger) error {

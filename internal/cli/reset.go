@@ -26,7 +26,8 @@ func (a *App) newReset() *cobra.Command {
 		Use:   "reset [--destroy-storage[=true|false]]",
 		Short: "Return the node to its initial state",
 		Long: `Return the MicroK8s node to the default initial state: everything that runs in the cluster
-and everything it knows is deleted, without asking. Argument files, certificates, and with
+and everything it knows is deleted, without asking, and all addons are disabled, dns too:
+enable it again with microk8s enable dns. Argument files, certificates, and with
 --destroy-storage=false the data of volumes, are kept.
 
 It may be interrupted and run again. It is for clusters of one node.`,

@@ -19,6 +19,8 @@ type command struct {
 	hidden bool
 	// raw commands take every argument as it is, --help and -h included.
 	raw bool
+	// ownHelp: a raw command's first --help or -h is for the command itself.
+	ownHelp bool
 	// sudo: the command goes on under sudo where the caller is not root.
 	sudo bool
 	// gates refuse the command before its arguments are looked at.
@@ -31,10 +33,13 @@ type command struct {
 // commands is the table of all commands and of who may use them when (cli.md 1.0).
 func (a *App) commands() []command {
 	perm := a.perm(a.Err)
+	addons := []gate{a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}
 	return []command{
 		{name: "completion", usage: ExitUsage, build: a.newCompletion},
 		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
+		{name: "disable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
+		{name: "enable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
 		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
 		{name: "helm3", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
 		{name: "inspect", usage: ExitUsage, sudo: true, build: a.newInspect},
@@ -91,6 +96,9 @@ func (a *App) dispatch(ctx context.Context, args []string) error {
 func (a *App) run(ctx context.Context, c command, args []string) error {
 	if !c.raw && slices.ContainsFunc(args, func(s string) bool { return s == "-h" || s == "--help" }) {
 		return a.help(c) // whoever and wherever one is
+	}
+	if c.ownHelp && len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
+		return a.help(c)
 	}
 	for _, g := range c.gates {
 		if err := g(); err != nil {

@@ -131,6 +131,9 @@ func (e Env) Images() string { return filepath.Join(e.Snap, "images") }
 // Manifests is the directory of the objects that every control plane applies.
 func (e Env) Manifests() string { return filepath.Join(e.Snap, "manifests") }
 
+// CoreAddons is the directory of the addon repository that is part of the product.
+func (e Env) CoreAddons() string { return filepath.Join(e.Snap, "addons/core") }
+
 // ShippedCNIBin is the directory of the CNI plugins in the package.
 func (e Env) ShippedCNIBin() string { return filepath.Join(e.Snap, "opt/cni/bin") }
 
@@ -192,6 +195,7 @@ const (
 	LockNoDqlite  = "no-k8s-dqlite"
 	LockCIS       = "cis-hardening"
 	LockNoReissue = "no-cert-reissue"
+	LockAddons    = ".microk8s-addon-lock" // held, by a record lock, while addons are changed
 )
 
 // Backend is the documented path of the datastore directory, $SNAP_DATA/var/kubernetes/backend:

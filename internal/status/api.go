@@ -91,6 +91,9 @@ type apiState struct {
 	version string // resource version of nodes
 	nodeErr error
 
+	records   []corev1.ConfigMap // of the addons that are on
+	recordErr error
+
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
 	started time.Time
@@ -108,15 +111,18 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 		return s
 	}
 	var list corev1.NodeList
+	var records corev1.ConfigMapList
 	missed := gather(ctx, map[string]func(){
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
+		"addons":  func() { s.recordErr = c.decode(ctx, recordsPath, &records) },
 		"nodes":   func() { s.nodeErr = c.decode(ctx, nodesPath, &list) },
 	})
 	if len(missed) > 0 {
 		return apiState{err: errors.New("the API server accepts connections and does not answer in time")}
 	}
 	s.nodes, s.version = list.Items, list.ResourceVersion
+	s.records = records.Items
 	if s.healthy != nil {
 		var status *errStatus
 		if !errors.As(s.healthy, &status) {

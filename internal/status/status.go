@@ -126,7 +126,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"ports":      func() { ports = busyPorts(p.Env) },
 	})
 	// What is late is still being written to by its goroutine: take nothing from it.
-	r := Report{Addons: coreAddons()}
+	r := Report{}
 	if !missed["members"] {
 		r.HA = ha
 	}
@@ -170,6 +170,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if running(service.Kubelite) || r.Services == nil {
 		r.apiProblems(answer)
 	}
+	r.addons(p.Env, answer)
 	p.seen(answer)
 	r.Ready = answer.ready()
 	if !r.Ready && len(r.Problems) == 0 {
@@ -332,13 +333,4 @@ func shorten(line string) string {
 		return string(r[:lastWords]) + "…"
 	}
 	return line
-}
-
-// coreAddons lists what is truly on: these are part of the product.
-func coreAddons() []Addon {
-	return []Addon{
-		{Name: "ha-cluster", Repository: "core", Description: "Configure high availability on the current node", Enabled: true},
-		{Name: "helm", Repository: "core", Description: "Helm - the package manager for Kubernetes", Enabled: true},
-		{Name: "helm3", Repository: "core", Description: "Helm 3 - the package manager for Kubernetes", Enabled: true},
-	}
 }

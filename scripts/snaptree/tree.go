@@ -69,6 +69,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 		"opt/cni/bin": "build/components/bin/cni",
 		"images":      "build/images",
 		"manifests":   "snap/manifests",
+		"addons":      "addons",
 		"meta/hooks":  "snap/hooks",
 		"":            "snap/local",
 	} {

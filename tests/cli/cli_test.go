@@ -87,6 +87,13 @@ func setup(e *testscript.Env) error {
 			return err
 		}
 	}
+	addons, err := filepath.Abs("../../addons")
+	if err != nil {
+		return err
+	}
+	if err := os.Symlink(addons, filepath.Join(e.WorkDir, "snap/addons")); err != nil {
+		return err
+	}
 	return os.Symlink(program, filepath.Join(e.WorkDir, "snap/bin/microk8s"))
 }
 

@@ -119,6 +119,8 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, "ok")
 	case r.URL.Path == "/api/v1/namespaces/default/services/kubernetes":
 		fmt.Fprint(w, `{"kind":"Service","metadata":{"name":"kubernetes"}}`)
+	case r.URL.Path == "/api/v1/namespaces/kube-system/configmaps": // dns is on
+		fmt.Fprint(w, `{"kind":"ConfigMapList","apiVersion":"v1","items":[{"metadata":{"name":"microk8s-addon-dns","labels":{"microk8s.io/addon-record":"dns"}}}]}`)
 	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
 		f.once.Do(func() { close(f.watched) })
 		if f.kind != "becomes" {

@@ -8,6 +8,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"microk8s/internal/addon"
 )
 
 // systemNamespaces exist in every cluster; their content is cleaned, they stay.
@@ -45,7 +47,7 @@ func protected(r resource, o *unstructured.Unstructured, accounts map[string]boo
 		return ns == "kube-node-lease" || ns == metav1.NamespaceSystem
 	case "configmaps":
 		return systemNamespaces[ns] && (name == "kube-root-ca.crt" ||
-			ns == metav1.NamespaceSystem && (name == "extension-apiserver-authentication" || name == "kube-apiserver-legacy-service-account-token-tracking"))
+			ns == metav1.NamespaceSystem && (name == "extension-apiserver-authentication" || name == "kube-apiserver-legacy-service-account-token-tracking" || name == addon.DefaultsRecord))
 	case "serviceaccounts":
 		return systemNamespaces[ns] && (name == "default" || accounts[ns+"/"+name])
 	case "clusterroles", "clusterrolebindings", "roles", "rolebindings":

@@ -1,0 +1,411 @@
+// Package addon turns addons of the core repository on and off: manifests with parameters,
+// applied by server-side apply, owned through a label, and removed again with everything they
+// brought.
+//
+// What is on is written down in the cluster itself, a ConfigMap in kube-system for each addon
+// with its arguments: so it is the same for all nodes, and goes with the datastore. The record
+// is written before the first object is applied and goes after the last one is removed; each
+// control-plane node brings the cluster in line with the records when it starts
+// ([Set.Reconcile]). Whatever was interrupted is finished then, and a newer version of the
+// product brings the newer version of its addons, with the user's arguments.
+//
+// Which addons there are is in addons.yaml of the repository; which commands a person types is
+// internal/cli's business.
+package addon
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"text/template"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/rest"
+
+	"microk8s/internal/bootstrap"
+	"microk8s/internal/snapenv"
+)
+
+const (
+	// Label is on every object of an addon; its value is the addon's name.
+	Label = "microk8s.io/addon"
+
+	// RecordLabel is on the record of each addon; its value is the addon's name.
+	RecordLabel = "microk8s.io/addon-record"
+
+	// DefaultsRecord is the ConfigMap in kube-system which says that the addons of a fresh
+	// cluster have been enabled once. A reset leaves it, so that what a reset disabled stays
+	// disabled.
+	DefaultsRecord = "microk8s-default-addons"
+)
+
+// defaults are enabled when a cluster is made (the default launch configuration, cli.md 8.5).
+var defaults = []string{"dns"}
+
+var (
+	configMaps = schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}
+	services   = schema.GroupVersionResource{Version: "v1", Resource: "services"}
+)
+
+// part is what an addon does beyond its manifests.
+type part struct {
+	check  func(args []string) error                                     // nil: it takes no arguments
+	values func(ctx context.Context, s *Set, args []string) (any, error) // for its manifests
+}
+
+// parts are the addons that can be enabled.
+var parts = map[string]part{
+	"dns": {checkDNS, renderDNS},
+}
+
+// ArgumentError is an argument that an addon cannot use.
+type ArgumentError struct{ what string }
+
+func (e *ArgumentError) Error() string { return e.what }
+
+// Set is the addons of one cluster.
+type Set struct {
+	Env snapenv.Env
+	Log *slog.Logger
+
+	config  *rest.Config
+	client  dynamic.Interface
+	catalog []Addon
+}
+
+// Open reaches the addons of the cluster of cfg. It makes no request.
+func Open(env snapenv.Env, cfg *rest.Config, log *slog.Logger) (*Set, error) {
+	catalog, err := Catalogue(env)
+	if err != nil {
+		return nil, err
+	}
+	client, err := dynamic.NewForConfig(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	return &Set{Env: env, Log: log, config: cfg, client: client, catalog: catalog}, nil
+}
+
+// Record is what is written down about an addon that is on.
+type Record struct {
+	Name    string
+	Version string
+	Args    []string
+
+	removing bool
+	kinds    []schema.GroupVersionKind // of the objects it may have
+}
+
+// Check says what is wrong with the arguments of an addon, without asking the cluster.
+func Check(a Addon, args []string) error {
+	p := parts[a.Name]
+	if p.check != nil {
+		return p.check(args)
+	}
+	if len(args) > 0 {
+		return &ArgumentError{fmt.Sprintf("it takes no arguments, and got %q", args)}
+	}
+	return nil
+}
+
+// Records lists the addons that are on.
+func (s *Set) Records(ctx context.Context) ([]Record, error) {
+	list, err := s.records().List(ctx, metav1.ListOptions{LabelSelector: RecordLabel})
+	if err != nil {
+		return nil, fmt.Errorf("cannot find out which addons are enabled: %w", err)
+	}
+	var out []Record
+	for i := range list.Items {
+		r, err := readRecord(&list.Items[i])
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+// Enabled says whether an addon is on, and with which arguments.
+func (s *Set) Enabled(ctx context.Context, name string) (args []string, on bool, err error) {
+	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil, false, nil
+	}
+	if err != nil {
+		return nil, false, fmt.Errorf("cannot find out whether %s is enabled: %w", name, err)
+	}
+	r, err := readRecord(o)
+	return r.Args, !r.removing, err
+}
+
+// Applied is what Enable brought into the cluster.
+type Applied struct {
+	Objects []*unstructured.Unstructured
+	Values  any
+}
+
+// Enable turns an addon on, or brings one that is on in line with args and with this version.
+func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, error) {
+	p, ok := parts[a.Name]
+	if !ok {
+		return Applied{}, fmt.Errorf("cannot enable %s: it is no addon with manifests", a.FullName())
+	}
+	values, err := p.values(ctx, s, args)
+	if err != nil {
+		return Applied{}, err
+	}
+	objects, err := render(a.dir, values)
+	if err != nil {
+		return Applied{}, err
+	}
+	record := Record{Name: a.Name, Version: a.Version, Args: args}
+	for _, o := range objects {
+		record.add(o.GroupVersionKind())
+	}
+	old, err := s.records().Get(ctx, recordName(a.Name), metav1.GetOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return Applied{}, fmt.Errorf("cannot find out whether %s is enabled: %w", a.Name, err)
+	}
+	if err == nil {
+		before, err := readRecord(old)
+		if err != nil {
+			return Applied{}, err
+		}
+		for _, k := range before.kinds {
+			record.add(k)
+		}
+	}
+	if err := s.write(ctx, record); err != nil {
+		return Applied{}, err
+	}
+	set := bootstrap.Set{Label: Label, Value: a.Name, Objects: objects, Kinds: record.kinds}
+	if err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
+		return Applied{}, err
+	}
+	return Applied{objects, values}, nil
+}
+
+// Disable turns an addon off and removes its objects. One that is off stays so.
+func (s *Set) Disable(ctx context.Context, name string) error {
+	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot find out whether %s is enabled: %w", name, err)
+	}
+	record, err := readRecord(o)
+	if err != nil {
+		return err
+	}
+	record.removing = true
+	if err := s.write(ctx, record); err != nil {
+		return err
+	}
+	set := bootstrap.Set{Label: Label, Value: name, Kinds: record.kinds}
+	if err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
+		return err
+	}
+	err = s.records().Delete(ctx, recordName(name), metav1.DeleteOptions{})
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("cannot note that %s is disabled: %w", name, err)
+	}
+	return nil
+}
+
+// Reconcile brings the cluster in line with what is written down; on a cluster that was just
+// made it first enables the default addons. It goes on after an addon that failed.
+func (s *Set) Reconcile(ctx context.Context) error {
+	if err := s.enableDefaults(ctx); err != nil {
+		return err
+	}
+	records, err := s.Records(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range records {
+		if r.removing {
+			errs = append(errs, s.Disable(ctx, r.Name))
+			continue
+		}
+		a, _, err := Find(s.catalog, CoreRepository+"/"+r.Name)
+		if err != nil {
+			s.Log.Warn("an enabled addon is not part of this version; its objects are left as they are", "addon", r.Name)
+			continue
+		}
+		if _, err := s.Enable(ctx, a, r.Args); err != nil {
+			errs = append(errs, fmt.Errorf("addon %s: %w", r.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// enableDefaults writes the records of the default addons, once in the life of a cluster.
+// Reconcile does the rest.
+func (s *Set) enableDefaults(ctx context.Context) error {
+	_, err := s.records().Get(ctx, DefaultsRecord, metav1.GetOptions{})
+	if err == nil {
+		return nil
+	}
+	if !apierrors.IsNotFound(err) {
+		return fmt.Errorf("cannot find out whether the default addons were enabled: %w", err)
+	}
+	for _, name := range defaults {
+		a, _, err := Find(s.catalog, CoreRepository+"/"+name)
+		if err != nil {
+			return err
+		}
+		if _, on, err := s.Enabled(ctx, name); err != nil {
+			return err
+		} else if on {
+			continue // by a person, whose arguments count
+		}
+		if err := s.write(ctx, Record{Name: a.Name, Version: a.Version}); err != nil {
+			return err
+		}
+	}
+	return s.apply(ctx, configMap(DefaultsRecord, nil, map[string]string{"enabled": "true"}))
+}
+
+// render fills the manifests of a folder with values and reads them.
+func render(dir string, values any) ([]*unstructured.Unstructured, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	if len(files) == 0 {
+		return nil, fmt.Errorf("no manifests in %s; the installation is damaged, reinstall it", dir)
+	}
+	var out []*unstructured.Unstructured
+	for _, file := range files {
+		t, err := template.New(filepath.Base(file)).Option("missingkey=error").ParseFiles(file)
+		if err != nil {
+			return nil, fmt.Errorf("cannot read the manifest: %w", err)
+		}
+		var text bytes.Buffer
+		if err := t.Execute(&text, values); err != nil {
+			return nil, fmt.Errorf("cannot fill the manifest: %w", err)
+		}
+		objects, err := bootstrap.Decode(&text, file)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, objects...)
+	}
+	return out, renewPods(out)
+}
+
+// configurationAnnotation is on the pods of an addon; its value changes with the addon's
+// ConfigMaps, so that pods are renewed when these change.
+const configurationAnnotation = "microk8s.io/configuration"
+
+func renewPods(objects []*unstructured.Unstructured) error {
+	sum := sha256.New()
+	found := false
+	for _, o := range objects {
+		if o.GetKind() == "ConfigMap" {
+			data, err := json.Marshal(o.Object["data"])
+			if err != nil {
+				return err
+			}
+			sum.Write(data)
+			found = true
+		}
+	}
+	if !found {
+		return nil
+	}
+	for _, o := range objects {
+		if _, ok := workloads[o.GetKind()]; !ok {
+			continue
+		}
+		err := unstructured.SetNestedField(o.Object, hex.EncodeToString(sum.Sum(nil)[:8]),
+			"spec", "template", "metadata", "annotations", configurationAnnotation)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Set) records() dynamic.ResourceInterface {
+	return s.client.Resource(configMaps).Namespace(metav1.NamespaceSystem)
+}
+
+func recordName(addon string) string { return "microk8s-addon-" + addon }
+
+func (r *Record) add(k schema.GroupVersionKind) {
+	if !slices.Contains(r.kinds, k) {
+		r.kinds = append(r.kinds, k)
+	}
+}
+
+// form is a record as JSON, in the ConfigMap's key "record".
+type form struct {
+	Version  string   `json:"version"`
+	Args     []string `json:"arguments"`
+	Removing bool     `json:"removing,omitempty"`
+	Kinds    []kind   `json:"kinds"`
+}
+
+type kind struct {
+	APIVersion string `json:"apiVersion"`
+	Kind       string `json:"kind"`
+}
+
+func (s *Set) write(ctx context.Context, r Record) error {
+	f := form{Version: r.Version, Args: r.Args, Removing: r.removing}
+	for _, k := range r.kinds {
+		version, name := k.ToAPIVersionAndKind()
+		f.Kinds = append(f.Kinds, kind{version, name})
+	}
+	data, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	return s.apply(ctx, configMap(recordName(r.Name), map[string]string{RecordLabel: r.Name}, map[string]string{"record": string(data)}))
+}
+
+func readRecord(o *unstructured.Unstructured) (Record, error) {
+	text, _, _ := unstructured.NestedString(o.Object, "data", "record")
+	var f form
+	if err := json.Unmarshal([]byte(text), &f); err != nil {
+		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", o.GetName(), err)
+	}
+	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing}
+	for _, k := range f.Kinds {
+		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
+	}
+	return r, nil
+}
+
+func configMap(name string, labels, data map[string]string) *unstructured.Unstructured {
+	o := &unstructured.Unstructured{}
+	o.SetAPIVersion("v1")
+	o.SetKind("ConfigMap")
+	o.SetNamespace(metav1.NamespaceSystem)
+	o.SetName(name)
+	o.SetLabels(labels)
+	_ = unstructured.SetNestedStringMap(o.Object, data, "data")
+	return o
+}
+
+func (s *Set) apply(ctx context.Context, o *unstructured.Unstructured) error {
+	_, err := s.records().Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: bootstrap.FieldManager, Force: true})
+	if err != nil {
+		return fmt.Errorf("cannot write ConfigMap kube-system/%s: %w", o.GetName(), err)
+	}
+	return nil
+}

@@ -1,0 +1,143 @@
+package addon
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
+
+// look is the time between two looks at workloads that are not ready.
+const look = 250 * time.Millisecond
+
+// workloads are the kinds that are waited for.
+var workloads = map[string]schema.GroupVersionResource{
+	"Deployment":  {Group: "apps", Version: "v1", Resource: "deployments"},
+	"DaemonSet":   {Group: "apps", Version: "v1", Resource: "daemonsets"},
+	"StatefulSet": {Group: "apps", Version: "v1", Resource: "statefulsets"},
+}
+
+// Wait returns when the workloads among the applied objects are ready, or when ctx ends, with
+// what they wait for. It calls say with each new reason.
+func (s *Set) Wait(ctx context.Context, applied Applied, say func(reason string)) error {
+	for _, o := range applied.Objects {
+		gvr, ok := workloads[o.GetKind()]
+		if !ok {
+			continue
+		}
+		if err := s.waitOne(ctx, gvr, o, say); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Set) waitOne(ctx context.Context, gvr schema.GroupVersionResource, o *unstructured.Unstructured, say func(string)) error {
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	why := ""
+	for {
+		now, err := s.client.Resource(gvr).Namespace(o.GetNamespace()).Get(ctx, o.GetName(), metav1.GetOptions{})
+		switch {
+		case err == nil && ready(now):
+			return nil
+		case apierrors.IsNotFound(err):
+			return fmt.Errorf("%s %s was deleted by someone else", strings.ToLower(o.GetKind()), o.GetName())
+		case err == nil:
+			if reason := s.obstacle(ctx, now); reason != "" && reason != why {
+				why = reason
+				say(reason)
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			if why == "" {
+				why = "its pods are not ready"
+			}
+			return &NotReadyError{Workload: strings.ToLower(o.GetKind()) + "/" + o.GetName(), Why: why, cause: ctx.Err()}
+		}
+	}
+}
+
+// NotReadyError is a workload that was not ready when the waiting ended.
+type NotReadyError struct {
+	Workload, Why string
+	cause         error
+}
+
+func (e *NotReadyError) Error() string { return e.Workload + " is not ready: " + e.Why }
+func (e *NotReadyError) Unwrap() error { return e.cause }
+
+// ready says whether a workload runs as its specification asks.
+func ready(o *unstructured.Unstructured) bool {
+	number := func(path ...string) int64 {
+		n, _, _ := unstructured.NestedInt64(o.Object, path...)
+		return n
+	}
+	if number("status", "observedGeneration") < o.GetGeneration() {
+		return false
+	}
+	if o.GetKind() == "DaemonSet" {
+		want := number("status", "desiredNumberScheduled")
+		return want > 0 && number("status", "updatedNumberScheduled") == want && number("status", "numberAvailable") == want
+	}
+	want := number("spec", "replicas")
+	return number("status", "updatedReplicas") == want && number("status", "replicas") == want && number("status", "availableReplicas") == want
+}
+
+// obstacle says in a few words what keeps the pods of a workload from being ready, "" where
+// there is nothing to tell but that they are starting.
+func (s *Set) obstacle(ctx context.Context, o *unstructured.Unstructured) string {
+	match, _, _ := unstructured.NestedStringMap(o.Object, "spec", "selector", "matchLabels")
+	pods, err := s.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "pods"}).Namespace(o.GetNamespace()).
+		List(ctx, metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(&metav1.LabelSelector{MatchLabels: match})})
+	if err != nil {
+		return ""
+	}
+	for _, p := range pods.Items {
+		if p.GetDeletionTimestamp() != nil {
+			continue
+		}
+		if reason := podObstacle(&p); reason != "" {
+			return fmt.Sprintf("pod %s: %s", p.GetName(), reason)
+		}
+	}
+	conditions, _, _ := unstructured.NestedSlice(o.Object, "status", "conditions")
+	for _, c := range conditions {
+		m, _ := c.(map[string]any)
+		if m["type"] == "ReplicaFailure" && m["status"] == "True" {
+			return fmt.Sprint(m["message"])
+		}
+	}
+	return ""
+}
+
+// podObstacle is what a pod's status says about why it does not run.
+func podObstacle(p *unstructured.Unstructured) string {
+	for _, list := range []string{"initContainerStatuses", "containerStatuses"} {
+		statuses, _, _ := unstructured.NestedSlice(p.Object, "status", list)
+		for _, c := range statuses {
+			m, _ := c.(map[string]any)
+			reason, _, _ := unstructured.NestedString(m, "state", "waiting", "reason")
+			if reason == "" || reason == "ContainerCreating" || reason == "PodInitializing" {
+				continue
+			}
+			message, _, _ := unstructured.NestedString(m, "state", "waiting", "message")
+			return strings.TrimSuffix(reason+": "+message, ": ")
+		}
+	}
+	conditions, _, _ := unstructured.NestedSlice(p.Object, "status", "conditions")
+	for _, c := range conditions {
+		m, _ := c.(map[string]any)
+		if m["type"] == "PodScheduled" && m["status"] == "False" {
+			return fmt.Sprintf("no node can take it: %v", m["message"])
+		}
+	}
+	return ""
+}

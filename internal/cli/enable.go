@@ -1,0 +1,365 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"microk8s/internal/addon"
+	"microk8s/internal/args"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/status"
+)
+
+const (
+	// addonAPIWait is how long enable and disable wait for a node that can be used (cli.md 5.3).
+	addonAPIWait = 30 * time.Second
+
+	// addonReadyWait bounds the wait for an addon's pods. What they wait for is said as soon as
+	// it is known; this is for what does not end by itself.
+	addonReadyWait = 3 * time.Minute
+
+	// skipLockVar is set for what runs inside an enable, which holds the lock already.
+	skipLockVar = "MICROK8S_ADDONS_SKIP_LOCK"
+)
+
+// request is one addon of a command line with its arguments.
+type request struct {
+	addon    addon.Addon
+	inferred bool
+	args     []string
+}
+
+func (a *App) newEnable() *cobra.Command {
+	return a.addonCommand("enable", "Enable addons on this cluster", `Enable one or more addons. Arguments of an addon follow its name, or, where there are several,
+a colon:
+
+    microk8s enable dns
+    microk8s enable dns 192.0.2.1,192.0.2.2
+    microk8s enable dns:192.0.2.1 helm
+
+It returns when the addon's pods are ready, or with --no-wait at once. Enabling an addon again
+does no harm; with other arguments it is changed. microk8s status lists the addons.
+
+    dns [SERVERS]   names of Services and pods; SERVERS, separated by commas, are asked for all
+                    other names instead of the host's name servers`, a.enable)
+}
+
+func (a *App) newDisable() *cobra.Command {
+	return a.addonCommand("disable", "Disable addons on this cluster", `Disable one or more addons: everything they brought into the cluster is removed.
+
+    microk8s disable dns
+
+It does no harm to disable what is not enabled.`, a.disable)
+}
+
+func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
+	return &cobra.Command{
+		Use:                verb + " [--no-wait] ADDON [ARGS...]",
+		Short:              short,
+		Long:               long,
+		DisableFlagParsing: true, // options are the addon's
+		RunE: func(cmd *cobra.Command, words []string) error {
+			if len(words) > 0 && (words[0] == "-h" || words[0] == "--help") {
+				return cmd.Help()
+			}
+			words, wait := takeFlag(words, "--no-wait")
+			if len(words) > 0 && words[0] == "--" {
+				words = words[1:]
+			}
+			if len(words) == 0 {
+				return &usageError{cmd, errors.New("Missing argument 'ADDON'.")} //nolint:staticcheck // upstream's words
+			}
+			if slices.Contains(words, "-h") || slices.Contains(words, "--help") {
+				fmt.Fprintf(a.Out, "Addon %s does not yet have a help message.\n", words[0])
+				fmt.Fprintln(a.Out, "For more information about it, visit https://microk8s.io/docs/addons")
+				return nil
+			}
+			return a.addons(cmd.Context(), verb, words, !wait, run)
+		},
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			all, _ := addon.Catalogue(a.Env)
+			var names []string
+			for _, x := range all {
+				if x.Builtin == "" {
+					names = append(names, x.Name+"\t"+x.Description)
+				}
+			}
+			return names, cobra.ShellCompDirectiveNoFileComp
+		},
+	}
+}
+
+func takeFlag(words []string, flag string) (rest []string, found bool) {
+	for _, w := range words {
+		if w == flag {
+			found = true
+		} else {
+			rest = append(rest, w)
+		}
+	}
+	return rest, found
+}
+
+// addons does enable or disable. Everything that a person can get wrong is checked for all
+// addons before the first is touched.
+func (a *App) addons(ctx context.Context, verb string, words []string, wait bool, run func(context.Context, *addon.Set, request, bool) error) error {
+	catalog, err := addon.Catalogue(a.Env)
+	if err != nil {
+		return failf("the installation is damaged: reinstall it", "%w", err)
+	}
+	requests, err := a.parseAddons(catalog, words)
+	if err != nil {
+		return err
+	}
+	for _, r := range requests {
+		switch {
+		case r.addon.Builtin != "" && verb == "disable":
+			return failf("", "cannot disable %s: %s", r.addon.FullName(), r.addon.Builtin)
+		case r.addon.Builtin == "" && verb == "enable":
+			if err := addon.Check(r.addon, r.args); err != nil {
+				return failf("see microk8s enable --help", "cannot enable %s: %w", r.addon.Name, err)
+			}
+		}
+	}
+	prober := a.prober()
+	ready, cancel := context.WithTimeout(ctx, addonAPIWait)
+	prober.WaitReady(ready)
+	cancel()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	unlock, err := a.lockAddons(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	cfg, err := clientcmd.BuildConfigFromFlags("", a.Env.AdminKubeconfig())
+	if err != nil {
+		return fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	cfg.QPS, cfg.Burst = 100, 200
+	cfg.Timeout = addonAPIWait
+	set, err := addon.Open(a.Env, cfg, a.log())
+	if err != nil {
+		return err
+	}
+	for _, r := range requests {
+		if err := run(ctx, set, r, wait); err != nil {
+			return a.addonFailure(ctx, prober, verb, r, err)
+		}
+	}
+	return nil
+}
+
+// parseAddons reads the words of a command line (cli.md 5.4): several addons if every word,
+// cut at its first colon, is the name of one, else one addon with its arguments.
+func (a *App) parseAddons(catalog []addon.Addon, words []string) ([]request, error) {
+	several := make([]request, 0, len(words))
+	colon := false
+	for _, w := range words {
+		name, arg, ok := strings.Cut(w, ":")
+		x, inferred, err := addon.Find(catalog, name)
+		if err != nil {
+			break
+		}
+		r := request{addon: x, inferred: inferred}
+		if ok {
+			colon = true
+			r.args = []string{arg}
+		}
+		several = append(several, r)
+	}
+	if len(several) == len(words) {
+		for _, r := range several {
+			a.sayInferred(r)
+		}
+		return several, nil
+	}
+	if colon && len(several) > 0 && strings.HasPrefix(words[len(several)], "-") {
+		return nil, failf("give the arguments of one addon after its name: microk8s enable NAME ARGUMENTS",
+			"Can't pass string arguments and flag arguments simultaneously!")
+	}
+	name, _, _ := strings.Cut(words[0], ":")
+	if strings.Contains(words[0], ":") && len(several) > 0 {
+		name, _, _ = strings.Cut(words[len(several)], ":") // the word that is no addon
+	}
+	x, inferred, err := addon.Find(catalog, name)
+	if err != nil {
+		return nil, a.refuseAddon(err)
+	}
+	r := request{addon: x, inferred: inferred, args: words[1:]}
+	a.sayInferred(r)
+	return []request{r}, nil
+}
+
+func (a *App) sayInferred(r request) {
+	if r.inferred {
+		fmt.Fprintf(a.Err, "Infer repository %s for addon %s\n", r.addon.Repository, r.addon.Name)
+	}
+}
+
+// refuseAddon says that there is no such addon, in the words that scripts know.
+func (a *App) refuseAddon(err error) error {
+	fmt.Fprintln(a.Err, err)
+	var unknown *addon.UnknownError
+	if errors.As(err, &unknown) && unknown.Nearest != "" {
+		fmt.Fprintf(a.Err, "Did you mean %s?\n", unknown.Nearest)
+	}
+	return exitError(ExitError)
+}
+
+// addonFailure adds the next step to what went wrong.
+func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb string, r request, err error) error {
+	var wrong *addon.ArgumentError
+	var late *addon.NotReadyError
+	switch {
+	case ctx.Err() != nil:
+		return err
+	case errors.As(err, &wrong):
+		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
+	case errors.As(err, &late):
+		return failf("it goes on by itself; see how with: microk8s kubectl get pods -A", "%s is enabled, but %w", r.addon.Name, err)
+	}
+	f := &Failure{Err: fmt.Errorf("cannot %s %s: %w", verb, r.addon.Name, err)}
+	for _, p := range prober.Probe(ctx).Problems {
+		f.Hints = append(f.Hints, p.String())
+	}
+	f.Hints = append(f.Hints, "then run the same command again")
+	return f
+}
+
+func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) error {
+	if r.addon.Builtin != "" {
+		fmt.Fprintln(a.Out, r.addon.Builtin)
+		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
+		return nil
+	}
+	had, on, err := set.Enabled(ctx, r.addon.Name)
+	if err != nil {
+		return err
+	}
+	if on && (len(r.args) == 0 || slices.Equal(had, r.args)) {
+		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
+		return nil
+	}
+	p := a.progress()
+	var applied addon.Applied
+	if err := p.step("Enabling "+r.addon.Name, func() error {
+		applied, err = set.Enable(ctx, r.addon, r.args)
+		return err
+	}); err != nil {
+		return err
+	}
+	if ip, ok := applied.DNS(); ok {
+		fmt.Fprintf(a.Out, "CoreDNS service deployed with IP address %s\n", ip)
+		if err := a.kubeletDNS(ctx, p, ip.String()); err != nil {
+			return err
+		}
+	}
+	if wait {
+		err := p.step("Waiting for the pods of "+r.addon.Name, func() error {
+			wait, cancel := context.WithTimeout(ctx, addonReadyWait)
+			defer cancel()
+			return set.Wait(wait, applied, func(reason string) { fmt.Fprintf(a.Err, "  %s\n", reason) })
+		})
+		if err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(a.Out, "%s is enabled\n", title(r.addon.Name))
+	return nil
+}
+
+// kubeletDNS makes the kubelet of this node give pods the address of the DNS service, where
+// its argument says something else.
+func (a *App) kubeletDNS(ctx context.Context, p *progress, ip string) error {
+	file, err := args.Load(a.Env.Args("kubelet"), args.GrammarA)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if has, _ := file.Value("cluster-dns", a.Env.Lookup); has == ip {
+		return nil
+	}
+	if err := file.Set("cluster-dns", ip); err != nil {
+		return err
+	}
+	if err := file.Save(a.Env.Args("kubelet")); err != nil {
+		return explain("cannot set --cluster-dns of the kubelet", err)
+	}
+	return p.step("Restarting the kubelet with --cluster-dns="+ip, func() error {
+		return a.Services.Restart(ctx, "kubelite")
+	})
+}
+
+func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) error {
+	_, on, err := set.Enabled(ctx, r.addon.Name)
+	if err != nil {
+		return err
+	}
+	if err := a.progress().step("Disabling "+r.addon.Name, func() error {
+		return set.Disable(ctx, r.addon.Name) // also finishes one that was interrupted
+	}); err != nil {
+		return err
+	}
+	if !on {
+		fmt.Fprintf(a.Out, "Addon %s is already disabled\n", r.addon.FullName())
+		return nil
+	}
+	fmt.Fprintf(a.Out, "%s is disabled\n", title(r.addon.Name))
+	return nil
+}
+
+// title is how upstream's messages name an addon.
+func title(name string) string {
+	if name == "dns" {
+		return "DNS"
+	}
+	return name
+}
+
+// lockAddons waits for the lock that lets one enable or disable at a time change this node. It
+// is a POSIX record lock: it goes with the process.
+func (a *App) lockAddons(ctx context.Context) (unlock func(), err error) {
+	if a.getenv(skipLockVar) == "1" {
+		return func() {}, nil
+	}
+	f, err := os.OpenFile(a.Env.Lock(snapenv.LockAddons), os.O_RDWR|os.O_CREATE, 0o660)
+	if err != nil {
+		return nil, explain("cannot open the lock of the addons", err)
+	}
+	lock := unix.Flock_t{Type: unix.F_WRLCK}
+	said := false
+	for {
+		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &lock)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, explain("cannot lock the addons", err)
+		}
+		if !said {
+			said = true
+			fmt.Fprintln(a.Err, "waiting for another enable or disable to end")
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			f.Close()
+			return nil, ctx.Err()
+		}
+	}
+}

@@ -1,0 +1,249 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/tests/lab"
+)
+
+const (
+	clusterName = "kubernetes.default.svc.cluster.local"
+	outsideName = "printer.home.arpa" // known to the test's own name server only
+	outsideAddr = "192.0.2.77"
+)
+
+// TestAddons takes the addons of one node on and off. Its hosts reach no other machine: all
+// images are the product's own.
+func TestAddons(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("real nodes are made of namespaces, which needs root")
+	}
+	l, err := lab.New(lab.Config{Instance: "addons-test", Snap: filepath.Join(build, "snap")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.WithoutCancel(t.Context())
+	if err := l.Down(ctx); err != nil { // of a run that was ended in the middle
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() && os.Getenv("KEEP") != "" {
+			t.Logf("kept: build/bin/lab --instance %s ls", l.Instance())
+			return
+		}
+		if err := l.Down(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	n := &node{lab: l, name: "n1"}
+	for _, host := range []string{"n1", "resolver"} {
+		if err := l.Up(t.Context(), host, lab.Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { n.keepLogs(t) })
+	step := func(name string, f func(t *testing.T)) {
+		t.Helper()
+		if !t.Run(name, f) {
+			t.FailNow()
+		}
+	}
+
+	step("dns is on from the first start", func(t *testing.T) {
+		n.run(t, "microk8s", "start")
+		n.connect(t)
+		n.waitReady(t)
+		n.wantAddon(t, "dns", "enabled")
+		n.startPod(t, "asker")
+		n.waitLookup(t, clusterName, "10.152.183.1")
+	})
+	step("without a name server names outside are refused at once", func(t *testing.T) {
+		n.waitLookup(t, "kube-dns.kube-system", "10.152.183.10")
+		if out, err := n.lookup(t, outsideName); err == nil {
+			t.Errorf("%s has the address %q", outsideName, out)
+		}
+	})
+	step("refusals", n.testAddonRefusals)
+	server := n.startResolver(t, "resolver")
+	step("other arguments change an enabled addon", func(t *testing.T) {
+		out := n.run(t, "microk8s", "enable", "dns", server)
+		if !strings.Contains(out, "CoreDNS service deployed with IP address 10.152.183.10\n") || !strings.Contains(out, "DNS is enabled\n") {
+			t.Errorf("enable dns printed %q", out)
+		}
+		n.waitLookup(t, outsideName, outsideAddr)
+		n.waitLookup(t, clusterName, "10.152.183.1")
+		if out := n.run(t, "microk8s", "enable", "dns"); out != "Addon core/dns is already enabled\n" {
+			t.Errorf("enabling it again printed %q", out)
+		}
+		n.waitLookup(t, outsideName, outsideAddr) // the servers were kept
+	})
+	step("disable removes everything", func(t *testing.T) {
+		if out := n.run(t, "microk8s", "disable", "dns"); out != "DNS is disabled\n" {
+			t.Errorf("disable dns printed %q", out)
+		}
+		n.wantAddon(t, "dns", "disabled")
+		if out := n.run(t, "microk8s", "kubectl", "get", "-A", "-o", "name", "-l", "microk8s.io/addon",
+			"deployments,services,configmaps,serviceaccounts,clusterroles,clusterrolebindings"); out != "" {
+			t.Errorf("left in the cluster:\n%s", out)
+		}
+		if out := n.run(t, "microk8s", "disable", "dns"); out != "Addon core/dns is already disabled\n" {
+			t.Errorf("disabling it again printed %q", out)
+		}
+	})
+	step("what is disabled stays disabled", func(t *testing.T) {
+		n.run(t, "microk8s", "stop")
+		// As with systemd-resolved: a stub on the loopback, and the servers behind it elsewhere;
+		// among them, as on machines whose owner wants the cluster's names, the cluster's own.
+		n.run(t, "mkdir", "-p", "/run/systemd/resolve")
+		for file, text := range map[string]string{
+			"/etc/resolv.conf":                 "nameserver 127.0.0.53\n",
+			"/run/systemd/resolve/resolv.conf": "nameserver 10.152.183.10\nnameserver " + server + "\n",
+		} {
+			n.runIn(t, text, "sh", "-c", "cat > "+file)
+		}
+		n.run(t, "microk8s", "start")
+		n.waitReady(t)
+		n.wantAddon(t, "dns", "disabled")
+	})
+	step("the host's name servers, without a loop", func(t *testing.T) {
+		n.run(t, "microk8s", "enable", "dns", "helm")
+		n.waitLookup(t, outsideName, outsideAddr)
+		n.waitLookup(t, clusterName, "10.152.183.1")
+	})
+	step("what is missing is applied at the next start", func(t *testing.T) {
+		if err := n.client.AppsV1().Deployments("kube-system").Delete(t.Context(), "coredns", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		n.run(t, "microk8s", "stop")
+		n.run(t, "microk8s", "start")
+		n.waitReady(t)
+		n.waitLookup(t, outsideName, outsideAddr)
+	})
+	step("reset disables addons", func(t *testing.T) {
+		if out, err := n.tryAll(t, "", "microk8s", "reset"); err != nil {
+			t.Fatalf("reset: %v\n%s", err, out)
+		}
+		n.waitReady(t)
+		n.wantAddon(t, "dns", "disabled")
+		n.run(t, "microk8s", "enable", "dns")
+		n.startPod(t, "asker")
+		n.waitLookup(t, clusterName, "10.152.183.1")
+	})
+}
+
+func (n *node) testAddonRefusals(t *testing.T) {
+	for _, tc := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{[]string{"enable"}, 2, "Missing argument"},
+		{[]string{"enable", "dsn"}, 1, "Addon dsn was not found in any repository\nDid you mean dns?"},
+		{[]string{"disable", "no-such-thing"}, 1, "Addon no-such-thing was not found"},
+		{[]string{"enable", "a/b/c"}, 1, "Invalid addon name a/b/c"},
+		{[]string{"enable", "dns", "router"}, 1, `"router" is not the address of a name server`},
+		{[]string{"enable", "dns:127.0.0.53", "helm"}, 1, "pods cannot reach a name server at 127.0.0.53"},
+		{[]string{"disable", "dns", "helm"}, 1, "cannot disable core/helm: Helm comes pre-installed with MicroK8s"},
+	} {
+		out, err := n.tryAll(t, "", append([]string{"microk8s"}, tc.args...)...)
+		if exitCode(err) != tc.code || !strings.Contains(out, tc.want) {
+			t.Errorf("%q: %v, want exit code %d and %q:\n%s", tc.args, err, tc.code, tc.want, out)
+		}
+	}
+	n.wantAddon(t, "dns", "enabled") // nothing was half done
+}
+
+func (n *node) wantAddon(t *testing.T, name, state string) {
+	t.Helper()
+	status := func(args ...string) string { // not bound by the time that it takes
+		return n.run(t, append([]string{"env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status"}, args...)...)
+	}
+	status("--wait-ready", "--timeout", "60")
+	if out := strings.TrimSpace(status("--addon", name)); out != state {
+		t.Errorf("status --addon %s printed %q, want %q", name, out, state)
+	}
+	row := fmt.Sprintf("\n    %-20s # (core) ", name)
+	_, listed, _ := strings.Cut(status(), "\n  "+state+":")
+	if head, _, found := strings.Cut(listed, row); !found || strings.Contains(head, "disabled:") {
+		t.Errorf("status does not list %s as %s:\n%s", name, state, listed)
+	}
+	if out := status("--format", "short"); !strings.Contains(out, "\ncore/"+name+": "+state+"\n") {
+		t.Errorf("status --format short lacks core/%s: %s:\n%s", name, state, out)
+	}
+}
+
+// startPod runs a pod of the test image that asks for names.
+func (n *node) startPod(t *testing.T, name string) {
+	t.Helper()
+	n.loadWebImage(t)
+	eventually(t, time.Minute, func() error { // made by a controller, and no pod without it
+		_, err := n.client.CoreV1().ServiceAccounts("default").Get(t.Context(), "default", metav1.GetOptions{})
+		return err
+	})
+	if _, err := n.client.CoreV1().Pods("default").Create(t.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Spec: corev1.PodSpec{
+			TerminationGracePeriodSeconds: ptr(int64(1)),
+			Containers:                    []corev1.Container{{Name: "web", Image: webImage, ImagePullPolicy: corev1.PullNever}},
+		},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *node) lookup(t *testing.T, name string) (string, error) {
+	t.Helper()
+	out, err := n.try(t, "microk8s", "kubectl", "exec", "asker", "--", "/web", "lookup", name)
+	return strings.TrimSpace(out), err
+}
+
+func (n *node) waitLookup(t *testing.T, name, want string) {
+	t.Helper()
+	eventually(t, 2*time.Minute, func() error {
+		got, err := n.lookup(t, name)
+		if err == nil && got != want {
+			err = fmt.Errorf("%s has the address %q, want %s", name, got, want)
+		}
+		return err
+	})
+}
+
+// startResolver runs a name server that knows outsideName on another host, and gives its
+// address. It is the CoreDNS that the product ships.
+func (n *node) startResolver(t *testing.T, host string) string {
+	t.Helper()
+	ip, err := n.lab.IP(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(filepath.Join(build, "components/bin/coredns"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(n.lab.Root(host), "coredns"), program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf(".:53 {\n  hosts {\n    %s %s\n  }\n  refuse\n}\n", outsideAddr, outsideName)
+	corefile := filepath.Join(n.lab.Root(host), "Corefile")
+	if err := os.WriteFile(corefile, []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd, err := n.lab.Spawn(t.Context(), host, lab.Command{Args: []string{"/coredns", "-conf", "/Corefile"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return ip
+}
