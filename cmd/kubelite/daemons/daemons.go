@@ -144,6 +144,8 @@ func (g *Group) Wait(grace time.Duration) error {
 	case r := <-g.done:
 		if err := g.ended(r); g.ctx.Err() == nil {
 			first = err
+			// At once: others may end the process before it can be said in order.
+			g.log.Error("a daemon ended, and the others with it", "error", err)
 		}
 	}
 	g.stop()
