@@ -38,6 +38,7 @@ func (a *App) commands() []command {
 		{name: "completion", usage: ExitUsage, build: a.newCompletion},
 		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
+		{name: "dbctl", usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, build: a.newDbctl},
 		{name: "disable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
 		{name: "enable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
 		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},

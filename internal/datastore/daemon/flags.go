@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/datastore/migrator"
+
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
@@ -201,6 +203,7 @@ func NewCommand(args []string, run func(*cobra.Command, *Config) error, versions
 			return nil
 		},
 	})
+	root.AddCommand(migrator.NewCommand())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }

@@ -1,0 +1,214 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"microk8s/internal/datastore/backup"
+	"microk8s/internal/snapenv"
+)
+
+// Exit codes of dbctl (cli.md 1.11).
+const (
+	exitDumpFailed    = 1 // the datastore could not be read
+	exitArchiveFailed = 2 // the archive could not be made
+	exitRestoreFailed = 3 // the datastore could not be written
+	exitArchiveBad    = 4 // the archive could not be read
+	exitNoDatastore   = 10
+)
+
+// Names of archives: the layout for the time, and what matches it.
+const (
+	backupLayout  = "backup-2006-01-02-15-04-05"
+	backupPattern = "backup-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-[0-9][0-9]-[0-9][0-9]-[0-9][0-9]" + backup.Suffix
+)
+
+type dbctlOptions struct {
+	verb, archive string
+	output        string
+	keep          int
+	prune, debug  bool
+}
+
+func (a *App) newDbctl() *cobra.Command {
+	o := dbctlOptions{}
+	cmd := &cobra.Command{
+		Use:   "dbctl backup [-o FILE|DIRECTORY] [--keep N] | restore FILE [--prune] [--debug]",
+		Short: "Back up the datastore, or restore it",
+		Long: `Back up the datastore to an archive, or restore one. The node must be running.
+
+  microk8s dbctl backup [-o FILE|DIRECTORY] [--keep N]
+      Write all keys, as of one moment, to FILE.tar.gz. Without a file name the archive is
+      named backup-YYYY-MM-DD-HH-MM-SS.tar.gz, in the given or the current directory. It
+      holds every secret of the cluster: keep it where others cannot read it. With --keep
+      only the newest N archives with such names are kept; use it from a timer.
+  microk8s dbctl restore FILE [--prune]
+      Make every key as it is in the archive. Keys that are not in it stay, except with
+      --prune, which deletes them. It may be run again after a failure.
+
+Both check what they have written, by number and hash of the keys.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			wrong := func(format string, v ...any) error { return &usageError{cmd, fmt.Errorf(format, v...)} }
+			rest := args
+			if len(args) > 0 {
+				o.verb, rest = args[0], args[1:]
+			}
+			switch o.verb {
+			case "":
+			case "backup":
+				if o.prune {
+					return wrong("--prune is for restore")
+				}
+			case "restore":
+				if len(rest) == 0 {
+					return wrong("the archive to restore is missing")
+				}
+				o.archive, rest = rest[0], rest[1:]
+				if o.output != "" || cmd.Flags().Changed("keep") {
+					return wrong("--output and --keep are for backup")
+				}
+			default:
+				return wrong("neither backup nor restore: %s", o.verb)
+			}
+			if len(rest) > 0 {
+				return wrong("unexpected argument: %s", rest[0])
+			}
+			if cmd.Flags().Changed("keep") && o.keep < 1 {
+				return wrong("--keep is %d; it must be at least 1", o.keep)
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.verb == "" {
+				return cmd.Help()
+			}
+			_, err := os.Stat(a.Env.DatastoreSocket())
+			if err != nil || !a.Env.Locked(snapenv.LockHA) {
+				fmt.Fprintln(a.Out, "Please ensure the kubernetes apiserver is running and HA is enabled.")
+				return exitError(exitNoDatastore)
+			}
+			if o.verb == "restore" {
+				return a.dbRestore(cmd.Context(), o)
+			}
+			return a.dbBackup(cmd.Context(), o)
+		},
+	}
+	cmd.Flags().StringVarP(&o.output, "output", "o", "", "archive to write, or an existing directory for it")
+	cmd.Flags().IntVar(&o.keep, "keep", 0, "afterwards remove all but the newest N archives with generated names")
+	cmd.Flags().BoolVar(&o.prune, "prune", false, "delete the keys that are not in the archive")
+	cmd.Flags().BoolVar(&o.debug, "debug", false, "show what the tool does")
+	return cmd
+}
+
+func (a *App) dbBackup(ctx context.Context, o dbctlOptions) error {
+	failed := func(code int, err error) error {
+		if ctx.Err() != nil {
+			return context.Canceled
+		}
+		return &Failure{Err: fmt.Errorf("Backup process failed. %w", err), Code: code} //nolint:staticcheck // upstream's words
+	}
+	fmt.Fprintln(a.Out, "Backing up the datastore")
+	dir, name := filepath.Split(o.output)
+	if fi, err := os.Stat(o.output); err == nil && fi.IsDir() {
+		dir, name = o.output, ""
+	}
+	generated := name == ""
+	if o.keep > 0 && !generated {
+		return failed(exitArchiveFailed, errors.New("--keep needs generated names: give a directory with --output, or nothing"))
+	}
+	if generated {
+		name = a.Now().Local().Format(backupLayout)
+	}
+	archive := filepath.Join(dir, strings.TrimSuffix(name, backup.Suffix)+backup.Suffix)
+	// Beside the archive, where there must be space for it anyway.
+	work, err := os.MkdirTemp(filepath.Dir(archive), ".dbctl-")
+	if err != nil {
+		return failed(exitArchiveFailed, err)
+	}
+	defer os.RemoveAll(work)
+	keys := filepath.Join(work, "keys")
+	if err := a.migrator(ctx, o.debug, "backup-dqlite", keys); err != nil {
+		return failed(exitDumpFailed, err)
+	}
+	if err := backup.Pack(ctx, keys, archive); err != nil {
+		return failed(exitArchiveFailed, err)
+	}
+	fmt.Fprintf(a.Out, "The backup is: %s\n", archive)
+	if o.keep == 0 {
+		return nil
+	}
+	removed, err := backup.Prune(dir, backupPattern, o.keep)
+	for _, r := range removed {
+		fmt.Fprintf(a.Err, "removed the old backup %s\n", r)
+	}
+	if err != nil {
+		return failed(exitArchiveFailed, err)
+	}
+	return nil
+}
+
+func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
+	failed := func(code int, err error) error {
+		if ctx.Err() != nil {
+			return &Failure{Err: errors.New("interrupted: some keys may have been restored and others not"),
+				Hints: []string{"run it again: microk8s dbctl restore " + o.archive}, Code: exitInterrupted}
+		}
+		return &Failure{Err: fmt.Errorf("Restore process failed. %w", err), Code: code} //nolint:staticcheck // upstream's words
+	}
+	fmt.Fprintf(a.Out, "Restoring from %s\n", o.archive)
+	work, err := os.MkdirTemp("", "dbctl-")
+	if err != nil {
+		return failed(exitArchiveBad, err)
+	}
+	defer os.RemoveAll(work)
+	keys := filepath.Join(work, "keys")
+	set, err := backup.Unpack(ctx, o.archive, keys)
+	if err != nil {
+		return failed(exitArchiveBad, err)
+	}
+	if set.Manifest.Revision == 0 {
+		fmt.Fprintln(a.Err, "the archive has no list of its content, as upstream's have none: that it is complete cannot be checked")
+	}
+	var extra []string
+	if o.prune {
+		extra = append(extra, "--prune")
+	}
+	if err := a.migrator(ctx, o.debug, "restore-to-dqlite", keys, extra...); err != nil {
+		return failed(exitRestoreFailed, err)
+	}
+	fmt.Fprintf(a.Out, "Restored %d keys\n", set.Manifest.Keys)
+	return nil
+}
+
+// migrator runs the datastore's own tool. Only its exit status counts; what it said is shown
+// when it failed.
+func (a *App) migrator(ctx context.Context, debug bool, mode, dir string, extra ...string) error {
+	args := append([]string{"migrator", "--endpoint", "unix://" + a.Env.DatastoreSocket(), "--mode", mode, "--db-dir", dir}, extra...)
+	var said bytes.Buffer
+	cmd := exec.CommandContext(ctx, a.Env.Bin("k8s-dqlite"), args...)
+	cmd.Env = a.Env.Environ(a.Environ)
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if debug {
+		cmd.Args = append(cmd.Args, "--debug")
+		cmd.Stdout, cmd.Stderr = a.Err, a.Err
+	}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Run(); err != nil {
+		if text := strings.TrimSpace(said.String()); text != "" {
+			return fmt.Errorf("%w\n%s", err, text)
+		}
+		return err
+	}
+	return nil
+}
