@@ -1,10 +1,17 @@
 // Program k8s-dqlite is the datastore of a control-plane node: the etcd v3 API over dqlite.
+// Called as dqlite it is the tool that asks the members of the cluster.
 package main
 
 import (
 	"os"
+	"path/filepath"
 
 	"microk8s/internal/datastore/daemon"
 )
 
-func main() { os.Exit(daemon.Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv)) }
+func main() {
+	if filepath.Base(os.Args[0]) == "dqlite" {
+		os.Exit(daemon.Tool(os.Args[1:], os.Stdout, os.Stderr))
+	}
+	os.Exit(daemon.Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
+}

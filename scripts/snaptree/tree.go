@@ -62,6 +62,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 	for _, p := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "helm"} {
 		t.add("bin/"+p, in("build/components/bin/"+p), 0o755)
 	}
+	t.files["bin/dqlite"] = file{link: "k8s-dqlite"}
 	for _, l := range []string{"kubectl", "kubelite"} {
 		t.files[l] = file{link: "bin/kubelite"}
 	}

@@ -21,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"microk8s/internal/datastore/dqlitetool"
 	"microk8s/internal/datastore/engine"
 	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/server"
@@ -53,6 +54,21 @@ func Main(args []string, stdout, stderr io.Writer, getenv func(string) string) i
 	cmd.SetErr(stderr)
 	if err := cmd.ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(stderr, "k8s-dqlite: "+err.Error())
+		return 1
+	}
+	return 0
+}
+
+// Tool runs the program dqlite and returns its exit status.
+func Tool(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	cmd := dqlitetool.NewCommand(member.Reconfigure)
+	cmd.SetArgs(args)
+	cmd.SetOut(stdout)
+	cmd.SetErr(stderr)
+	if err := cmd.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(stderr, "Error: "+err.Error())
 		return 1
 	}
 	return 0

@@ -196,3 +196,65 @@ func TestTerminates(t *testing.T) {
 		})
 	}
 }
+
+// Ended by SIGTERM under load, it ends cleanly and soon, and what it acknowledged is there.
+func TestTerminatesUnderLoad(t *testing.T) {
+	t.Parallel()
+	dir := newDir(t)
+	cmd := spawn(t, dir)
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	c := dial(t, "unix://"+filepath.Join(dir, "kine.sock:12379"))
+	var mu sync.Mutex
+	acked := map[string]int64{}
+	enough := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range 16 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for i := 0; ; i++ {
+				key := fmt.Sprintf("/t/%d/%d", w, i)
+				r, err := c.Put(ctx, key, strings.Repeat("x", 1000))
+				if err != nil {
+					return
+				}
+				mu.Lock()
+				acked[key] = r.Header.Revision
+				if len(acked) == 500 {
+					close(enough)
+				}
+				mu.Unlock()
+			}
+		}()
+	}
+	<-enough
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("it ended with %v", err)
+		}
+	case <-time.After(shutdownTimeout):
+		t.Error("it does not end")
+	}
+	cancel()
+	wg.Wait()
+	got, err := start(t, dir).client.Get(testContext(t), "/t/", clientv3.WithPrefix())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored := map[string]int64{}
+	for _, kv := range got.Kvs {
+		stored[string(kv.Key)] = kv.ModRevision
+	}
+	for k, rev := range acked {
+		if stored[k] != rev {
+			t.Fatalf("%s was acknowledged at %d and is at %d", k, rev, stored[k])
+		}
+	}
+}

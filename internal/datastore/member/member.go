@@ -153,6 +153,15 @@ func Start(opt Options) (_ *Member, err error) {
 	return m, nil
 }
 
+// Reconfigure rewrites the membership in the files of a member that does not run. Upstream's
+// procedure for a lost majority uses it; the caller answers for the choice of the member.
+func Reconfigure(dir string, members []client.NodeInfo) error {
+	if err := CheckFiles(dir); err != nil {
+		return err
+	}
+	return dqlite.ReconfigureMembershipExt(dir, members)
+}
+
 func (d directory) tuning() (Tuning, []string, error) {
 	var warnings []string
 	t, ok, err := read(d, tuningFile, func(data []byte) (t Tuning, err error) {
