@@ -4,10 +4,11 @@
 //
 // What is on is written down in the cluster itself, a ConfigMap in kube-system for each addon
 // with its arguments: so it is the same for all nodes, and goes with the datastore. The record
-// is written before the first object is applied and goes after the last one is removed; each
-// control-plane node brings the cluster in line with the records when it starts
-// ([Set.Reconcile]). Whatever was interrupted is finished then, and a newer version of the
-// product brings the newer version of its addons, with the user's arguments.
+// is written before the first object is applied, notes when all are, and goes after the last
+// one is removed; each control-plane node brings the cluster in line with the records when it
+// starts ([Set.Reconcile]). Whatever was interrupted is finished then, and a newer version of
+// the product brings the newer version of its addons, with the user's arguments. Where nothing
+// is newer, nothing is applied: what people have changed in the objects stays.
 //
 // Which addons there are is in addons.yaml of the repository; which commands a person types is
 // internal/cli's business.
@@ -90,6 +91,8 @@ func Open(env snapenv.Env, cfg *rest.Config, log *slog.Logger) (*Set, error) {
 	if err != nil {
 		return nil, err
 	}
+	cfg = rest.CopyConfig(cfg)
+	cfg.QPS, cfg.Burst = 100, 200 // an addon is a few dozen requests to our own machine
 	client, err := dynamic.NewForConfig(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
@@ -104,6 +107,7 @@ type Record struct {
 	Args    []string
 
 	removing bool
+	applied  string                    // sum of the objects that are in the cluster completely, or ""
 	kinds    []schema.GroupVersionKind // of the objects it may have
 }
 
@@ -157,6 +161,11 @@ type Applied struct {
 
 // Enable turns an addon on, or brings one that is on in line with args and with this version.
 func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, error) {
+	return s.enable(ctx, a, args, "")
+}
+
+// enable does nothing where the objects are those with the sum done.
+func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (Applied, error) {
 	p, ok := parts[a.Name]
 	if !ok {
 		return Applied{}, fmt.Errorf("cannot enable %s: it is no addon with manifests", a.FullName())
@@ -168,6 +177,13 @@ func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, erro
 	objects, err := render(a.dir, values)
 	if err != nil {
 		return Applied{}, err
+	}
+	sum, err := sumOf(objects)
+	if err != nil {
+		return Applied{}, err
+	}
+	if sum == done {
+		return Applied{objects, values}, nil
 	}
 	record := Record{Name: a.Name, Version: a.Version, Args: args}
 	for _, o := range objects {
@@ -193,7 +209,8 @@ func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, erro
 	if err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
 		return Applied{}, err
 	}
-	return Applied{objects, values}, nil
+	record.applied = sum
+	return Applied{objects, values}, s.write(ctx, record)
 }
 
 // Disable turns an addon off and removes its objects. One that is off stays so.
@@ -209,7 +226,7 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	record.removing = true
+	record.removing, record.applied = true, ""
 	if err := s.write(ctx, record); err != nil {
 		return err
 	}
@@ -245,7 +262,7 @@ func (s *Set) Reconcile(ctx context.Context) error {
 			s.Log.Warn("an enabled addon is not part of this version; its objects are left as they are", "addon", r.Name)
 			continue
 		}
-		if _, err := s.Enable(ctx, a, r.Args); err != nil {
+		if _, err := s.enable(ctx, a, r.Args, r.applied); err != nil {
 			errs = append(errs, fmt.Errorf("addon %s: %w", r.Name, err))
 		}
 	}
@@ -311,6 +328,19 @@ func render(dir string, values any) ([]*unstructured.Unstructured, error) {
 // ConfigMaps, so that pods are renewed when these change.
 const configurationAnnotation = "microk8s.io/configuration"
 
+// sumOf changes with anything in the objects.
+func sumOf(objects []*unstructured.Unstructured) (string, error) {
+	sum := sha256.New()
+	for _, o := range objects {
+		data, err := o.MarshalJSON()
+		if err != nil {
+			return "", err
+		}
+		sum.Write(data)
+	}
+	return hex.EncodeToString(sum.Sum(nil)[:16]), nil
+}
+
 func renewPods(objects []*unstructured.Unstructured) error {
 	sum := sha256.New()
 	found := false
@@ -357,6 +387,7 @@ type form struct {
 	Version  string   `json:"version"`
 	Args     []string `json:"arguments"`
 	Removing bool     `json:"removing,omitempty"`
+	Applied  string   `json:"applied,omitempty"`
 	Kinds    []kind   `json:"kinds"`
 }
 
@@ -366,7 +397,7 @@ type kind struct {
 }
 
 func (s *Set) write(ctx context.Context, r Record) error {
-	f := form{Version: r.Version, Args: r.Args, Removing: r.removing}
+	f := form{Version: r.Version, Args: r.Args, Removing: r.removing, Applied: r.applied}
 	for _, k := range r.kinds {
 		version, name := k.ToAPIVersionAndKind()
 		f.Kinds = append(f.Kinds, kind{version, name})
@@ -384,7 +415,7 @@ func readRecord(o *unstructured.Unstructured) (Record, error) {
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", o.GetName(), err)
 	}
-	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing}
+	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing, applied: f.Applied}
 	for _, k := range f.Kinds {
 		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
 	}

@@ -228,6 +228,7 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	if _, err := s.Enable(t.Context(), a, []string{"192.0.2.53"}); err != nil {
 		t.Fatal(err)
 	}
+	f.objects[record]["data"].(map[string]any)["record"] = `{"version":"1.0","arguments":["192.0.2.53"],"applied":"another","kinds":[{"apiVersion":"v1","kind":"ConfigMap"}]}`
 	old := *configMap("old", map[string]string{Label: "dns"}, nil)
 	f.objects[inSystem+"configmaps/old"] = old.Object
 	delete(f.objects, inSystem+"services/kube-dns")
@@ -242,6 +243,22 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	args, on, err := s.Enabled(t.Context(), "dns")
 	if err != nil || !on || !slices.Equal(args, []string{"192.0.2.53"}) {
 		t.Errorf("recorded: %q, %v, %v", args, on, err)
+	}
+}
+
+// What a person has changed stays at the next start of the same version.
+func TestChangesOfThePersonStay(t *testing.T) {
+	s, f := open(t)
+	if err := s.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	f.objects[inSystem+"configmaps/coredns"]["data"] = map[string]any{"Corefile": "mine"}
+	f.changes = 0
+	if err := s.Reconcile(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if f.changes != 0 {
+		t.Errorf("%d changes were made", f.changes)
 	}
 }
 
@@ -293,10 +310,11 @@ func TestReady(t *testing.T) {
 
 func TestPodObstacle(t *testing.T) {
 	for text, want := range map[string]string{
+		`{"status":{"containerStatuses":[{"state":{"waiting":{"reason":"CrashLoopBackOff","message":"back-off"}},"lastState":{"terminated":{"message":"one\ntwo\n"}}}]}}`: "CrashLoopBackOff: its last words: two, for good",
 		`{}`: "",
 		`{"status":{"containerStatuses":[{"state":{"waiting":{"reason":"ContainerCreating"}}}]}}`:                                          "",
 		`{"status":{"containerStatuses":[{"state":{"running":{}}},{"state":{"waiting":{"reason":"ErrImagePull","message":"no route"}}}]}}`: "ErrImagePull: no route",
-		`{"status":{"initContainerStatuses":[{"state":{"waiting":{"reason":"CrashLoopBackOff"}}}]}}`:                                       "CrashLoopBackOff",
+		`{"status":{"initContainerStatuses":[{"state":{"waiting":{"reason":"CrashLoopBackOff"}}}]}}`:                                       "CrashLoopBackOff, for good",
 		`{"status":{"conditions":[{"type":"PodScheduled","status":"False","message":"0/1 nodes are available"}]}}`:                         "no node can take it: 0/1 nodes are available",
 		`{"status":{"conditions":[{"type":"PodScheduled","status":"True"}]}}`:                                                              "",
 	} {
@@ -304,7 +322,11 @@ func TestPodObstacle(t *testing.T) {
 		if err := json.Unmarshal([]byte(text), &o.Object); err != nil {
 			t.Fatal(err)
 		}
-		if got := podObstacle(o); got != want {
+		got, over := podObstacle(o)
+		if over {
+			got += ", for good"
+		}
+		if got != want {
 			t.Errorf("%s: got %q, want %q", text, got, want)
 		}
 	}

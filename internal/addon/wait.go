@@ -22,8 +22,14 @@ var workloads = map[string]schema.GroupVersionResource{
 	"StatefulSet": {Group: "apps", Version: "v1", Resource: "statefulsets"},
 }
 
-// Wait returns when the workloads among the applied objects are ready, or when ctx ends, with
-// what they wait for. It calls say with each new reason.
+// final are states of a container that do not end by themselves.
+var final = map[string]bool{
+	"CrashLoopBackOff": true, "ImagePullBackOff": true, "InvalidImageName": true, "ErrImageNeverPull": true,
+	"CreateContainerConfigError": true,
+}
+
+// Wait returns when the workloads among the applied objects are ready; with what they wait for
+// when that will not end by itself, or when ctx ends. It calls say with each new reason.
 func (s *Set) Wait(ctx context.Context, applied Applied, say func(reason string)) error {
 	for _, o := range applied.Objects {
 		gvr, ok := workloads[o.GetKind()]
@@ -40,16 +46,20 @@ func (s *Set) Wait(ctx context.Context, applied Applied, say func(reason string)
 func (s *Set) waitOne(ctx context.Context, gvr schema.GroupVersionResource, o *unstructured.Unstructured, say func(string)) error {
 	tick := time.NewTicker(look)
 	defer tick.Stop()
-	why := ""
+	why, workload := "", strings.ToLower(o.GetKind())+"/"+o.GetName()
 	for {
 		now, err := s.client.Resource(gvr).Namespace(o.GetNamespace()).Get(ctx, o.GetName(), metav1.GetOptions{})
 		switch {
 		case err == nil && ready(now):
 			return nil
 		case apierrors.IsNotFound(err):
-			return fmt.Errorf("%s %s was deleted by someone else", strings.ToLower(o.GetKind()), o.GetName())
+			return fmt.Errorf("%s was deleted by someone else", workload)
 		case err == nil:
-			if reason := s.obstacle(ctx, now); reason != "" && reason != why {
+			reason, over := s.obstacle(ctx, now)
+			if over {
+				return &NotReadyError{Workload: workload, Why: reason}
+			}
+			if reason != "" && reason != why {
 				why = reason
 				say(reason)
 			}
@@ -60,7 +70,7 @@ func (s *Set) waitOne(ctx context.Context, gvr schema.GroupVersionResource, o *u
 			if why == "" {
 				why = "its pods are not ready"
 			}
-			return &NotReadyError{Workload: strings.ToLower(o.GetKind()) + "/" + o.GetName(), Why: why, cause: ctx.Err()}
+			return &NotReadyError{Workload: workload, Why: why, cause: ctx.Err()}
 		}
 	}
 }
@@ -92,34 +102,40 @@ func ready(o *unstructured.Unstructured) bool {
 }
 
 // obstacle says in a few words what keeps the pods of a workload from being ready, "" where
-// there is nothing to tell but that they are starting.
-func (s *Set) obstacle(ctx context.Context, o *unstructured.Unstructured) string {
+// there is nothing to tell but that they are starting; over: it will not end by itself.
+func (s *Set) obstacle(ctx context.Context, o *unstructured.Unstructured) (why string, over bool) {
 	match, _, _ := unstructured.NestedStringMap(o.Object, "spec", "selector", "matchLabels")
 	pods, err := s.client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "pods"}).Namespace(o.GetNamespace()).
 		List(ctx, metav1.ListOptions{LabelSelector: metav1.FormatLabelSelector(&metav1.LabelSelector{MatchLabels: match})})
 	if err != nil {
-		return ""
+		return "", false
 	}
+	newest := configurationOf(o.Object, "spec", "template", "metadata", "annotations")
 	for _, p := range pods.Items {
-		if p.GetDeletionTimestamp() != nil {
-			continue
+		if p.GetDeletionTimestamp() != nil || configurationOf(p.Object, "metadata", "annotations") != newest {
+			continue // it goes, with what it was configured for
 		}
-		if reason := podObstacle(&p); reason != "" {
-			return fmt.Sprintf("pod %s: %s", p.GetName(), reason)
+		if reason, over := podObstacle(&p); reason != "" {
+			return fmt.Sprintf("pod %s: %s", p.GetName(), reason), over
 		}
 	}
 	conditions, _, _ := unstructured.NestedSlice(o.Object, "status", "conditions")
 	for _, c := range conditions {
 		m, _ := c.(map[string]any)
 		if m["type"] == "ReplicaFailure" && m["status"] == "True" {
-			return fmt.Sprint(m["message"])
+			return fmt.Sprint(m["message"]), false
 		}
 	}
-	return ""
+	return "", false
+}
+
+func configurationOf(object map[string]any, annotations ...string) string {
+	all, _, _ := unstructured.NestedStringMap(object, annotations...)
+	return all[configurationAnnotation]
 }
 
 // podObstacle is what a pod's status says about why it does not run.
-func podObstacle(p *unstructured.Unstructured) string {
+func podObstacle(p *unstructured.Unstructured) (why string, over bool) {
 	for _, list := range []string{"initContainerStatuses", "containerStatuses"} {
 		statuses, _, _ := unstructured.NestedSlice(p.Object, "status", list)
 		for _, c := range statuses {
@@ -129,15 +145,19 @@ func podObstacle(p *unstructured.Unstructured) string {
 				continue
 			}
 			message, _, _ := unstructured.NestedString(m, "state", "waiting", "message")
-			return strings.TrimSuffix(reason+": "+message, ": ")
+			if words, _, _ := unstructured.NestedString(m, "lastState", "terminated", "message"); words != "" {
+				lines := strings.Split(strings.TrimSpace(words), "\n")
+				message = "its last words: " + lines[len(lines)-1]
+			}
+			return strings.TrimSuffix(reason+": "+message, ": "), final[reason]
 		}
 	}
 	conditions, _, _ := unstructured.NestedSlice(p.Object, "status", "conditions")
 	for _, c := range conditions {
 		m, _ := c.(map[string]any)
 		if m["type"] == "PodScheduled" && m["status"] == "False" {
-			return fmt.Sprintf("no node can take it: %v", m["message"])
+			return fmt.Sprintf("no node can take it: %v", m["message"]), false
 		}
 	}
-	return ""
+	return "", false
 }

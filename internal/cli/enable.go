@@ -147,7 +147,6 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait bool
 	if err != nil {
 		return fmt.Errorf("cannot reach the cluster: %w", err)
 	}
-	cfg.QPS, cfg.Burst = 100, 200
 	cfg.Timeout = addonAPIWait
 	set, err := addon.Open(a.Env, cfg, a.log())
 	if err != nil {
@@ -228,7 +227,7 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 	case errors.As(err, &wrong):
 		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
 	case errors.As(err, &late):
-		return failf("it goes on by itself; see how with: microk8s kubectl get pods -A", "%s is enabled, but %w", r.addon.Name, err)
+		return failf("see more with microk8s kubectl get events -A, or take it off with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
 	}
 	f := &Failure{Err: fmt.Errorf("cannot %s %s: %w", verb, r.addon.Name, err)}
 	for _, p := range prober.Probe(ctx).Problems {

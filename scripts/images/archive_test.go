@@ -5,8 +5,12 @@ import (
 	"bytes"
 	"encoding/json"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -126,5 +130,45 @@ func TestReferenceNeedsATag(t *testing.T) {
 	}
 	if _, err := img.pack(program, "amd64"); err == nil {
 		t.Error("a reference without a tag was accepted")
+	}
+}
+
+// An addon can use only what is built here: its images are never pulled.
+func TestImagesOfAddonsAreBuilt(t *testing.T) {
+	built := map[string]bool{}
+	for _, img := range images {
+		for _, ref := range img.refs {
+			built[ref] = !img.test
+		}
+	}
+	manifests, err := filepath.Glob("../../addons/core/addons/*/*.yaml")
+	if err != nil || len(manifests) == 0 {
+		t.Fatalf("manifests %v, %v", manifests, err)
+	}
+	for _, path := range manifests {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile(`(?m)^\s+image: (\S+)\n\s+imagePullPolicy: (\S+)`).FindAllSubmatch(text, -1) {
+			if !built[string(m[1])] || string(m[2]) != "Never" {
+				t.Errorf("%s: image %s, policy %s", path, m[1], m[2])
+			}
+		}
+		if got, want := bytes.Count(text, []byte(" image: ")), len(regexp.MustCompile(`(?m)^\s+image: (\S+)\n\s+imagePullPolicy: Never`).FindAll(text, -1)); got != want {
+			t.Errorf("%s: %d images, %d of them never pulled", path, got, want)
+		}
+	}
+	// The tag is CoreDNS' version, which go.mod pins, and a number.
+	mod, err := os.ReadFile("../components/coredns/go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := regexp.MustCompile(`github.com/coredns/coredns v(\S+)`).FindSubmatch(mod)
+	if version == nil {
+		t.Fatal("no version of CoreDNS in its go.mod")
+	}
+	if want := "microk8s.io/coredns:" + string(version[1]) + "-"; !slices.ContainsFunc(slices.Collect(maps.Keys(built)), func(ref string) bool { return strings.HasPrefix(ref, want) }) {
+		t.Errorf("no image %s…", want)
 	}
 }

@@ -119,13 +119,13 @@ func TestAddons(t *testing.T) {
 		n.waitLookup(t, outsideName, outsideAddr)
 		n.waitLookup(t, clusterName, "10.152.183.1")
 	})
-	step("what is missing is applied at the next start", func(t *testing.T) {
-		if err := n.client.AppsV1().Deployments("kube-system").Delete(t.Context(), "coredns", metav1.DeleteOptions{}); err != nil {
-			t.Fatal(err)
-		}
+	step("the user's own configuration, and a new start", func(t *testing.T) {
+		n.run(t, "microk8s", "kubectl", "create", "configmap", "-n", "kube-system", "coredns-custom",
+			"--from-literal=mine.server=example.test {\n  hosts {\n    192.0.2.99 www.example.test\n  }\n}\n")
 		n.run(t, "microk8s", "stop")
 		n.run(t, "microk8s", "start")
 		n.waitReady(t)
+		n.waitLookup(t, "www.example.test", "192.0.2.99")
 		n.waitLookup(t, outsideName, outsideAddr)
 	})
 	step("reset disables addons", func(t *testing.T) {
