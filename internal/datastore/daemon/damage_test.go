@@ -61,6 +61,8 @@ func TestDamageIsNoticed(t *testing.T) {
 		{"open-1", func(d []byte) []byte { clear(d[4096:8192]); return d }, "open-1"},
 		{"0000000000000001-0000000000000001", func(d []byte) []byte { d[40] ^= 1; return d }, "0000000000000001-0000000000000001"},
 		{"metadata1", func(d []byte) []byte { return d[:8] }, "metadata1"},
+		{"metadata1", func(d []byte) []byte { d[16] ^= 64; return d }, "metadata"}, // the term
+		{"metadata1", func(d []byte) []byte { d[24] ^= 1; return d }, "metadata"},  // the vote
 	} {
 		dir := image(t, p.cfg.StorageDir)
 		path := filepath.Join(dir, tc.file)

@@ -92,12 +92,18 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 	node, err := d.prepare(func(n Node) error {
+		if err := forgetTerm(opt.Dir); err != nil {
+			return err
+		}
 		return dqlite.ReconfigureMembershipExt(opt.Dir, []dqlite.NodeInfo{{ID: n.ID, Address: n.Address, Role: client.Voter}})
 	})
 	if err != nil {
 		return nil, err
 	}
 	if err := CheckFiles(opt.Dir); err != nil {
+		return nil, err
+	}
+	if err := checkTerm(opt.Dir); err != nil {
 		return nil, err
 	}
 
@@ -157,6 +163,9 @@ func Start(opt Options) (_ *Member, err error) {
 // procedure for a lost majority uses it; the caller answers for the choice of the member.
 func Reconfigure(dir string, members []client.NodeInfo) error {
 	if err := CheckFiles(dir); err != nil {
+		return err
+	}
+	if err := forgetTerm(dir); err != nil {
 		return err
 	}
 	return dqlite.ReconfigureMembershipExt(dir, members)
@@ -260,6 +269,7 @@ func (m *Member) watchLeader(ctx context.Context) {
 		}
 		if was := m.leads.Swap(own); was != own {
 			m.opt.Logger.Info("leadership changed", "leads", own)
+			m.rememberTerm()
 		}
 		m.leader.Store(known)
 		select {
@@ -270,6 +280,12 @@ func (m *Member) watchLeader(ctx context.Context) {
 			return
 		case <-t.C:
 		}
+	}
+}
+
+func (m *Member) rememberTerm() {
+	if err := rememberTerm(m.opt.Dir); err != nil {
+		m.opt.Logger.Warn("cannot keep a copy of term and vote", "error", err)
 	}
 }
 
@@ -363,6 +379,7 @@ func (m *Member) Close() error {
 	m.listen.Close()
 	err := m.dqlite.Close()
 	m.wg.Wait()
+	m.rememberTerm()
 	if err != nil {
 		return fmt.Errorf("cannot stop dqlite: %w", err)
 	}

@@ -1,0 +1,48 @@
+package member
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestTermAndVoteAreCompared(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		after func(write func(name string, data []byte))
+		err   string
+	}{
+		{"nothing happened", func(func(string, []byte)) {}, ""},
+		{"a new vote, after a crash", func(w func(string, []byte)) { w("metadata1", termVote{5, 8, 3}.bytes()) }, ""},
+		{"a torn new vote", func(w func(string, []byte)) { w("metadata1", termVote{5, 8, 3}.bytes()[:20]) }, ""},
+		{"a flipped term", func(w func(string, []byte)) { w("metadata2", termVote{4, 7 ^ 64, 2}.bytes()) }, "damaged"},
+		{"a flipped vote", func(w func(string, []byte)) { w("metadata2", termVote{4, 7, 3}.bytes()) }, "damaged"},
+		{"the newer one lost", func(w func(string, []byte)) { w("metadata2", nil) }, "damaged"},
+		{"both lost", func(w func(string, []byte)) { w("metadata1", nil); w("metadata2", nil) }, "lost"},
+		{"a lower term", func(w func(string, []byte)) { w("metadata1", termVote{5, 6, 3}.bytes()) }, "damaged"},
+		{"the copy flipped", func(w func(string, []byte)) { w(termFile, append(termVote{4, 7, 9}.bytes(), 0, 0, 0, 0)) }, "remove this file"},
+		{"the copy cut", func(w func(string, []byte)) { w(termFile, termVote{4, 7, 2}.bytes()) }, "remove this file"},
+		{"the copy removed", func(w func(string, []byte)) { w(termFile, nil) }, ""},
+	} {
+		dir := t.TempDir()
+		write := func(name string, data []byte) {
+			path := filepath.Join(dir, name)
+			if data == nil {
+				os.Remove(path)
+			} else if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write("metadata1", termVote{3, 7, 1}.bytes())
+		write("metadata2", termVote{4, 7, 2}.bytes())
+		if err := rememberTerm(dir); err != nil {
+			t.Fatal(err)
+		}
+		tc.after(write)
+		err := checkTerm(dir)
+		if tc.err == "" && err != nil || tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)) {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+	}
+}
