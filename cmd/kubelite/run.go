@@ -39,6 +39,9 @@ const (
 	// stopGrace is how long daemons may take to end in good order; service managers kill
 	// after 30 s.
 	stopGrace = 15 * time.Second
+	// unreadyGrace is the same while the API server is not ready: it may wait for a datastore
+	// that does not come, without heeding anything, and nobody has been served yet.
+	unreadyGrace = time.Second
 )
 
 // flags of kubelite, one file of arguments for each daemon (cli.md 6.3).
@@ -127,7 +130,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		}
 		if err := waitReady(group, admin, log); err != nil {
 			if ctx.Err() != nil { // asked to stop before it was up
-				return group.Wait(stopGrace)
+				return group.Wait(unreadyGrace)
 			}
 			return err
 		}
