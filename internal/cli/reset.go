@@ -38,7 +38,25 @@ It may be interrupted and run again. It is for clusters of one node.`,
 	return cmd
 }
 
+// lockResetting is there from the moment a reset begins to delete until it is done.
+const lockResetting = "reset-in-progress"
+
+// stoppedUnlessResetting refuses on a stopped node, except where a reset has stopped it and
+// was then interrupted.
+func (a *App) stoppedUnlessResetting() error {
+	if a.Env.Locked(lockResetting) {
+		return nil
+	}
+	return a.stopped()
+}
+
 func (a *App) reset(ctx context.Context, destroy bool) error {
+	if a.Env.Locked(lockResetting) {
+		a.progress().say("An earlier reset was interrupted: starting what it may have stopped")
+		if err := a.start(ctx, false); err != nil {
+			return err
+		}
+	}
 	prober := a.prober()
 	wait, cancel := context.WithTimeout(ctx, resetWait)
 	defer cancel()
@@ -69,6 +87,9 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 		return exitError(ExitOK)
 	}
 	p := a.progress()
+	if err := makeLock(a.Env, lockResetting); err != nil {
+		return err
+	}
 	cleaner.KeepVolumes = !destroy
 	cleaner.Say = p.say
 	p.say("Removing everything from the cluster")
@@ -102,7 +123,7 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 	if a.Env.Locked(snapenv.LockStopped) {
 		return exitError(ExitError)
 	}
-	return nil
+	return removeLock(a.Env, lockResetting)
 }
 
 // emptyDir deletes what is in a folder, which itself, a mount point maybe, stays.

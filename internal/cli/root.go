@@ -47,7 +47,7 @@ func (a *App) commands() []command {
 		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
 		{name: "logs", usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
 		{name: "refresh-certs", usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
-		{name: "reset", usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}, build: a.newReset},
+		{name: "reset", usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, build: a.newReset},
 		{name: "start", usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
 		{name: "status", usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, build: a.newStatus},
 		{name: "stop", usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
