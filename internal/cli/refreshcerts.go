@@ -123,7 +123,11 @@ func (a *App) checkCerts(store *certs.Store) error {
 	for _, r := range refreshable {
 		days, err := store.DaysLeft(strings.TrimSuffix(r.file, ".crt"))
 		if err != nil {
-			return &Failure{Err: fmt.Errorf("Failed to get certificate info. %w", err), Code: exitCertInfo}
+			f := &Failure{Err: fmt.Errorf("Failed to get certificate info. %w", err), Code: exitCertInfo}
+			if errors.Is(err, os.ErrNotExist) {
+				f.Hints = []string{"a node that has none is set up, and one that lost it gets it again, with: sudo microk8s start"}
+			}
+			return f
 		}
 		fmt.Fprintf(a.Out, "The %s certificate will expire in %d days.\n", r.title, days)
 	}

@@ -326,7 +326,7 @@ func Expected(env snapenv.Env, name string) bool {
 }
 
 // lastWords bounds a log line in a message.
-const lastWords = 240
+const lastWords = 480
 
 func shorten(line string) string {
 	if r := []rune(line); len(r) > lastWords {
