@@ -98,3 +98,45 @@ func listing(t *testing.T, dir string) string {
 	}
 	return b.String()
 }
+
+// Every byte of a snapshot's data is under its checksum.
+func TestDamagedSnapshotIsNoticed(t *testing.T) {
+	t.Parallel()
+	p := start(t, newDir(t))
+	ctx := testContext(t)
+	for i := range 1200 { // a snapshot is taken after 512 entries
+		if _, err := p.client.Put(ctx, fmt.Sprintf("/d/%d", i), strings.Repeat(fmt.Sprint(i), 20)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.stop()
+	dir := p.cfg.StorageDir
+	metas, err := filepath.Glob(filepath.Join(dir, "snapshot-*.meta"))
+	if err != nil || len(metas) == 0 {
+		t.Fatalf("no snapshot: %v", err)
+	}
+	path := strings.TrimSuffix(metas[0], ".meta")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := func(what string) {
+		t.Helper()
+		err := Run(ctx, config(dir), "", slog.New(slog.DiscardHandler), nil)
+		if err == nil || !strings.Contains(err.Error(), filepath.Base(path)) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	for _, at := range []int{0, 5, len(data) / 3, len(data) / 2, len(data) - 2} {
+		data[at] ^= 16
+		writeFile(t, path, data)
+		refused(fmt.Sprintf("byte %d of %d", at, len(data)))
+		data[at] ^= 16
+	}
+	writeFile(t, path, data[:len(data)/2])
+	refused("cut")
+	writeFile(t, path, data)
+	if r, err := start(t, dir).client.Get(ctx, "/d/", clientv3.WithPrefix(), clientv3.WithCountOnly()); err != nil || r.Count != 1200 {
+		t.Errorf("whole again: %v, %v", r, err)
+	}
+}

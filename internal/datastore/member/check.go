@@ -4,11 +4,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
 	"sort"
 	"strconv"
+	"strings"
 )
 
 // Raft's files, in dqlite's format 1. All numbers are little endian.
@@ -56,7 +58,6 @@ func crc(sum uint32, data []byte) uint32 {
 // would not notice or would make good by dropping what was acknowledged: a bad batch with a
 // good one after it, a bad closed segment or description of a snapshot, and lost metadata.
 // A bad batch at the very end is what a crash leaves, and cannot be told from damage to it.
-// It does not look into the data of snapshots.
 func CheckFiles(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -98,7 +99,23 @@ func CheckFiles(dir string) error {
 				return fmt.Errorf("cannot read a snapshot's description: %w", err)
 			}
 			// An empty one is of a snapshot that was not finished.
-			if err := checkSnapshotMeta(data); err != nil && len(data) > 0 {
+			if len(data) == 0 {
+				continue
+			}
+			if err := checkSnapshotMeta(data); err != nil {
+				return damaged(name, err)
+			}
+			// The description comes first, the data appears whole: without it, a crash came
+			// between them, and dqlite takes the snapshot before.
+			name = strings.TrimSuffix(name, ".meta")
+			data, err = os.ReadFile(filepath.Join(dir, name))
+			if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 {
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("cannot read a snapshot: %w", err)
+			}
+			if err := checkSnapshotData(data); err != nil {
 				return damaged(name, err)
 			}
 		}
