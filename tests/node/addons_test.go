@@ -1,7 +1,6 @@
 package node
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -24,39 +23,8 @@ const (
 // TestAddons takes the addons of one node on and off. Its hosts reach no other machine: all
 // images are the product's own.
 func TestAddons(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Fatal("real nodes are made of namespaces, which needs root")
-	}
-	l, err := lab.New(lab.Config{Instance: "addons-test", Snap: filepath.Join(build, "snap")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := context.WithoutCancel(t.Context())
-	if err := l.Down(ctx); err != nil { // of a run that was ended in the middle
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() && os.Getenv("KEEP") != "" {
-			t.Logf("kept: build/bin/lab --instance %s ls", l.Instance())
-			return
-		}
-		if err := l.Down(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	n := &node{lab: l, name: "n1"}
-	for _, host := range []string{"n1", "resolver"} {
-		if err := l.Up(t.Context(), host, lab.Options{}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(func() { n.keepLogs(t) })
-	step := func(name string, f func(t *testing.T)) {
-		t.Helper()
-		if !t.Run(name, f) {
-			t.FailNow()
-		}
-	}
+	n := newNode(t, "resolver")
+	step := n.steps(t)
 
 	step("dns is on from the first start", func(t *testing.T) {
 		n.run(t, "microk8s", "start")

@@ -47,8 +47,8 @@ func newNode(t *testing.T, others ...string) *node {
 	if _, err := os.Stat(filepath.Join(snap, "bin/kubelite")); err != nil {
 		t.Fatalf("%v; run `make build` first", err)
 	}
-	n := &node{name: "n1", before: hoststate.Take(t, labtest.Instance(t))}
-	n.lab = labtest.New(t, snap)
+	n := &node{name: "n1", lab: labtest.New(t, snap)}
+	n.before = hoststate.Take(t, n.lab.Instance())
 	for _, host := range append([]string{n.name}, others...) {
 		labtest.Node(t, n.lab, host, lab.Options{})
 	}
