@@ -50,14 +50,15 @@ programs: deps ## Build our own programs into build/bin
 COMPONENTS := containerd runc cni helm coredns
 .PHONY: components
 components: $(COMPONENTS:%=build/components/%.stamp) ## Build the third-party programs from their pinned modules
+	@scripts/components/nft/build build/components/nft
 
 build/components/%.stamp: scripts/components/build scripts/components/%/go.mod scripts/components/%/go.sum | deps
 	scripts/components/build $* build/components/bin
 	@touch $@
 
-.PHONY: images
 build/components/coredns.stamp: scripts/components/coredns/main.go
 
+.PHONY: images
 images: deps build/components/coredns.stamp ## Build the container images that travel with the product, and those of the tests
 	@go run ./scripts/images --out build/images --test-out build/test-images
 
@@ -88,5 +89,5 @@ lint: deps ## Linters for Go and shell
 	scripts/lint
 
 .PHONY: vuln
-vuln: deps ## Known vulnerabilities in what is linked
+vuln: build ## Known vulnerabilities in what is linked
 	scripts/vuln

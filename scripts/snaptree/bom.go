@@ -56,9 +56,14 @@ func BOM(root string) ([]byte, error) {
 		}
 		out.Components = append(out.Components, Component{m.name, version, m.module})
 	}
-	// build/dqlite/version is written by the component's build.
-	if v, err := os.ReadFile(filepath.Join(root, "build/dqlite/version")); err == nil {
-		out.Components = append(out.Components, Component{"dqlite", "v" + strings.TrimSpace(string(v)), "dqlite"})
+	// Those that are no Go modules have a file with their version, written by their build.
+	for _, c := range []struct{ name, file string }{
+		{"dqlite", "build/dqlite/version"},
+		{"nftables", "build/components/nft/version"},
+	} {
+		if v, err := os.ReadFile(filepath.Join(root, c.file)); err == nil {
+			out.Components = append(out.Components, Component{c.name, "v" + strings.TrimSpace(string(v)), c.name})
+		}
 	}
 	data, err := json.MarshalIndent(out, "", "  ")
 	return append(data, '\n'), err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -62,6 +63,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 	for _, p := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "helm"} {
 		t.add("bin/"+p, in("build/components/bin/"+p), 0o755)
 	}
+	t.add("bin/nft", in("build/components/nft/bin/nft"), 0o755)
 	t.files["bin/dqlite"] = file{link: "k8s-dqlite"}
 	for _, l := range []string{"kubectl", "kubelite"} {
 		t.files[l] = file{link: "bin/kubelite"}
@@ -72,12 +74,18 @@ func Assemble(root, out, arch string) (changed int, err error) {
 		"manifests":   "snap/manifests",
 		"addons":      "addons",
 		"meta/hooks":  "snap/hooks",
+		"lib/nft":     "build/components/nft/lib/nft",
 		"":            "snap/local",
 	} {
 		if err := t.addDir(dst, in(src)); err != nil {
 			return 0, err
 		}
 	}
+	completion, err := exec.Command(in("build/bin/microk8s"), "completion", "bash").Output()
+	if err != nil {
+		return 0, fmt.Errorf("cannot make the completion script: %w", err)
+	}
+	t.files["completion.bash"] = file{data: completion, mode: 0o644}
 	craft, err := os.ReadFile(in("snapcraft.yaml"))
 	if err != nil {
 		return 0, err

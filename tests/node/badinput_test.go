@@ -28,42 +28,8 @@ import (
 // TestBadInput is what people, disks and bad luck do to a node, told in order on one host.
 // After each part the node runs again with everything it had.
 func TestBadInput(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Fatal("real nodes are made of namespaces, which needs root")
-	}
-	if _, err := os.Stat(filepath.Join(build, "snap/bin/kubelite")); err != nil {
-		t.Fatalf("%v; run `make build` first", err)
-	}
-	l, err := lab.New(lab.Config{Instance: "badinput-test", Snap: filepath.Join(build, "snap")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx := context.WithoutCancel(t.Context())
-	if err := l.Down(ctx); err != nil { // of a run that was ended in the middle
-		t.Fatal(err)
-	}
-	before := hoststate.Take(t, "badinput-test")
-	t.Cleanup(func() {
-		if t.Failed() && os.Getenv("KEEP") != "" {
-			t.Logf("kept: build/bin/lab --instance %s ls", l.Instance())
-			return
-		}
-		if err := l.Down(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	n := &node{lab: l, name: "n1"}
-	if err := l.Up(t.Context(), n.name, lab.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { n.keepLogs(t) })
-
-	step := func(name string, f func(t *testing.T)) {
-		t.Helper()
-		if !t.Run(name, f) {
-			t.FailNow() // what follows stands on this
-		}
-	}
+	n := newNode(t)
+	step := n.steps(t)
 	step("commands before the first start", n.testBeforeStart)
 	step("first start killed at several moments", n.testFirstStartKilled)
 	step("objects that must survive everything", n.deployWeb)
@@ -88,10 +54,10 @@ func TestBadInput(t *testing.T) {
 	step("full disk", n.testFullDisk)
 	step("reset killed", n.testResetKilled)
 	step("down leaves nothing", func(t *testing.T) {
-		if err := l.Down(ctx); err != nil {
+		if err := n.lab.Down(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		hoststate.Compare(t, before)
+		hoststate.Compare(t, n.before)
 	})
 }
 

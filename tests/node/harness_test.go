@@ -217,10 +217,3 @@ func eventually(t *testing.T, limit time.Duration, f func() error) {
 }
 
 func ptr[T any](v T) *T { return &v }
-
-// keepLogs leaves the host's logs in build/test-logs when a test failed.
-func (n *node) keepLogs(t *testing.T) {
-	if t.Failed() {
-		labtest.Host{Lab: n.lab, Name: n.name}.KeepLogs(t)
-	}
-}
