@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"io"
 	"maps"
 	"os"
@@ -49,7 +50,7 @@ func TestArchiveIsComplete(t *testing.T) {
 	r := tar.NewReader(bytes.NewReader(pack(t, "program")))
 	for first := true; ; first = false {
 		h, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err != nil {

@@ -135,7 +135,7 @@ func (n *node) killAndWait(t *testing.T, service, signal string) {
 	n.run(t, "kill", signal, old)
 	until(t, func() error {
 		if now, err := n.try(t, "pgrep", "-x", service); err != nil || strings.TrimSpace(now) == old {
-			return fmt.Errorf("%s has pid %q, %v", service, now, err)
+			return fmt.Errorf("%s has pid %q, %w", service, now, err)
 		}
 		return nil
 	})
@@ -221,7 +221,7 @@ func (n *node) testDaemonEnds(t *testing.T) {
 	eventually(t, time.Minute, func() error {
 		out, err := n.tryAll(t, "", "microk8s", "status")
 		if exitCode(err) != 1 || !strings.Contains(out, "kube-scheduler: ") || !strings.Contains(out, "/does/not/exist") {
-			return fmt.Errorf("status: %v\n%s", err, out)
+			return fmt.Errorf("status: %w\n%s", err, out)
 		}
 		return nil
 	})

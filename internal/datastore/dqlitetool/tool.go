@@ -348,7 +348,7 @@ func (o *options) dump(ctx context.Context, address, database string) (string, e
 }
 
 func (o *options) query(ctx context.Context, database, sql string) (string, error) {
-	d, err := dqdriver.New(o.store, dqdriver.WithDialFunc(dqdriver.DialFunc(o.dial)), dqdriver.WithLogFunc(quiet))
+	d, err := dqdriver.New(o.store, dqdriver.WithDialFunc(o.dial), dqdriver.WithLogFunc(quiet))
 	if err != nil {
 		return "", err
 	}

@@ -58,10 +58,9 @@ type Engine struct {
 	mu sync.RWMutex
 	st *state.State
 
-	queue   chan *job
-	done    chan struct{} // closed when the writer has ended
-	stop    context.CancelFunc
-	failure error // why the writer ended, valid after done
+	queue chan *job
+	done  chan struct{} // closed when the writer has ended
+	stop  context.CancelFunc
 
 	dead        []int64 // ids of rows that nobody can reach
 	lastCompact time.Time

@@ -84,7 +84,7 @@ func (l *Dqlite) Reopen(ctx context.Context) error {
 	if err := store.Set(ctx, []client.NodeInfo{{Address: l.address}}); err != nil {
 		return err
 	}
-	d, err := dqdriver.New(store, dqdriver.WithDialFunc(dqdriver.DialFunc(l.dial)),
+	d, err := dqdriver.New(store, dqdriver.WithDialFunc(l.dial),
 		dqdriver.WithLogFunc(l.logf), dqdriver.WithRetryLimit(1))
 	if err != nil {
 		return err

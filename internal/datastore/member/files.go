@@ -138,7 +138,7 @@ func parseInit(data []byte) (c initConfig, err error) {
 
 func checkAddress(a string) error {
 	if a == "" {
-		return errors.New("Address is empty; it must be host:port, such as 127.0.0.1:19001")
+		return errors.New("Address is empty; it must be host:port, such as 127.0.0.1:19001") //nolint:staticcheck // a key of the file, as it is written
 	}
 	host, port, err := net.SplitHostPort(a)
 	if err != nil {
@@ -178,7 +178,7 @@ func checkNode(n Node) error {
 		return errors.New("ID is missing or 0")
 	}
 	if n.Role < 0 || n.Role > 2 {
-		return fmt.Errorf("Role is %d; it must be 0, 1 or 2", n.Role)
+		return fmt.Errorf("Role is %d; it must be 0, 1 or 2", n.Role) //nolint:staticcheck // a key of the file, as it is written
 	}
 	return checkAddress(n.Address)
 }

@@ -61,7 +61,6 @@ type Member struct {
 	stop context.CancelFunc
 	wg   sync.WaitGroup
 
-	mu    sync.Mutex
 	conns map[net.Conn]struct{} // both ends of proxied connections
 }
 

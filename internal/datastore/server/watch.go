@@ -77,7 +77,7 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 			return rpctypes.ErrGRPCStopped
 		case <-leaderless:
 			return rpctypes.ErrGRPCNoLeader
-		case <-received:
+		case <-received: //nolint:errcheck // how it ended makes no difference
 			return nil // the client is done, or gone
 		case r := <-requests:
 			err = st.request(r)
