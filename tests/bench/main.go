@@ -59,9 +59,7 @@ func run(ctx context.Context, build string, settle, idle time.Duration) (err err
 		what string
 		f    func(context.Context) error
 	}{
-		{"first start", func(ctx context.Context) error {
-			return b.start(ctx, "first start → node Ready (makes certificates)")
-		}},
+		{"first start", b.firstStart},
 		{"stop", func(ctx context.Context) error { _, err := b.timed(ctx, "microk8s", "stop"); return err }},
 		{"start again", func(ctx context.Context) error { return b.start(ctx, "services started → node Ready") }},
 		{"status", b.status},
@@ -99,6 +97,21 @@ func (b *bench) timed(ctx context.Context, args ...string) (time.Duration, error
 	return took, nil
 }
 
+// firstStart goes on until cluster DNS answers for the first time. Later starts are measured to
+// Ready only: what the Deployment says then may be from before.
+func (b *bench) firstStart(ctx context.Context) error {
+	began := time.Now()
+	if err := b.start(ctx, "first start → node Ready (makes certificates)"); err != nil {
+		return err
+	}
+	// Available means that its readiness probe was answered.
+	if _, err := b.timed(ctx, "microk8s", "kubectl", "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=120s"); err != nil {
+		return err
+	}
+	b.add("  … and cluster DNS available", fmt.Sprintf("%.1f s", time.Since(began).Seconds()), "15 s")
+	return nil
+}
+
 func (b *bench) start(ctx context.Context, what string) error {
 	began := time.Now()
 	if _, err := b.timed(ctx, "microk8s", "start"); err != nil {
@@ -108,11 +121,6 @@ func (b *bench) start(ctx context.Context, what string) error {
 		return err
 	}
 	b.add(what, fmt.Sprintf("%.1f s", time.Since(began).Seconds()), "")
-	// Available means that its readiness probe was answered.
-	if _, err := b.timed(ctx, "microk8s", "kubectl", "-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=120s"); err != nil {
-		return err
-	}
-	b.add("  … and cluster DNS available", fmt.Sprintf("%.1f s", time.Since(began).Seconds()), "15 s")
 	return nil
 }
 
@@ -180,7 +188,7 @@ func (b *bench) processes(ctx context.Context) (map[string]proc, error) {
 }
 
 // ours are the programs of the product, by the names that the kernel shows (15 characters).
-var ours = []string{"kubelite", "k8s-dqlite", "containerd", "containerd-shim", "cluster-agent", "microk8s", "pause"}
+var ours = []string{"kubelite", "k8s-dqlite", "containerd", "containerd-shim", "cluster-agent", "microk8s", "pause", "coredns"}
 
 func (b *bench) memory(ctx context.Context, settle time.Duration) error {
 	select {
