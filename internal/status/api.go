@@ -146,12 +146,14 @@ func (s apiState) ready() bool {
 }
 
 // stale says whether a condition of this node is from before its kubelet was started. A
-// kubelet reports at once when it starts.
+// kubelet reports at once when it starts. Its reports carry whole seconds, rounded down: one
+// from the second of the start counts as old, because an API server, which the kubelet waits
+// for, takes longer than that to be ready.
 func (s apiState) stale(n corev1.Node, c *corev1.NodeCondition) bool {
 	if s.started.IsZero() || n.Name != s.local && len(s.nodes) > 1 {
 		return false
 	}
-	return c.LastHeartbeatTime.Time.Before(s.started.Truncate(time.Second)) // it has whole seconds
+	return c.LastHeartbeatTime.Time.Before(s.started)
 }
 
 func readyCondition(n corev1.Node) *corev1.NodeCondition {

@@ -263,7 +263,8 @@ func TestOldReportsDoNotCount(t *testing.T) {
 		want    bool
 	}{
 		{"before", []corev1.Node{node("me", old)}, started, false},
-		{"in the same second", []corev1.Node{node("me", young)}, started, true},
+		{"in the same second, which its API server was not ready in", []corev1.Node{node("me", young)}, started, false},
+		{"in the next second", []corev1.Node{node("me", young.Add(time.Second))}, started, true},
 		{"start not known", []corev1.Node{node("me", old)}, time.Time{}, true},
 		{"only node, other name", []corev1.Node{node("renamed", old)}, started, false},
 		{"another node", []corev1.Node{node("me", old), node("other", old)}, started, true},
