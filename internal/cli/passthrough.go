@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,10 +34,8 @@ func (a *App) newKubectl() *cobra.Command {
 }
 
 func (a *App) kubectl(user []string) error {
-	if !slices.ContainsFunc(user, func(s string) bool { return s == "--kubeconfig" || strings.HasPrefix(s, "--kubeconfig=") }) {
-		if err := a.perm(a.Err)(); err != nil {
-			return err
-		}
+	if err := a.permUnlessOwn(user); err != nil {
+		return err
 	}
 	path, argv, err := a.kubectlCommand(user)
 	if err != nil {
@@ -47,6 +46,14 @@ func (a *App) kubectl(user []string) error {
 		return err
 	}
 	return a.replace(path, argv, environ)
+}
+
+// permUnlessOwn is perm unless the user names another kubeconfig than the node's.
+func (a *App) permUnlessOwn(user []string) error {
+	if slices.ContainsFunc(user, func(s string) bool { return s == "--kubeconfig" || strings.HasPrefix(s, "--kubeconfig=") }) {
+		return nil
+	}
+	return a.perm(a.Err)()
 }
 
 // kubectlCommand gives the program and its arguments, those of args/kubectl in front.
@@ -76,9 +83,16 @@ func (a *App) kubectlEnviron() ([]string, error) {
 	return append(a.environWithout(f.Vars), f.Vars...), nil
 }
 
-// environWithout is our environment without the variables that vars sets.
+// commandEnviron is the environment of the programs that a person runs through us.
+func (a *App) commandEnviron() []string {
+	// Whoever may not make it does without, as with any XDG_RUNTIME_DIR that is not there.
+	_ = os.MkdirAll(a.Env.RunDir(), 0o755)
+	return a.Env.CommandEnviron(a.Environ)
+}
+
+// environWithout is commandEnviron without the variables that vars sets.
 func (a *App) environWithout(vars []string) []string {
-	return slices.DeleteFunc(a.Env.Environ(a.Environ), func(kv string) bool {
+	return slices.DeleteFunc(a.commandEnviron(), func(kv string) bool {
 		key, _, _ := strings.Cut(kv, "=")
 		return slices.ContainsFunc(vars, func(v string) bool { return strings.HasPrefix(v, key+"=") })
 	})
@@ -109,8 +123,11 @@ func (a *App) helmCommand(user []string) (string, []string) {
 }
 
 func (a *App) helm(user []string) error {
+	if err := a.permUnlessOwn(user); err != nil {
+		return err
+	}
 	path, argv := a.helmCommand(user)
-	return a.replace(path, argv, a.Env.Environ(a.Environ))
+	return a.replace(path, argv, a.commandEnviron())
 }
 
 func (a *App) newCtr() *cobra.Command {

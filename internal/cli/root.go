@@ -86,7 +86,7 @@ func (a *App) dispatch(ctx context.Context, args []string) error {
 		return nil
 	}
 	if plugin := a.plugin(name); plugin != "" {
-		return a.Exec(plugin, append([]string{plugin}, rest...), a.Env.Environ(a.Environ))
+		return a.Exec(plugin, append([]string{plugin}, rest...), a.commandEnviron())
 	}
 	fmt.Fprintf(a.Err, "'%s' is not a valid MicroK8s subcommand.\n", name)
 	a.list(a.Err)
