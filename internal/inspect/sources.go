@@ -144,6 +144,9 @@ func (in *Inspector) findings(ctx context.Context) {
 	for _, problem := range p.Probe(ctx).Problems {
 		warn("%s", problem)
 	}
+	for _, finding := range hostFindings(in.Env.Host) {
+		warn("%s", finding)
+	}
 	if in.Env.Locked(snapenv.LockLowMemory) {
 		warn("the low memory guard is on: this machine is too small for a control plane")
 	}

@@ -1,0 +1,106 @@
+package inspect
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"microk8s/internal/hostprobe"
+)
+
+// registryHost is where the registry addon listens, as docker on the same machine names it.
+const registryHost = "localhost:32000"
+
+// hostFindings says what about the host below root ("/" but in tests) is known to get in the
+// way of a node, each with what to do (cli.md 1.13).
+func hostFindings(root string) (found []string) {
+	warn := func(format string, a ...any) { found = append(found, fmt.Sprintf(format, a...)) }
+	read := func(path string) string {
+		data, err := os.ReadFile(filepath.Join(root, path))
+		if err != nil {
+			return ""
+		}
+		return string(data)
+	}
+	exists := func(path string) bool {
+		_, err := os.Stat(filepath.Join(root, path))
+		return err == nil
+	}
+
+	for _, d := range []struct{ program, config, restart string }{
+		{"usr/bin/dockerd", "etc/docker/daemon.json", "systemctl restart docker"},
+		{"snap/docker/current/bin/dockerd", "var/snap/docker/current/config/daemon.json", "snap restart docker"},
+	} {
+		if exists(d.program) && !insecureRegistry(read(d.config)) {
+			warn(`Docker is installed and cannot push to the registry addon: add "insecure-registries": [%q] to /%s, then run %s`,
+				registryHost, d.config, d.restart)
+		}
+	}
+	if fields := shellVars(read("etc/ufw/ufw.conf")); strings.EqualFold(fields["ENABLED"], "yes") {
+		warn("the firewall ufw is active: pod traffic on this machine is let through, but other machines reach this node " +
+			"only if ufw allows 16443, 10250, 25000 and 19001 by TCP and 4789 by UDP from them, such as with: ufw allow from ADDRESS")
+	}
+	if strings.TrimSpace(read("sys/fs/selinux/enforce")) == "1" {
+		warn("SELinux is enforcing, and no policy for this product exists: if services or pods are denied access, see ausearch -m avc, or run setenforce 0")
+	}
+	if !memoryCgroup(read("proc/cgroups"), read("sys/fs/cgroup/cgroup.controllers")) {
+		warn("the kernel's memory cgroup is off, which the kubelet needs: add cgroup_enable=memory cgroup_memory=1 to the kernel's command line and reboot")
+	}
+	h := hostprobe.Probe(root)
+	if h.NoKmsg {
+		do := ""
+		if text := read("run/systemd/container"); strings.TrimSpace(text) == "lxc" {
+			do = "; apply the LXD profile for this product to the container"
+		}
+		warn("there is no /dev/kmsg: the kubelet cannot report processes killed for want of memory%s", do)
+	}
+	if h.NoBridgeNF {
+		warn("the kernel module br_netfilter is not loaded: a pod does not reach a Service whose answering pod is on its own node; run modprobe br_netfilter")
+	}
+	release := strings.TrimSpace(read("proc/sys/kernel/osrelease"))
+	modules := read("lib/modules/"+release+"/modules.dep") + read("lib/modules/"+release+"/modules.builtin")
+	if modules != "" && !exists("sys/module/vxlan") && !strings.Contains(modules, "/vxlan.ko") {
+		do := "install the kernel modules of your distribution that contain it"
+		if strings.Contains(read("proc/device-tree/model"), "Raspberry Pi") {
+			do = "on Ubuntu for the Raspberry Pi: apt install linux-modules-extra-raspi, and reboot"
+		}
+		warn("the kernel module vxlan is missing, without which pods of different nodes do not reach each other; %s", do)
+	}
+	return found
+}
+
+// insecureRegistry says whether a configuration of Docker allows the registry addon.
+func insecureRegistry(config string) bool {
+	var c struct {
+		Insecure []string `json:"insecure-registries"`
+	}
+	return json.Unmarshal([]byte(config), &c) == nil && slices.Contains(c.Insecure, registryHost)
+}
+
+// memoryCgroup reads /proc/cgroups, whose last column says what is on, and of version 2 the
+// list of controllers. Where neither is there, nothing is known, and nothing is said.
+func memoryCgroup(v1, v2 string) bool {
+	if slices.Contains(strings.Fields(v2), "memory") {
+		return true
+	}
+	for line := range strings.Lines(v1) {
+		if f := strings.Fields(line); len(f) == 4 && f[0] == "memory" {
+			return f[3] == "1"
+		}
+	}
+	return v1 == "" && v2 == ""
+}
+
+// shellVars reads a file of NAME=value lines.
+func shellVars(text string) map[string]string {
+	vars := map[string]string{}
+	for line := range strings.Lines(text) {
+		if name, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok && !strings.HasPrefix(name, "#") {
+			vars[name] = strings.Trim(value, `"'`)
+		}
+	}
+	return vars
+}
