@@ -41,6 +41,11 @@ deps: ## Install missing Debian or Ubuntu packages; build libdqlite if none is n
 build: deps programs components images ## Build everything: build/bin and the tree of the snap in build/snap
 	@go run ./scripts/snaptree --out $(SNAP)
 
+.PHONY: snap
+snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap
+	@scripts/deps snap
+	@scripts/pack build
+
 .PHONY: programs
 programs: deps ## Build our own programs into build/bin
 	@mkdir -p $(BIN)
@@ -85,7 +90,7 @@ bench: build ## Measure against the budgets; prints a table
 	scripts/bench
 
 .PHONY: lint
-lint: deps ## Linters for Go and shell
+lint: deps ## Linters for Go and shell; snapcraft.yaml
 	scripts/lint
 
 .PHONY: vuln

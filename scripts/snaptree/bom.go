@@ -36,23 +36,9 @@ func BOM(root string) ([]byte, error) {
 		Components []Component `json:"components"`
 	}
 	for _, m := range materials {
-		path := filepath.Join(root, m.mod)
-		data, err := os.ReadFile(path)
+		version, err := required(root, m.mod, m.module)
 		if err != nil {
 			return nil, err
-		}
-		mod, err := modfile.Parse(path, data, nil)
-		if err != nil {
-			return nil, err
-		}
-		version := ""
-		for _, r := range mod.Require {
-			if r.Mod.Path == m.module {
-				version = r.Mod.Version
-			}
-		}
-		if version == "" {
-			return nil, fmt.Errorf("%s requires no %s", path, m.module)
 		}
 		out.Components = append(out.Components, Component{m.name, version, m.module})
 	}
@@ -67,4 +53,23 @@ func BOM(root string) ([]byte, error) {
 	}
 	data, err := json.MarshalIndent(out, "", "  ")
 	return append(data, '\n'), err
+}
+
+// required gives the version of a module that a go.mod of the repository requires.
+func required(root, gomod, module string) (string, error) {
+	path := filepath.Join(root, gomod)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	mod, err := modfile.Parse(path, data, nil)
+	if err != nil {
+		return "", err
+	}
+	for _, r := range mod.Require {
+		if r.Mod.Path == module {
+			return r.Mod.Version, nil
+		}
+	}
+	return "", fmt.Errorf("%s requires no %s", path, module)
 }

@@ -4,7 +4,8 @@
 //
 // Files whose content and mode are right are left alone, so a node that runs from the tree
 // is not disturbed by a build that changed nothing, and files that nothing put there are
-// removed.
+// removed. With -check it looks for mistakes in snapcraft.yaml that neither the published
+// schema nor `snap pack` finds.
 package main
 
 import (
@@ -17,7 +18,15 @@ import (
 func main() {
 	out := flag.String("out", "build/snap", "directory of the tree")
 	root := flag.String("root", ".", "root of the repository, holding build/")
+	check := flag.Bool("check", false, "look for mistakes in snapcraft.yaml and write nothing")
 	flag.Parse()
+	if *check {
+		if err := Check(*root, runtime.GOARCH); err != nil {
+			fmt.Fprintf(os.Stderr, "snapcraft.yaml:\n%v\n", err)
+			os.Exit(1)
+		}
+		return
+	}
 	n, err := Assemble(*root, *out, runtime.GOARCH)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "snaptree:", err)

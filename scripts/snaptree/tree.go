@@ -81,17 +81,21 @@ func Assemble(root, out, arch string) (changed int, err error) {
 			return 0, err
 		}
 	}
-	completion, err := exec.Command(in("build/bin/microk8s"), "completion", "bash").Output()
-	if err != nil {
-		return 0, fmt.Errorf("cannot make the completion script: %w", err)
+	if err := t.addCompletions(root); err != nil {
+		return 0, err
 	}
-	t.files["completion.bash"] = file{data: completion, mode: 0o644}
 	craft, err := os.ReadFile(in("snapcraft.yaml"))
 	if err != nil {
 		return 0, err
 	}
+	if err := Check(root, arch); err != nil {
+		return 0, fmt.Errorf("snapcraft.yaml: %w", err)
+	}
 	meta, err := SnapYAML(craft, arch)
 	if err != nil {
+		return 0, fmt.Errorf("snapcraft.yaml: %w", err)
+	}
+	if err := CheckTree(meta, t.executables()); err != nil {
 		return 0, fmt.Errorf("snapcraft.yaml: %w", err)
 	}
 	t.files["meta/snap.yaml"] = file{data: meta, mode: 0o644}
@@ -104,6 +108,42 @@ func Assemble(root, out, arch string) (changed int, err error) {
 		return 0, err
 	}
 	return t.changed, nil
+}
+
+// addCompletions makes the scripts that complete command lines in bash, those of kubectl and
+// helm for the names under which the snap has them.
+func (t *tree) addCompletions(root string) error {
+	for _, c := range []struct {
+		file, program string
+		argv          []string
+		extra         string
+	}{
+		{"completion.bash", "build/bin/microk8s", []string{"microk8s", "completion", "bash"}, ""},
+		{"completion-kubectl.bash", "build/bin/kubelite", []string{"kubectl", "completion", "bash"}, "complete -o default -F __start_kubectl microk8s.kubectl\n"},
+		{"completion-helm.bash", "build/components/bin/helm", []string{"helm", "completion", "bash"}, "complete -o default -F __start_helm microk8s.helm microk8s.helm3\n"},
+	} {
+		var errOut bytes.Buffer
+		cmd := exec.Cmd{Path: filepath.Join(root, c.program), Args: c.argv, Stderr: &errOut}
+		script, err := cmd.Output()
+		if err != nil {
+			return fmt.Errorf("cannot make %s: %w: %s", c.file, err, &errOut)
+		}
+		t.files[c.file] = file{data: append(script, c.extra...), mode: 0o644}
+	}
+	return nil
+}
+
+// executables tells of every file of the tree, by its path, whether it can be executed.
+func (t *tree) executables() map[string]bool {
+	out := map[string]bool{}
+	for path, f := range t.files {
+		target := f
+		if f.link != "" {
+			target = t.files[filepath.Join(filepath.Dir(path), f.link)]
+		}
+		out[path] = target.mode&0o111 != 0
+	}
+	return out
 }
 
 func (t *tree) write(out string) error {
