@@ -5,20 +5,28 @@ package agent
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"time"
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
+	"microk8s/cluster-agent/broker"
+	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/limit"
+	"microk8s/cluster-agent/node"
 	"microk8s/cluster-agent/renewal"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/certs"
+	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/tokenstore"
 )
 
 // Flags are the program's (cluster-agent.md 1.1).
@@ -69,13 +77,34 @@ type Restarter interface {
 	Restart(ctx context.Context, names ...string) error
 }
 
-// Run serves, and keeps certificates in order, until ctx ends.
+// Run serves, and keeps certificates in order, until ctx ends. Whether the node is a worker is
+// read once: who changes it restarts the agent.
 func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log *slog.Logger) error {
+	worker := env.Locked(snapenv.LockWorker)
+	if worker {
+		f.CertFile, f.KeyFile = servingPair(env, f)
+	}
 	srv, err := server.New(server.Options{
 		CertFile: f.CertFile, KeyFile: f.KeyFile, MinTLS: f.MinTLS, Timeout: f.Timeout, Metrics: f.Metrics, Log: log,
 	})
 	if err != nil {
 		return fmt.Errorf("%w; make it anew with: sudo microk8s refresh-certs -e server.crt", err)
+	}
+	name, err := certs.Hostname()
+	if err != nil {
+		return err
+	}
+	limiter := &limit.Limiter{}
+	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
+	defer here.Wait()
+	here.Register(srv, !worker)
+	core := func() (*kube.Core, error) { return kube.FromFile(env.AdminKubeconfig()) }
+	if !worker {
+		(&broker.Broker{
+			Env: env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
+			Cluster: apiServer{core},
+			Tokens:  tokenstore.Open(env, core),
+		}).Register(srv)
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.Bind)
 	if err != nil {
@@ -88,5 +117,40 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		keeper := &renewal.Keeper{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
 		return keeper.Run(ctx)
 	})
+	if !worker {
+		group.Go(func() error {
+			return (&callback.Keeper{Env: env, Keys: callback.Keys{Core: core}, Node: name, Log: log}).Run(ctx)
+		})
+	}
 	return group.Wait()
+}
+
+// servingPair is what a worker's agent serves: the kubelet's certificate, which is the one
+// that the cluster's CA has signed. Its own server.crt is of a CA that nobody else knows.
+func servingPair(env snapenv.Env, f Flags) (cert, key string) {
+	cert, key = env.Cert("kubelet.crt"), env.Cert("kubelet.key")
+	if _, err := tls.LoadX509KeyPair(cert, key); err != nil {
+		return f.CertFile, f.KeyFile
+	}
+	return cert, key
+}
+
+// kubernetesVersion reads what is inside from the bill of materials; "" where it cannot.
+func kubernetesVersion(env snapenv.Env) string {
+	data, err := os.ReadFile(env.BOM())
+	if err != nil {
+		return ""
+	}
+	var bom struct {
+		Components []struct{ Name, Version string }
+	}
+	if err := json.Unmarshal(data, &bom); err != nil {
+		return ""
+	}
+	for _, c := range bom.Components {
+		if c.Name == "kubernetes" {
+			return c.Version
+		}
+	}
+	return ""
 }

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -22,6 +23,9 @@ import (
 
 	"github.com/gorilla/mux"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/internal/defence"
 )
 
 // Limits of every connection. A request may not wait longer than its header needs, nor hold
@@ -80,7 +84,10 @@ func New(opts Options) (*Server, error) {
 
 // Handle adds a route whose body is at most MaxBody. The path is matched exactly.
 func (s *Server) Handle(method, path string, h http.Handler) {
-	s.HandleStream(method, path, http.MaxBytesHandler(h, MaxBody))
+	if defence.On(defence.BodyLimit) {
+		h = http.MaxBytesHandler(h, MaxBody)
+	}
+	s.HandleStream(method, path, h)
 }
 
 // HandleStream adds a route without a limit of the body; the handler keeps its own.
@@ -88,17 +95,55 @@ func (s *Server) HandleStream(method, path string, h http.Handler) {
 	s.router.Handle(path, h).Methods(method)
 }
 
+// HandleAny is Handle for every method; the handler answers the wrong ones.
+func (s *Server) HandleAny(path string, h http.Handler) {
+	if defence.On(defence.BodyLimit) {
+		h = http.MaxBytesHandler(h, MaxBody)
+	}
+	s.router.Handle(path, h)
+}
+
 func health(w http.ResponseWriter, _ *http.Request) {
 	WriteJSON(w, http.StatusOK, map[string]string{"status": "OK"})
 }
 
-// WriteJSON answers with a value.
+// bodyTimeout is how long the body of a request in JSON may take.
+const bodyTimeout = 10 * time.Second
+
+// ReadJSON reads the whole body into v within bodyTimeout. Where that fails it answers, with
+// 400, and gives false.
+func ReadJSON(w http.ResponseWriter, r *http.Request, v any) bool {
+	control := http.NewResponseController(w)
+	if defence.On(defence.BodyTime) {
+		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // not for recorders of tests
+	}
+	data, err := io.ReadAll(r.Body)
+	_ = control.SetReadDeadline(time.Time{})
+	var large *http.MaxBytesError
+	switch {
+	case errors.As(err, &large):
+		WriteFailure(w, http.StatusBadRequest, api.CodeRequest, fmt.Sprintf("the request has more than %d bytes", large.Limit))
+	case err != nil:
+		w.Header().Set("Connection", "close")
+		WriteFailure(w, http.StatusBadRequest, api.CodeRequest, "the request was not received whole")
+	default:
+		if err = json.Unmarshal(data, v); err != nil {
+			WriteFailure(w, http.StatusBadRequest, api.CodeRequest, err.Error())
+		}
+	}
+	return err == nil
+}
+
+// WriteJSON answers with a value. Answers are never kept by anyone in between: some hold keys.
 func WriteJSON(w http.ResponseWriter, status int, v any) {
 	data, err := json.Marshal(v)
 	if err != nil {
 		status, data = http.StatusInternalServerError, []byte(`{"error":"Cannot encode the answer"}`)
 	}
 	w.Header().Set("Content-Type", "application/json")
+	if defence.On(defence.NoStore) {
+		w.Header().Set("Cache-Control", "no-store")
+	}
 	w.WriteHeader(status)
 	_, _ = w.Write(data) // the client may have gone
 }
@@ -106,11 +151,16 @@ func WriteJSON(w http.ResponseWriter, status int, v any) {
 // WriteError answers with {"error": message}, its first letter in upper case as clients
 // have always seen it.
 func WriteError(w http.ResponseWriter, status int, message string) {
+	WriteFailure(w, status, "", message)
+}
+
+// WriteFailure is WriteError with a code for programs.
+func WriteFailure(w http.ResponseWriter, status int, code api.Code, message string) {
 	first, size := utf8.DecodeRuneInString(message)
 	if size > 0 {
 		message = string(unicode.ToUpper(first)) + message[size:]
 	}
-	WriteJSON(w, status, map[string]string{"error": message})
+	WriteJSON(w, status, api.Error{Message: message, Code: code})
 }
 
 // Handler is the route table with what surrounds every call.
@@ -185,8 +235,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		WriteTimeout:      s.opts.Timeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
-		TLSConfig:         &tls.Config{MinVersion: s.opts.MinTLS, GetCertificate: s.cert.get},
-		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug), // handshakes of scanners
+		TLSConfig: &tls.Config{
+			MinVersion: s.opts.MinTLS, GetCertificate: s.cert.get,
+			// Nodes that renew their certificates show the present one; who looks at it
+			// verifies it. No tickets: a proof needs a full handshake.
+			ClientAuth: tls.RequestClientCert, SessionTicketsDisabled: true,
+		},
+		ErrorLog: slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug), // handshakes of scanners
 	}
 	var done sync.WaitGroup
 	stop := context.AfterFunc(ctx, func() {

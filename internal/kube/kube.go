@@ -19,6 +19,9 @@ import (
 // SystemNamespace is where the product keeps its own objects.
 const SystemNamespace = "kube-system"
 
+// callTimeout bounds each call of the methods below; a shorter one can come with the context.
+const callTimeout = 30 * time.Second
+
 // Core talks to the core group, version v1. Its methods may be called from any goroutine.
 type Core struct{ rest.Interface }
 
@@ -43,9 +46,7 @@ func New(cfg *rest.Config) (*Core, error) {
 	cfg.APIPath = "/api"
 	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	cfg.QPS, cfg.Burst = 50, 100
-	if cfg.Timeout == 0 {
-		cfg.Timeout = 30 * time.Second
-	}
+	cfg.Timeout = 0 // watches have none; the methods below set theirs
 	if cfg.UserAgent == "" {
 		cfg.UserAgent = "microk8s"
 	}
@@ -59,7 +60,7 @@ func New(cfg *rest.Config) (*Core, error) {
 // Nodes lists all nodes.
 func (c *Core) Nodes(ctx context.Context) ([]corev1.Node, error) {
 	var list corev1.NodeList
-	if err := c.Get().Resource("nodes").Do(ctx).Into(&list); err != nil {
+	if err := c.Get().Resource("nodes").Timeout(callTimeout).Do(ctx).Into(&list); err != nil {
 		return nil, fmt.Errorf("cannot list the nodes: %w", err)
 	}
 	return list.Items, nil
@@ -68,7 +69,7 @@ func (c *Core) Nodes(ctx context.Context) ([]corev1.Node, error) {
 // Secret reads a Secret of the system namespace.
 func (c *Core) Secret(ctx context.Context, name string) (*corev1.Secret, error) {
 	var s corev1.Secret
-	err := c.Get().Namespace(SystemNamespace).Resource("secrets").Name(name).Do(ctx).Into(&s)
+	err := c.Get().Namespace(SystemNamespace).Resource("secrets").Name(name).Timeout(callTimeout).Do(ctx).Into(&s)
 	return &s, err
 }
 
@@ -76,13 +77,13 @@ func (c *Core) Secret(ctx context.Context, name string) (*corev1.Secret, error) 
 func (c *Core) CreateSecret(ctx context.Context, s *corev1.Secret) (*corev1.Secret, error) {
 	var out corev1.Secret
 	s.Namespace = SystemNamespace
-	err := c.Post().Namespace(SystemNamespace).Resource("secrets").Body(s).Do(ctx).Into(&out)
+	err := c.Post().Namespace(SystemNamespace).Resource("secrets").Body(s).Timeout(callTimeout).Do(ctx).Into(&out)
 	return &out, err
 }
 
 // UpdateSecret replaces one; a conflict is the API server's error.
 func (c *Core) UpdateSecret(ctx context.Context, s *corev1.Secret) (*corev1.Secret, error) {
 	var out corev1.Secret
-	err := c.Put().Namespace(SystemNamespace).Resource("secrets").Name(s.Name).Body(s).Do(ctx).Into(&out)
+	err := c.Put().Namespace(SystemNamespace).Resource("secrets").Name(s.Name).Body(s).Timeout(callTimeout).Do(ctx).Into(&out)
 	return &out, err
 }

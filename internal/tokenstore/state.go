@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/defence"
 	"microk8s/internal/token"
 )
 
@@ -82,11 +83,11 @@ type Joiner struct {
 // Over says why the token cannot be used any more, or nil.
 func (r *Record) Over(now time.Time) error {
 	switch {
-	case !r.Revoked.IsZero():
+	case !r.Revoked.IsZero() && defence.On(defence.TokenRevoked):
 		return ErrRevoked
 	case r.Uses == 0:
 		return ErrUsed
-	case !r.Expires.IsZero() && !now.Before(r.Expires):
+	case !r.Expires.IsZero() && !now.Before(r.Expires) && defence.On(defence.TokenExpiry):
 		return ErrExpired
 	}
 	return nil
@@ -119,7 +120,7 @@ func (s *State) find(t token.Token) (*Record, error) {
 	if !ok {
 		r = &Record{} // compared all the same
 	}
-	if !r.Key.Equal(key) || !ok {
+	if !ok || !r.Key.Equal(key) && defence.On(defence.TokenKey) {
 		return nil, ErrUnknown
 	}
 	return r, nil
@@ -145,7 +146,7 @@ func (s *State) Add(t token.Token, r Record, now time.Time) (*Record, error) {
 // their key could be guessed.
 func (s *State) Key(id token.ID, now time.Time) (token.Key, error) {
 	r, ok := s.Records[id]
-	if !ok || !r.Generated || r.Over(now) != nil && len(r.Holds) == 0 && !s.lately(r, now) {
+	if !ok || !r.Generated && defence.On(defence.ProofChosen) || r.Over(now) != nil && len(r.Holds) == 0 && !s.lately(r, now) {
 		return token.Key{}, ErrUnknown
 	}
 	return r.Key, nil
@@ -183,10 +184,10 @@ func (r *Record) admits(j Joiner, now time.Time) error {
 	if err := r.Over(now); err != nil {
 		return err
 	}
-	if r.Worker && !j.Worker {
+	if r.Worker && !j.Worker && defence.On(defence.TokenRole) {
 		return ErrRole
 	}
-	if r.Name != "" && r.Name != j.Name {
+	if r.Name != "" && r.Name != j.Name && defence.On(defence.TokenName) {
 		return ErrName
 	}
 	held := 0
@@ -195,10 +196,10 @@ func (r *Record) admits(j Joiner, now time.Time) error {
 			held++
 		}
 	}
-	if r.Uses != Unlimited && held >= r.Uses || held >= maxHolds {
+	if (r.Uses != Unlimited && held >= r.Uses || held >= maxHolds) && defence.On(defence.TokenHeld) {
 		return ErrHeld
 	}
-	if r.Uses != Unlimited && len(r.Names) >= maxNames*r.Uses && !slices.Contains(r.Names, j.Name) {
+	if r.Uses != Unlimited && len(r.Names) >= maxNames*r.Uses && !slices.Contains(r.Names, j.Name) && defence.On(defence.TokenNames) {
 		return ErrUsed
 	}
 	return nil
@@ -221,8 +222,9 @@ func (s *State) Reserve(t token.Token, j Joiner, now time.Time) (*Record, error)
 
 // Sign notes that a certificate is given to a worker with a reservation. name is the node's;
 // for the proxy's certificate, which does not say it, "" finds any that still may have one. A
-// worker that will not confirm spends the token with its kubelet's certificate.
-func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time) (Hold, error) {
+// worker that will not confirm spends the token with its kubelet's certificate. allow may
+// refuse the request; then nothing is noted, and its error is returned.
+func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time, allow func(Hold) error) (Hold, error) {
 	r, err := s.find(t)
 	if err != nil {
 		return Hold{}, err
@@ -230,24 +232,33 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time) (H
 	if !r.Revoked.IsZero() {
 		return Hold{}, ErrRevoked
 	}
-	var found *Hold
+	open := func(h *Hold) bool { return kubelet && !h.Kubelet || !kubelet && !h.Proxy }
+	var found *Hold // the one of that name, else one that has no such certificate yet, else any
 	for i := range r.Holds {
 		h := &r.Holds[i]
-		if !h.Worker || !now.Before(h.Until) || name != "" && h.Name != name {
+		if !h.Worker || !now.Before(h.Until) && defence.On(defence.SignExpiry) {
 			continue
 		}
-		if found = h; kubelet && !h.Kubelet || !kubelet && !h.Proxy {
+		if h.Name == name {
+			found = h
 			break
+		}
+		if found == nil || !open(found) && open(h) {
+			found = h
 		}
 	}
 	switch {
 	case found == nil:
 		return Hold{}, ErrUnknown
-	case kubelet && found.Kubelet || !kubelet && found.Proxy:
+	case !open(found) && defence.On(defence.SignOnce):
 		return Hold{}, ErrSigned
-	case kubelet:
+	}
+	if err := allow(*found); err != nil {
+		return *found, err
+	}
+	if kubelet {
 		found.Kubelet = true
-	default:
+	} else {
 		found.Proxy = true
 	}
 	out := *found
@@ -259,7 +270,7 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time) (H
 
 func (r *Record) spend(name string, now time.Time) {
 	r.Holds = slices.DeleteFunc(r.Holds, func(h Hold) bool { return h.Name == name })
-	if r.Uses > 0 {
+	if r.Uses > 0 && defence.On(defence.TokenSpent) {
 		r.Uses--
 		r.SpentAt = now
 		r.Names = slices.DeleteFunc(r.Names, func(n string) bool { return n == name })

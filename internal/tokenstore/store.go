@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/kube"
+	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 )
 
@@ -27,6 +29,15 @@ type Backend interface {
 type Store struct {
 	Backends []Backend
 	Now      func() time.Time // nil means time.Now
+}
+
+// PersistentFile, in credentials/, holds tokens that a launch configuration has written before
+// the node ever ran. They are known to this node only.
+const PersistentFile = "persistent-join-tokens.json"
+
+// Open gives the tokens as a control-plane node sees them: the cluster's, then its own file's.
+func Open(env snapenv.Env, core func() (*kube.Core, error)) *Store {
+	return &Store{Backends: []Backend{Secret{Core: core}, File{Path: env.Credential(PersistentFile)}}}
 }
 
 func (s *Store) now() time.Time {
@@ -110,9 +121,9 @@ func (s *Store) Reserve(ctx context.Context, t token.Token, j Joiner) (out Recor
 }
 
 // Sign notes that a certificate is given; see [State.Sign].
-func (s *Store) Sign(ctx context.Context, t token.Token, kubelet bool, name string) (out Hold, err error) {
+func (s *Store) Sign(ctx context.Context, t token.Token, kubelet bool, name string, allow func(Hold) error) (out Hold, err error) {
 	err = s.each(ctx, func(st *State) (err error) {
-		out, err = st.Sign(t, kubelet, name, s.now())
+		out, err = st.Sign(t, kubelet, name, s.now(), allow)
 		return err
 	})
 	return out, err

@@ -1,0 +1,368 @@
+// Package broker lets machines into the cluster. It answers the calls of a joining node on a
+// control-plane node: proof, preflight, join, the certificates of a worker, confirm and
+// release, and later the renewal of what the node was given.
+//
+// A call first finds everything that speaks against it, then reserves the token, and only then
+// changes anything. What a join changes here is the datastore's address, once, when the first
+// member still listens on the loopback; nothing takes that back (design decision 6).
+//
+// Statuses and texts are upstream's (cluster-agent.md 3.3); what is said beside them is in the
+// member `code` of an error. What one node is asked to do by others is in cluster-agent/node.
+package broker
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/limit"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/args"
+	"microk8s/internal/pki"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+	"microk8s/internal/tokenstore"
+)
+
+// Cluster is what the API server knows.
+type Cluster interface {
+	Nodes(ctx context.Context) ([]corev1.Node, error)
+	// APIServers gives the addresses of the API servers.
+	APIServers(ctx context.Context) ([]netip.Addr, error)
+	// CallbackKey gives the key of callback secrets, and makes it at the first call.
+	CallbackKey(ctx context.Context) ([]byte, error)
+}
+
+// Member is a datastore member.
+type Member struct {
+	ID      uint64 `json:"ID"`
+	Address string `json:"Address"`
+	Role    int    `json:"Role"` // 0 voter, 1 stand-by, 2 spare
+}
+
+// Restarter restarts services of this node.
+type Restarter interface {
+	Restart(ctx context.Context, names ...string) error
+}
+
+// Interface is one address of this host with its network.
+type Interface = netip.Prefix
+
+// Broker answers joining nodes. Set the fields before Register.
+type Broker struct {
+	Env      snapenv.Env
+	Tokens   *tokenstore.Store
+	Cluster  Cluster
+	Services Restarter
+	Limit    *limit.Limiter
+	Log      *slog.Logger
+	Version  string // of Kubernetes, such as v1.37.1
+	Maker    pki.Maker
+
+	// Interfaces lists this host's addresses; nil means the kernel's.
+	Interfaces func() ([]Interface, error)
+	// Resolve looks up a host name; nil means the system's resolver.
+	Resolve func(ctx context.Context, name string) ([]netip.Addr, error)
+	// Reach connects to a joining node's agent; nil means TCP.
+	Reach func(ctx context.Context, address string) error
+	Now   func() time.Time
+
+	moving sync.Mutex // the datastore's address
+}
+
+// Register adds the routes.
+func (b *Broker) Register(s *server.Server) {
+	if b.Interfaces == nil {
+		b.Interfaces = hostInterfaces
+	}
+	if b.Resolve == nil {
+		b.Resolve = resolve
+	}
+	if b.Reach == nil {
+		b.Reach = reach
+	}
+	if b.Now == nil {
+		b.Now = time.Now
+	}
+	if b.Limit == nil {
+		b.Limit = &limit.Limiter{}
+	}
+	for path, h := range map[string]http.HandlerFunc{
+		api.PathProof: b.proof, api.PathPreflight: b.preflight, api.PathJoin: b.join, api.PathSignCert: b.sign,
+		api.PathConfirm: b.confirm, api.PathRelease: b.release, api.PathRenew: b.renew,
+	} {
+		s.Handle(http.MethodPost, path, h)
+	}
+}
+
+// failure is an answer other than 200.
+type failure struct {
+	status int
+	code   api.Code
+	text   string
+}
+
+func (f *failure) Error() string { return f.text }
+
+func fail(status int, code api.Code, format string, a ...any) error {
+	return &failure{status, code, fmt.Sprintf(format, a...)}
+}
+
+// internal is a failure of our own, with upstream's words before its cause.
+func internal(what string, err error) error {
+	code := api.CodeInternal
+	if errors.Is(err, tokenstore.ErrUnavailable) {
+		code = api.CodeUnavailable
+	}
+	return fail(http.StatusInternalServerError, code, "%s: %v", what, err)
+}
+
+// call is one request, with what the log says of it.
+type call struct {
+	b    *Broker
+	w    http.ResponseWriter
+	r    *http.Request
+	what string
+	from netip.Addr
+	attr []any // of the audit line
+}
+
+func (b *Broker) begin(w http.ResponseWriter, r *http.Request, what string) *call {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return &call{b: b, w: w, r: r, what: what, from: from.Addr().Unmap()}
+}
+
+// note adds to the audit line.
+func (c *call) note(attr ...any) { c.attr = append(c.attr, attr...) }
+
+// noteToken adds which token it was: its id, which tells nothing of it.
+func (c *call) noteToken(t token.Token) {
+	id, _ := t.Derive()
+	c.note("token", id.String())
+}
+
+// end writes the audit line and the answer.
+func (c *call) end(answer any, err error) {
+	line := append([]any{"call", c.what, "from", c.from.String()}, c.attr...)
+	if err == nil {
+		c.b.Log.Info("audit", append(line, "result", "ok")...)
+		server.WriteJSON(c.w, http.StatusOK, answer)
+		return
+	}
+	var f *failure
+	if !errors.As(err, &f) {
+		f = &failure{http.StatusInternalServerError, api.CodeInternal, err.Error()}
+	}
+	c.b.Log.Warn("audit", append(line, "result", "refused", "status", f.status, "code", string(f.code), "reason", f.text)...)
+	server.WriteFailure(c.w, f.status, f.code, f.text)
+}
+
+// busy refuses to look at a token while too many wrong ones of this source wait.
+func (c *call) busy() error {
+	if c.b.Limit.Busy(c.from) {
+		return fail(http.StatusTooManyRequests, api.CodeBusy, "too many wrong tokens came from %s just now; try again in a few seconds", c.from)
+	}
+	return nil
+}
+
+// tokenFailure turns what a store said into an answer. Wrong tokens are answered late.
+func (c *call) tokenFailure(err error) error {
+	codes := map[error]api.Code{
+		tokenstore.ErrUsed: api.CodeTokenUsed, tokenstore.ErrExpired: api.CodeTokenExpired, tokenstore.ErrRevoked: api.CodeTokenRevoked,
+		tokenstore.ErrHeld: api.CodeTokenHeld, tokenstore.ErrRole: api.CodeTokenRole, tokenstore.ErrName: api.CodeTokenName,
+		tokenstore.ErrSigned: api.CodeCertificate,
+	}
+	for reason, code := range codes {
+		if errors.Is(err, reason) {
+			return fail(http.StatusInternalServerError, code, "invalid token: %v", reason)
+		}
+	}
+	if errors.Is(err, tokenstore.ErrUnknown) {
+		c.b.Limit.Failed(c.r.Context(), c.from)
+		return fail(http.StatusInternalServerError, api.CodeToken, "invalid token")
+	}
+	var f *failure
+	if errors.As(err, &f) {
+		return f
+	}
+	return internal("Cannot check the token", err)
+}
+
+// token reads a token from a request.
+func (c *call) token(text string) (token.Token, error) {
+	if err := c.busy(); err != nil {
+		return token.Token{}, err
+	}
+	t, err := token.Parse(text)
+	if err != nil {
+		return token.Token{}, c.tokenFailure(tokenstore.ErrUnknown)
+	}
+	c.noteToken(t)
+	return t, nil
+}
+
+// proof shows that this node knows a generated token.
+func (b *Broker) proof(w http.ResponseWriter, r *http.Request) {
+	var req api.ProofRequest
+	if !server.ReadJSON(w, r, &req) {
+		return
+	}
+	c := b.begin(w, r, "proof")
+	answer, err := c.prove(req)
+	c.end(answer, err)
+}
+
+func (c *call) prove(req api.ProofRequest) (*api.ProofResponse, error) {
+	if err := c.busy(); err != nil {
+		return nil, err
+	}
+	id, err := token.ParseID(req.ID)
+	if err != nil || len(req.Nonce) != token.NonceSize {
+		return nil, fail(http.StatusBadRequest, api.CodeRequest, "a proof needs the id of a token and %d random bytes", token.NonceSize)
+	}
+	c.note("token", id.String())
+	exporter, err := token.Exporter(c.r.TLS)
+	if err != nil {
+		return nil, fail(http.StatusBadRequest, api.CodeNoProof, "%v", err)
+	}
+	key, err := c.b.Tokens.Key(c.r.Context(), id)
+	if err != nil {
+		return nil, c.tokenFailure(err)
+	}
+	return &api.ProofResponse{Proof: token.Proof(key, exporter, id, req.Nonce)}, nil
+}
+
+// confirm spends the token of a node that is in.
+func (b *Broker) confirm(w http.ResponseWriter, r *http.Request) {
+	b.finish(w, r, "confirm", func(c *call, t token.Token, name string) error {
+		hold, err := b.Tokens.Confirm(r.Context(), t, name)
+		if err != nil {
+			return c.tokenFailure(err)
+		}
+		c.note("worker", hold.Worker)
+		return b.clustered()
+	})
+}
+
+// release frees the token of a node that gave its join up.
+func (b *Broker) release(w http.ResponseWriter, r *http.Request) {
+	b.finish(w, r, "release", func(c *call, t token.Token, name string) error {
+		if err := b.Tokens.Release(r.Context(), t, name); err != nil {
+			return c.tokenFailure(err)
+		}
+		return nil
+	})
+}
+
+func (b *Broker) finish(w http.ResponseWriter, r *http.Request, what string, do func(*call, token.Token, string) error) {
+	var req api.ConfirmRequest
+	if !server.ReadJSON(w, r, &req) {
+		return
+	}
+	c := b.begin(w, r, what)
+	t, err := c.token(req.Token)
+	if err == nil {
+		err = checkName(req.Hostname)
+	}
+	if err == nil {
+		c.note("node", req.Hostname)
+		err = do(c, t, req.Hostname)
+	}
+	c.end(api.Result{Result: "ok"}, err)
+}
+
+// clustered notes that this node is not alone any more.
+func (b *Broker) clustered() error {
+	f, err := os.OpenFile(b.Env.Lock(snapenv.LockNoReissue), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return internal("Failed to create lock file to disable certificate reissuing", err)
+	}
+	return f.Close()
+}
+
+// argument reads one option of an argument file; "" where there is none.
+func (b *Broker) argument(file, flag string) string {
+	f, err := args.Load(b.Env.Args(file), args.GrammarFor(file))
+	if err != nil {
+		return ""
+	}
+	v, _ := f.Value(flag, b.Env.Lookup)
+	return v
+}
+
+// agentPort is the port of --bind, which all nodes of a cluster have in common.
+func (b *Broker) agentPort() string { return AgentPort(b.Env) }
+
+// AgentPort gives the port of --bind in args/cluster-agent, "25000" where it is not said.
+func AgentPort(env snapenv.Env) string {
+	f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent"))
+	if err == nil {
+		if v, ok := f.Value("bind", env.Lookup); ok {
+			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
+				return port
+			}
+		}
+	}
+	return fmt.Sprint(api.DefaultPort)
+}
+
+// external says that the datastore is an etcd of the user's.
+func (b *Broker) external() bool {
+	servers := b.argument("kube-apiserver", "etcd-servers")
+	return servers != "" && !strings.Contains(servers, "/var/kubernetes/backend/kine.sock:12379")
+}
+
+func fingerprint(pemText []byte) string {
+	cert, err := pki.ParseCert(pemText)
+	if err != nil {
+		return "unreadable"
+	}
+	sum := sha256.Sum256(cert.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+func hostInterfaces() ([]Interface, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil, err
+	}
+	var out []Interface
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			out = append(out, netip.PrefixFrom(p.Addr().Unmap(), p.Bits()))
+		}
+	}
+	return out, nil
+}
+
+func resolve(ctx context.Context, name string) ([]netip.Addr, error) {
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", name)
+	for i := range addrs {
+		addrs[i] = addrs[i].Unmap()
+	}
+	return addrs, err
+}
+
+// reachTimeout bounds one attempt to connect to a joining node.
+const reachTimeout = 2 * time.Second
+
+func reach(ctx context.Context, address string) error {
+	conn, err := (&net.Dialer{Timeout: reachTimeout}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}

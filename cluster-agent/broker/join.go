@@ -1,0 +1,513 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"sigs.k8s.io/yaml"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/atomicfile"
+	"microk8s/internal/defence"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+	"microk8s/internal/tokenstore"
+)
+
+// checkName refuses what cannot be a node's name. It gets into files, subjects and objects.
+func checkName(name string) error {
+	if !defence.On(defence.NodeName) {
+		return nil
+	}
+	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
+		return fail(http.StatusBadRequest, api.CodeRequest, "the hostname %q cannot be a node's name: %s", shorten(name), problems[0])
+	}
+	return nil
+}
+
+// shorten bounds what a stranger's text takes of an answer.
+func shorten(s string) string {
+	if len(s) > 64 {
+		return s[:64] + "…"
+	}
+	return s
+}
+
+// joining is a join request with what was found out about it.
+type joining struct {
+	req     api.JoinRequest
+	token   token.Token
+	joiner  tokenstore.Joiner
+	record  tokenstore.Record
+	address netip.Addr // of the joining node
+	local   netip.Addr // of this node, where the request came in
+	nodes   []corev1.Node
+	members []Member // nil with an external etcd
+}
+
+func (b *Broker) join(w http.ResponseWriter, r *http.Request) {
+	var req api.JoinRequest
+	if !server.ReadJSON(w, r, &req) {
+		return
+	}
+	c := b.begin(w, r, "join")
+	c.note("node", shorten(req.Hostname), "worker", bool(req.Worker), "ours", req.Product == api.Product)
+	answer, err := c.join(req)
+	c.end(answer, err)
+}
+
+func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
+	j, err := c.authenticate(req)
+	if err != nil {
+		return nil, err
+	}
+	if problems := c.problems(j); len(problems) > 0 {
+		return nil, problems[0]
+	}
+	answer, err := c.material(j)
+	if err != nil {
+		return nil, err
+	}
+	key, err := c.b.Cluster.CallbackKey(c.r.Context())
+	if err != nil {
+		return nil, internal("Could not retrieve self callback token", err)
+	}
+	answer.CallbackToken = token.Callback(key, req.Hostname)
+
+	// From here on there are changes.
+	ctx := c.r.Context()
+	if _, err := c.b.Tokens.Reserve(ctx, j.token, j.joiner); err != nil {
+		return nil, c.tokenFailure(err)
+	}
+	if !bool(req.Worker) && j.members != nil {
+		members, err := c.b.reachable(ctx, j.members, j.local, c.r.Host)
+		if err != nil {
+			if undo := c.b.Tokens.Release(context.WithoutCancel(ctx), j.token, req.Hostname); undo != nil {
+				c.b.Log.Warn("the token stays reserved for ten minutes", "err", undo)
+			}
+			return nil, err
+		}
+		for _, m := range members {
+			if m.Role == 0 {
+				answer.Voters = append(answer.Voters, m.Address)
+			}
+		}
+	}
+	c.note("address", j.address.String(), "ca", fingerprint([]byte(answer.CA)), "keys", !bool(req.Worker))
+	return answer, nil
+}
+
+// authenticate finds out who asks. Nothing about the cluster is told before.
+func (c *call) authenticate(req api.JoinRequest) (*joining, error) {
+	t, err := c.token(req.Token)
+	if err != nil {
+		return nil, err
+	}
+	j := &joining{req: req, token: t, address: c.from}
+	j.joiner = tokenstore.Joiner{Name: req.Hostname, Worker: bool(req.Worker), Ours: req.Product == api.Product}
+	if j.record, err = c.b.Tokens.Check(c.r.Context(), t, j.joiner); err != nil {
+		return nil, c.tokenFailure(err)
+	}
+	if err := checkName(req.Hostname); err != nil {
+		return nil, err
+	}
+	if local, ok := c.r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		if ap, err := netip.ParseAddrPort(local.String()); err == nil {
+			j.local = ap.Addr().Unmap().WithZone("")
+		}
+	}
+	return j, nil
+}
+
+// problems lists everything that speaks against a join, in upstream's order (cluster-agent.md
+// 3.3), the most telling first. It changes nothing.
+func (c *call) problems(j *joining) (out []error) {
+	ctx, b, req := c.r.Context(), c.b, j.req
+	add := func(err error) {
+		if err != nil {
+			out = append(out, err)
+		}
+	}
+	if b.Env.Locked(snapenv.LockWorker) {
+		return []error{fail(http.StatusNotImplemented, api.CodeWorkerNode, "This node is a worker of a cluster. Contact a control plane node")}
+	}
+	if !b.Env.Locked(snapenv.LockHA) {
+		add(fail(http.StatusNotImplemented, api.CodeNotHA, "Not possible to join. This is not an HA MicroK8s cluster"))
+	}
+	if port := b.agentPort(); req.Port != port {
+		add(fail(http.StatusBadGateway, api.CodePort, "The port of the cluster agent port has to be set to %s", port))
+	}
+	add(b.addressProblem(j))
+	add(b.hostnameProblem(ctx, j))
+	if !req.Worker {
+		add(b.clientProblem(req))
+	}
+	var err error
+	if !b.external() {
+		if j.members, err = b.Members(); err != nil {
+			add(internal("Failed to retrieve dqlite cluster nodes", err))
+		}
+		if hasAddress(j.members, j.address) && !j.record.Knows(req.Hostname) {
+			add(fail(http.StatusInternalServerError, api.CodeMember,
+				"Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address))
+		}
+	}
+	if j.nodes, err = b.Cluster.Nodes(ctx); err != nil {
+		add(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err))
+	}
+	add(j.nameProblem())
+	add(j.ownerProblem())
+	return out
+}
+
+// addressProblem settles under which address other nodes reach the joining one.
+func (b *Broker) addressProblem(j *joining) error {
+	if j.req.AdvertiseAddress != "" && j.joiner.Ours {
+		a, err := netip.ParseAddr(j.req.AdvertiseAddress)
+		if err != nil || a.Zone() != "" || !a.Unmap().IsGlobalUnicast() {
+			return fail(http.StatusBadRequest, api.CodeRequest, "the advertised address %q is not one that other nodes can reach", shorten(j.req.AdvertiseAddress))
+		}
+		j.address = a.Unmap()
+	}
+	j.joiner.Address = j.address.String()
+	own, _ := b.Interfaces() // where they cannot be listed, the address of the connection is compared
+	same := j.address == j.local
+	for _, p := range own {
+		same = same || p.Addr() == j.address
+	}
+	if same || j.address.IsLoopback() {
+		return fail(http.StatusServiceUnavailable, api.CodeSameAddress, "The joining node has the same IP (%s) as the node we contact", j.address)
+	}
+	return nil
+}
+
+// hostnameProblem is upstream's check, which our default address types make unnecessary.
+func (b *Broker) hostnameProblem(ctx context.Context, j *joining) error {
+	for _, kind := range strings.Split(b.argument("kube-apiserver", "kubelet-preferred-address-types"), ",") {
+		if kind == "InternalIP" {
+			return nil
+		}
+		if kind == "Hostname" {
+			break
+		}
+	}
+	addrs, err := b.Resolve(ctx, j.req.Hostname)
+	if err != nil || !slices.Contains(addrs, j.address) {
+		return fail(http.StatusBadRequest, api.CodeHostname, "The hostname (%s) of the joining node does not resolve to the IP %q. Refusing join", j.req.Hostname, j.address)
+	}
+	return nil
+}
+
+// clientProblem is about what a control-plane node must be able to do.
+func (b *Broker) clientProblem(req api.JoinRequest) error {
+	yes := func(p *bool) bool { return p != nil && *p }
+	if b.external() {
+		if !yes(req.CanHandleCustomEtcd) {
+			return fail(http.StatusInternalServerError, api.CodeOldClient,
+				"This MicroK8s cluster uses a custom etcd endpoint. update MicroK8s to version 1.28 or newer and retry the join operation")
+		}
+	} else if req.DatastoreProtocol != api.DatastoreProtocol && defence.On(defence.Datastore) {
+		return fail(http.StatusNotImplemented, api.CodeDatastore,
+			"This cluster's datastore is not one that the joining node's can be a member of: it speaks %q, and %q was offered. Upstream's MicroK8s can join it with --worker only",
+			api.DatastoreProtocol, shorten(req.DatastoreProtocol))
+	}
+	if !yes(req.CanHandleX509Auth) {
+		return fail(http.StatusInternalServerError, api.CodeOldClient,
+			"Joining this MicroK8s cluster requires x509 authentication. update MicroK8s to version 1.28 or newer and retry the join operation")
+	}
+	return nil
+}
+
+// nameProblem keeps a name for the machine that has it. A token that is bound to the name is
+// its owner's word, once the old machine is silent.
+func (j *joining) nameProblem() error {
+	if !defence.On(defence.NameTaken) || j.record.Knows(j.req.Hostname) {
+		return nil
+	}
+	for _, n := range j.nodes {
+		if n.Name != j.req.Hostname {
+			continue
+		}
+		if !ready(n) && j.record.Name == n.Name {
+			return nil
+		}
+		how := fmt.Sprintf("remove it with: microk8s remove-node %s, or make a token for it with: microk8s add-node --name %s", n.Name, n.Name)
+		if ready(n) {
+			how = "give the joining machine another host name"
+		}
+		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already. If this is another machine, or the same one installed anew, %s", n.Name, how)
+	}
+	return nil
+}
+
+// ownerProblem refuses an address that another node has.
+func (j *joining) ownerProblem() error {
+	if !defence.On(defence.Advertised) {
+		return nil
+	}
+	for _, n := range j.nodes {
+		if n.Name != j.req.Hostname && slices.Contains(addresses(n), j.address) {
+			return fail(http.StatusBadRequest, api.CodeMember, "The address %s is that of the node %s", j.address, n.Name)
+		}
+	}
+	return nil
+}
+
+func ready(n corev1.Node) bool {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// addresses are those of a node, its names left out.
+func addresses(n corev1.Node) (out []netip.Addr) {
+	for _, a := range n.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil {
+			out = append(out, ip.Unmap())
+		}
+	}
+	return out
+}
+
+// material reads what a joining node is given.
+func (c *call) material(j *joining) (*api.JoinResponse, error) {
+	b := c.b
+	read := func(what, path string) (string, error) {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return "", internal(what, err)
+		}
+		return string(data), nil
+	}
+	ca, err := read("Failed reading cluster CA", b.Env.Cert("ca.crt"))
+	if err != nil {
+		return nil, err
+	}
+	kubelet, err := read("Failed to read arguments of kubelet service", b.Env.Args("kubelet"))
+	if err != nil {
+		return nil, err
+	}
+	answer := &api.JoinResponse{
+		CA: ca, KubeletArgs: kubelet, HostnameOverride: j.address.String(),
+		APIPort:           b.argument("kube-apiserver", "secure-port"),
+		AuthorizationMode: b.argument("kube-apiserver", "authorization-mode"),
+		ClusterCIDR:       b.argument("kube-proxy", "cluster-cidr"),
+		ServiceCIDR:       b.argument("kube-apiserver", "service-cluster-ip-range"),
+		Product:           api.Product,
+	}
+	if _, err := os.Stat(b.Env.CNIManifest()); err == nil {
+		answer.CNI = true
+	}
+	servers, err := b.controlPlane(c.r.Context(), j)
+	if err != nil {
+		return nil, internal("Failed to retrieve list of control plane nodes", err)
+	}
+	for _, a := range servers {
+		answer.APIServers = append(answer.APIServers, net.JoinHostPort(a.String(), answer.APIPort))
+	}
+	if j.req.Worker {
+		for _, a := range servers {
+			answer.ControlPlaneNodes = append(answer.ControlPlaneNodes, a.String())
+		}
+		return answer, nil
+	}
+
+	caKey, err := read("Failed to retrieve cluster CA key", b.Env.Cert("ca.key"))
+	if err != nil {
+		return nil, err
+	}
+	answer.CAKey = &caKey
+	if answer.ServiceAccountKey, err = read("Failed to retrieve service account key", b.Env.Cert("serviceaccount.key")); err != nil {
+		return nil, err
+	}
+	if b.external() {
+		answer.EtcdServers = b.argument("kube-apiserver", "etcd-servers")
+		for flag, to := range map[string]*string{"etcd-cafile": &answer.EtcdCA, "etcd-certfile": &answer.EtcdCert, "etcd-keyfile": &answer.EtcdKey} {
+			if path := b.argument("kube-apiserver", flag); path != "" {
+				if *to, err = read("Failed to read etcd certificates", path); err != nil {
+					return nil, err
+				}
+			}
+		}
+		return answer, nil
+	}
+	if answer.ClusterCert, err = read("Failed to retrieve dqlite cluster certificate", b.backend("cluster.crt")); err != nil {
+		return nil, err
+	}
+	answer.ClusterKey, err = read("Failed to retrieve dqlite cluster key", b.backend("cluster.key"))
+	return answer, err
+}
+
+// controlPlane lists the addresses of the control-plane nodes, this one first. Datastore
+// members are control-plane nodes; with an external etcd the API servers say who they are.
+// Labels do not count: a kubelet may give them to itself.
+func (b *Broker) controlPlane(ctx context.Context, j *joining) ([]netip.Addr, error) {
+	var out []netip.Addr
+	add := func(a netip.Addr) {
+		if a = a.Unmap(); a.IsGlobalUnicast() && !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	if own, err := b.ownAddress(j.local, ""); err == nil {
+		add(own)
+	}
+	if b.external() {
+		servers, err := b.Cluster.APIServers(ctx)
+		for _, a := range servers {
+			add(a)
+		}
+		return out, err
+	}
+	members, err := b.Members()
+	for _, m := range members {
+		if ap, err := netip.ParseAddrPort(m.Address); err == nil && ap.Addr().Unmap() != j.address {
+			add(ap.Addr())
+		}
+	}
+	return out, err
+}
+
+func (b *Broker) backend(name string) string { return b.Env.Backend() + "/" + name }
+
+// Members reads the datastore's members from the file that its daemon keeps.
+func (b *Broker) Members() ([]Member, error) {
+	data, err := os.ReadFile(b.backend("cluster.yaml"))
+	if err != nil {
+		return nil, err
+	}
+	var members []Member
+	if err := yaml.Unmarshal(data, &members); err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", b.backend("cluster.yaml"), err)
+	}
+	if len(members) == 0 {
+		return nil, fmt.Errorf("%s lists no member", b.backend("cluster.yaml"))
+	}
+	return members, nil
+}
+
+func hasAddress(members []Member, a netip.Addr) bool {
+	return slices.ContainsFunc(members, func(m Member) bool {
+		ap, err := netip.ParseAddrPort(m.Address)
+		return err == nil && ap.Addr().Unmap() == a
+	})
+}
+
+// moveTimeout bounds the restart of the datastore on its new address.
+const moveTimeout = 60 * time.Second
+
+// reachable makes the datastore listen where other nodes reach it, and gives its members. A
+// single member that was never joined listens on the loopback.
+func (b *Broker) reachable(ctx context.Context, members []Member, local netip.Addr, host string) ([]Member, error) {
+	b.moving.Lock() // one join moves it, the others wait and find it moved
+	defer b.moving.Unlock()
+	if now, err := b.Members(); err == nil {
+		members = now
+	}
+	if len(members) != 1 || !onLoopback(members[0]) {
+		return members, nil
+	}
+	to, err := b.ownAddress(local, host)
+	if err != nil {
+		return nil, err
+	}
+	_, port, err := net.SplitHostPort(members[0].Address)
+	if err != nil {
+		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
+	}
+	address := net.JoinHostPort(to.String(), port)
+	text, err := yaml.Marshal(map[string]string{"Address": address})
+	if err != nil {
+		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
+	}
+	if err := atomicfile.Write(b.backend("update.yaml"), text, 0o600, nil); err != nil {
+		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
+	}
+	b.Log.Info("the datastore moves to an address that other nodes reach", "from", members[0].Address, "to", address)
+	ctx, cancel := context.WithTimeout(ctx, moveTimeout)
+	defer cancel()
+	if err := b.Services.Restart(ctx, "k8s-dqlite"); err != nil {
+		return nil, internal("Failed to retrieve dqlite cluster nodes: cannot restart the datastore", err)
+	}
+	return b.moved(ctx)
+}
+
+// moved waits until the datastore's file says that it moved and the datastore answers there.
+func (b *Broker) moved(ctx context.Context) ([]Member, error) {
+	for tick := time.NewTicker(50 * time.Millisecond); ; {
+		members, err := b.Members()
+		if err == nil && !onLoopback(members[0]) && b.Reach(ctx, members[0].Address) == nil {
+			return members, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, internal("Failed to retrieve dqlite cluster nodes",
+				errors.New("failed waiting for dqlite cluster to come up: timed out waiting for cluster condition: context deadline exceeded"))
+		case <-tick.C:
+		}
+	}
+}
+
+func onLoopback(m Member) bool {
+	ap, err := netip.ParseAddrPort(m.Address)
+	return err == nil && ap.Addr().IsLoopback()
+}
+
+// ownAddress gives the address of this host for the datastore: the one where the request came
+// in. A virtual one (with a full-length mask) gives way to one of the interface's network.
+// The Host header, which the client chooses, counts only where the connection came over the
+// loopback, and then names one of this host's own addresses.
+func (b *Broker) ownAddress(local netip.Addr, host string) (netip.Addr, error) {
+	own, err := b.Interfaces()
+	if err != nil {
+		return netip.Addr{}, internal("Failed to retrieve dqlite cluster nodes", err)
+	}
+	candidate := local
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		if a, err := netip.ParseAddr(h); err == nil && (!local.IsGlobalUnicast() || !defence.On(defence.HostHeader)) {
+			candidate = a.Unmap()
+		}
+	}
+	refuse := func(a netip.Addr) error {
+		return fail(http.StatusInternalServerError, api.CodeAddress,
+			"Failed to retrieve dqlite cluster nodes: failed to find matching dqlite bind address for %s: address %s was not found in any host interface. refuse to update dqlite bind address to %s as it would break the cluster",
+			shorten(host), a, a)
+	}
+	if !defence.On(defence.HostHeader) {
+		return candidate, nil
+	}
+	if !candidate.IsGlobalUnicast() {
+		return netip.Addr{}, refuse(candidate)
+	}
+	var virtual bool
+	for _, p := range own {
+		if p.Addr() == candidate {
+			if p.Bits() < p.Addr().BitLen() {
+				return candidate, nil
+			}
+			virtual = true
+		}
+	}
+	if !virtual {
+		return netip.Addr{}, refuse(candidate)
+	}
+	for _, p := range own {
+		if p.Bits() < p.Addr().BitLen() && p.Masked().Contains(candidate) {
+			return p.Addr(), nil
+		}
+	}
+	return candidate, nil
+}

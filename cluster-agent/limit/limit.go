@@ -1,0 +1,147 @@
+// Package limit slows down who guesses. A wrong token is answered late, later each time, and
+// only so many answers of one source wait at once; what is right is answered at once. Tokens
+// themselves are never locked: a stranger must not be able to use up somebody else's.
+package limit
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+	"time"
+
+	"microk8s/internal/defence"
+)
+
+// Defaults of a Limiter.
+const (
+	First   = 100 * time.Millisecond // the first wrong answer is this late, each further one twice as much
+	Longest = 5 * time.Second        // up to this
+	Forget  = time.Minute            // a source that was quiet for this long starts over
+	Waiting = 16                     // answers of one source that may be late at the same time
+	sources = 4096                   // that are remembered
+)
+
+// Limiter counts failures by source. Its zero value is ready to use.
+type Limiter struct {
+	First, Longest, Forget time.Duration // zero means the default
+	Now                    func() time.Time
+	// Sleep waits; nil means for real. Tests count.
+	Sleep func(ctx context.Context, d time.Duration)
+
+	mu      sync.Mutex
+	sources map[netip.Addr]*source
+}
+
+type source struct {
+	failures int
+	last     time.Time
+	waiting  int
+}
+
+func or(d, def time.Duration) time.Duration {
+	if d == 0 {
+		return def
+	}
+	return d
+}
+
+func (l *Limiter) now() time.Time {
+	if l.Now != nil {
+		return l.Now()
+	}
+	return time.Now()
+}
+
+// key makes one source of what one person can have many of: a /64 of IPv6.
+func key(a netip.Addr) netip.Addr {
+	a = a.Unmap().WithZone("")
+	if a.Is6() {
+		if p, err := a.Prefix(64); err == nil {
+			return p.Addr()
+		}
+	}
+	return a
+}
+
+// Busy says that so many wrong answers to this source are waiting that no more are looked at.
+func (l *Limiter) Busy(from netip.Addr) bool {
+	if !defence.On(defence.Delay) {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.sources[key(from)]
+	return s != nil && s.waiting >= Waiting
+}
+
+// Failed notes a wrong token and waits before its sender is told.
+func (l *Limiter) Failed(ctx context.Context, from netip.Addr) {
+	if !defence.On(defence.Delay) {
+		return
+	}
+	s, wait := l.note(key(from))
+	defer func() {
+		l.mu.Lock()
+		s.waiting--
+		l.mu.Unlock()
+	}()
+	if l.Sleep != nil {
+		l.Sleep(ctx, wait)
+		return
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
+}
+
+func (l *Limiter) note(from netip.Addr) (*source, time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.now()
+	if l.sources == nil {
+		l.sources = map[netip.Addr]*source{}
+	}
+	s := l.sources[from]
+	if s == nil {
+		l.makeRoom(now)
+		s = &source{}
+		l.sources[from] = s
+	}
+	if now.Sub(s.last) > or(l.Forget, Forget) {
+		s.failures = 0
+	}
+	s.failures++
+	s.waiting++
+	s.last = now
+	longest := or(l.Longest, Longest)
+	wait := or(l.First, First)
+	for range s.failures - 1 {
+		if wait *= 2; wait >= longest {
+			return s, longest
+		}
+	}
+	return s, wait
+}
+
+// makeRoom forgets quiet sources, and where there are none the one that was quiet longest.
+func (l *Limiter) makeRoom(now time.Time) {
+	if len(l.sources) < sources {
+		return
+	}
+	var oldest netip.Addr
+	for a, s := range l.sources {
+		if s.waiting == 0 && now.Sub(s.last) > or(l.Forget, Forget) {
+			delete(l.sources, a)
+			continue
+		}
+		if !oldest.IsValid() || s.last.Before(l.sources[oldest].last) {
+			oldest = a
+		}
+	}
+	if len(l.sources) >= sources {
+		delete(l.sources, oldest)
+	}
+}

@@ -1,0 +1,398 @@
+// Package node is what one node does when others of its cluster ask it: change arguments,
+// restart services, switch addons, import an image, and, for providers of the Cluster API,
+// remove a datastore member. Who asks must show this node's callback secret.
+//
+// The wire is upstream's (cluster-agent.md 1.5.3, 1.5.6, 1.5.7). Every name that reaches a
+// file or a program is one of a list, and values are single lines without shell syntax.
+package node
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/limit"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/args"
+	"microk8s/internal/defence"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// Restarter restarts services of this node.
+type Restarter interface {
+	Restart(ctx context.Context, names ...string) error
+}
+
+// Node answers the calls. Set the fields before Register.
+type Node struct {
+	Env      snapenv.Env
+	Services Restarter
+	Limit    *limit.Limiter
+	Log      *slog.Logger
+
+	// Run runs a program of the product to its end, with stdin if it is not nil. Its error
+	// says what the program printed.
+	Run func(ctx context.Context, stdin io.Reader, argv ...string) error
+
+	editing sync.Mutex // argument files
+	later   sync.WaitGroup
+}
+
+// Register adds the routes. The last one is for control-plane nodes only.
+func (n *Node) Register(s *server.Server, controlPlane bool) {
+	if n.Limit == nil {
+		n.Limit = &limit.Limiter{}
+	}
+	s.Handle(http.MethodPost, api.PathConfigure, http.HandlerFunc(n.configure))
+	s.HandleStream(http.MethodPost, api.PathImageImport, http.HandlerFunc(n.importImage))
+	if controlPlane {
+		s.HandleAny(api.PathDqliteRemove, http.HandlerFunc(n.dqliteRemove))
+	}
+}
+
+// Wait returns when everything that answers have set off is done.
+func (n *Node) Wait() { n.later.Wait() }
+
+func source(r *http.Request) netip.Addr {
+	from, _ := netip.ParseAddrPort(r.RemoteAddr)
+	return from.Addr().Unmap()
+}
+
+func (n *Node) audit(r *http.Request, call string, err error, attr ...any) {
+	line := append([]any{"call", call, "from", source(r).String()}, attr...)
+	if err != nil {
+		n.Log.Warn("audit", append(line, "result", "refused", "reason", err.Error())...)
+		return
+	}
+	n.Log.Info("audit", append(line, "result", "ok")...)
+}
+
+// equal compares secrets in constant time, whatever their lengths.
+func equal(a, b string) bool {
+	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
+	return subtle.ConstantTimeCompare(x[:], y[:]) == 1
+}
+
+var errToken = errors.New("invalid token")
+
+// authorized checks a callback secret. Wrong ones are answered late.
+func (n *Node) authorized(r *http.Request, given string) error {
+	if n.Limit.Busy(source(r)) {
+		return errToken
+	}
+	want, err := callback.Load(n.Env)
+	if err != nil {
+		n.Log.Error("cannot read this node's callback secret", "err", err)
+	}
+	want, given = strings.TrimSpace(want), strings.TrimSpace(given)
+	good := equal(given, want) || !defence.On(defence.Callback)
+	if want == "" && defence.On(defence.CallbackEmpty) {
+		good = false
+	}
+	if good {
+		return nil
+	}
+	n.Limit.Failed(r.Context(), source(r))
+	return errToken
+}
+
+// argumentFiles are the files that configure may change.
+var argumentFiles = []string{
+	"kubelet", "kube-apiserver", "kube-proxy", "kube-scheduler", "kube-controller-manager",
+	"kubelite", "containerd", "k8s-dqlite", "cluster-agent", "apiserver-proxy",
+}
+
+func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
+	var req api.ConfigureRequest
+	if !server.ReadJSON(w, r, &req) {
+		return
+	}
+	if err := n.authorized(r, req.Callback); err != nil {
+		n.audit(r, "configure", err)
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeToken, err.Error())
+		return
+	}
+	self, err := n.apply(r.Context(), req)
+	var names []string
+	for _, s := range req.Services {
+		names = append(names, s.Name)
+	}
+	for _, a := range req.Addons {
+		names = append(names, a.Name)
+	}
+	n.audit(r, "configure", err, "names", names)
+	if err != nil {
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, err.Error())
+		return
+	}
+	server.WriteJSON(w, http.StatusOK, api.Result{Result: "ok"})
+	if self { // this process ends with it, so the answer goes first
+		n.later.Go(func() {
+			if err := n.Services.Restart(context.WithoutCancel(r.Context()), service.ClusterAgent); err != nil {
+				n.Log.Error("cannot restart the cluster agent", "err", err)
+			}
+		})
+	}
+}
+
+// apply does what is asked, in order; self says that this agent must be restarted then.
+func (n *Node) apply(ctx context.Context, req api.ConfigureRequest) (self bool, err error) {
+	// Everything is looked at before anything is done.
+	for _, s := range req.Services {
+		if err := checkService(s); err != nil {
+			return false, fmt.Errorf("Failed to update arguments of service %q: %w", shorten(s.Name), err) //nolint:staticcheck // as upstream's agent says it
+		}
+	}
+	for _, a := range req.Addons {
+		if !addonName.MatchString(a.Name) && defence.On(defence.Addons) {
+			return false, fmt.Errorf("Failed to enable addon %q: it is not the name of an addon", shorten(a.Name)) //nolint:staticcheck // as upstream's agent says it
+		}
+	}
+	for _, s := range req.Services {
+		if err := n.update(s); err != nil {
+			return self, fmt.Errorf("Failed to update arguments of service %q: %w", s.Name, err) //nolint:staticcheck // as upstream's agent says it
+		}
+		if !s.Restart {
+			continue
+		}
+		name, err := service.Resolve(s.Name)
+		if err == nil && name == service.ClusterAgent {
+			self = true
+			continue
+		}
+		if err == nil {
+			err = n.Services.Restart(ctx, name)
+		}
+		if err != nil {
+			return self, fmt.Errorf("Failed to restart service %q: %w", s.Name, err) //nolint:staticcheck // as upstream's agent says it
+		}
+	}
+	for _, a := range req.Addons {
+		verb := ""
+		switch {
+		case bool(a.Enable):
+			verb = "enable"
+		case bool(a.Disable):
+			verb = "disable"
+		default:
+			continue
+		}
+		if err := n.Run(ctx, nil, n.Env.Bin("microk8s"), verb, a.Name); err != nil {
+			return self, fmt.Errorf("Failed to %s addon %q: %w", verb, a.Name, err) //nolint:staticcheck // as upstream's agent says it
+		}
+	}
+	return self, nil
+}
+
+var (
+	addonName = regexp.MustCompile(`^([a-z0-9][a-z0-9-]{0,62}/)?[a-z0-9][a-z0-9.-]{0,62}$`)
+	flagName  = regexp.MustCompile(`^-{0,2}[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$`)
+)
+
+func shorten(s string) string {
+	if len(s) > 64 {
+		return s[:64] + "…"
+	}
+	return s
+}
+
+func checkService(s api.ConfigureService) error {
+	changes := len(s.Update)+len(s.Remove) > 0
+	if changes && !slices.Contains(argumentFiles, s.Name) && defence.On(defence.Services) {
+		return errors.New("it is not one of the product's argument files")
+	}
+	if _, err := service.Resolve(s.Name); bool(s.Restart) && err != nil && defence.On(defence.Services) {
+		return err
+	}
+	if !defence.On(defence.ArgumentValues) {
+		return nil
+	}
+	for _, m := range s.Update {
+		for key, value := range m {
+			if err := CheckArgument(key, value); err != nil {
+				return err
+			}
+		}
+	}
+	for _, key := range s.Remove {
+		if err := CheckArgument(key, ""); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CheckArgument refuses what cannot be one option of an argument file, or would be more than
+// one, or would be run by the shell of an upstream node.
+func CheckArgument(key, value string) error {
+	if !flagName.MatchString(key) {
+		return fmt.Errorf("%q is not the name of an option", shorten(key))
+	}
+	if strings.ContainsAny(value, "\n\r\x00`") || strings.Contains(value, "$(") || len(value) > 16<<10 {
+		return fmt.Errorf("the value of %s is not one line, or holds a command for a shell", key)
+	}
+	return nil
+}
+
+// update changes one argument file; without changes it is not touched.
+func (n *Node) update(s api.ConfigureService) error {
+	if len(s.Update)+len(s.Remove) == 0 {
+		return nil
+	}
+	n.editing.Lock()
+	defer n.editing.Unlock()
+	return Update(n.Env, s.Name, s.Update, s.Remove)
+}
+
+// Update changes options of one argument file: first the ones to remove, then the new values,
+// so that an option in both is set. A missing file counts as empty.
+func Update(env snapenv.Env, name string, update []map[string]string, remove []string) error {
+	path, grammar := env.Args(name), args.GrammarFor(name)
+	f, err := args.Load(path, grammar)
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = args.Parse(nil, grammar)
+	}
+	if err != nil {
+		return err
+	}
+	for _, key := range remove {
+		f.Unset(strings.TrimLeft(key, "-"))
+	}
+	merged := map[string]string{}
+	for _, m := range update {
+		for key, value := range m {
+			merged[strings.TrimLeft(key, "-")] = value
+		}
+	}
+	keys := make([]string, 0, len(merged))
+	for key := range merged {
+		keys = append(keys, key)
+	}
+	slices.Sort(keys)
+	for _, key := range keys {
+		if err := f.Set(key, merged[key]); err != nil {
+			if defence.On(defence.ArgumentValues) {
+				return err
+			}
+			// The attack suite shows what the editor and the check before it are for.
+			raw := append(f.Bytes(), []byte("--"+key+"="+merged[key]+"\n")...)
+			return os.WriteFile(path, raw, 0o600)
+		}
+	}
+	return f.Save(path)
+}
+
+// importTimeout bounds the import of one image. Who goes away ends it with the body.
+const importTimeout = time.Hour
+
+// importImage hands the body to containerd. The secret is checked before any of it is read.
+func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
+	if err := n.authorized(r, r.Header.Get(api.HeaderCallback)); err != nil {
+		n.audit(r, "image-import", err)
+		w.Header().Set("Connection", "close")
+		server.WriteFailure(w, http.StatusUnauthorized, api.CodeToken, err.Error())
+		return
+	}
+	// Images are large and links slow: the limits of a call do not hold for the body.
+	control := http.NewResponseController(w)
+	body := &steady{body: r.Body, control: control}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), importTimeout)
+	defer cancel()
+	err := n.Run(ctx, body, n.Env.Bin("ctr"), "--namespace", "k8s.io", "--address", n.Env.ContainerdSocket(),
+		"image", "import", "--platform", platform(), "-")
+	n.audit(r, "image-import", err, "bytes", body.bytes)
+	if err != nil {
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, fmt.Sprintf("Failed to import the image: %v", err))
+		return
+	}
+	server.WriteJSON(w, http.StatusOK, map[string]string{"status": "OK"})
+}
+
+// capiToken is where a Cluster API provider leaves its token.
+const capiToken = "capi/etc/token"
+
+func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost {
+		w.WriteHeader(http.StatusMethodNotAllowed)
+		return
+	}
+	const prefix = "Failed to remove from dqlite: "
+	answer := func(status int, code api.Code, err error, attr ...any) {
+		n.audit(r, "dqlite-remove", err, attr...)
+		server.WriteFailure(w, status, code, prefix+err.Error())
+	}
+	if n.Limit.Busy(source(r)) {
+		answer(http.StatusTooManyRequests, api.CodeBusy, errors.New("too many wrong tokens"))
+		return
+	}
+	want, err := os.ReadFile(n.Env.HostPath(capiToken))
+	if err != nil {
+		answer(http.StatusInternalServerError, api.CodeInternal, fmt.Errorf("failed to validate CAPI auth token: failed to read token file: %w", err))
+		return
+	}
+	given, token := strings.TrimSpace(r.Header.Get(api.HeaderCAPI)), strings.TrimSpace(string(want))
+	good := equal(given, token) || !defence.On(defence.CAPI)
+	if token == "" && defence.On(defence.CAPIEmpty) {
+		good = false
+	}
+	if !good {
+		n.Limit.Failed(r.Context(), source(r))
+		answer(http.StatusUnauthorized, api.CodeToken, errors.New("invalid CAPI auth token"))
+		return
+	}
+	var req api.RemoveRequest
+	if !server.ReadJSON(w, r, &req) {
+		n.audit(r, "dqlite-remove", errors.New("the request cannot be read"))
+		return
+	}
+	if err := checkEndpoint(req.Endpoint); err != nil {
+		answer(http.StatusBadRequest, api.CodeRequest, err)
+		return
+	}
+	backend := n.Env.Backend()
+	err = n.Run(r.Context(), nil, n.Env.Bin("dqlite"), "-s", "file://"+filepath.Join(backend, "cluster.yaml"),
+		"-c", filepath.Join(backend, "cluster.crt"), "-k", filepath.Join(backend, "cluster.key"), "-f", "json", "k8s", ".remove "+req.Endpoint)
+	if err != nil {
+		answer(http.StatusInternalServerError, api.CodeInternal, fmt.Errorf("failed to remove node from dqlite: %w", err), "endpoint", req.Endpoint)
+		return
+	}
+	n.audit(r, "dqlite-remove", nil, "endpoint", req.Endpoint)
+	server.WriteJSON(w, http.StatusOK, nil)
+}
+
+// checkEndpoint wants host:port, so that nothing else gets into a command of the dqlite program.
+func checkEndpoint(endpoint string) error {
+	if !defence.On(defence.Endpoint) {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(endpoint)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port", shorten(endpoint))
+	}
+	number, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || number == 0 || !hostName.MatchString(host) {
+		return fmt.Errorf("%q is not host:port", shorten(endpoint))
+	}
+	return nil
+}
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}$`)
