@@ -24,6 +24,7 @@ import (
 	"microk8s/internal/datastore/dqlitetool"
 	"microk8s/internal/datastore/engine"
 	"microk8s/internal/datastore/member"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/server"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -104,6 +105,13 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
+	serving, stopServing := context.WithCancel(context.Background())
+	defer stopServing()
+	waitMembers, err := peers.Serve(serving, c.StorageDir, log, m.Members)
+	if err != nil {
+		return err
+	}
+	defer waitMembers()
 	begin := time.Now()
 	l, err := m.OpenLog(ctx)
 	if err != nil {

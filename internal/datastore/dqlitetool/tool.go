@@ -21,6 +21,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"microk8s/internal/datastore/peers"
+
 	"github.com/canonical/go-dqlite/v3/client"
 	dqdriver "github.com/canonical/go-dqlite/v3/driver"
 	"github.com/spf13/cobra"
@@ -272,28 +274,7 @@ func (o *options) leader(ctx context.Context) (string, error) {
 }
 
 func (o *options) remove(ctx context.Context, address string) error {
-	c, err := o.findLeader(ctx)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	members, err := c.Cluster(ctx)
-	if err != nil {
-		return fmt.Errorf("cannot list the members: %w", err)
-	}
-	for _, m := range members {
-		if m.Address != address {
-			continue
-		}
-		if len(members) == 1 {
-			return fmt.Errorf("%s is the only member; removing it would leave no cluster", address)
-		}
-		if err := c.Remove(ctx, m.ID); err != nil {
-			return fmt.Errorf("cannot remove %s: %w", address, err)
-		}
-		return nil
-	}
-	return fmt.Errorf("no member has the address %q", address)
+	return peers.RemoveFrom(ctx, o.store, o.dial, address)
 }
 
 func (o *options) describe(ctx context.Context, address string) (string, error) {

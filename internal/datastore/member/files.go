@@ -1,8 +1,6 @@
 package member
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/peers"
 
 	"sigs.k8s.io/yaml"
 )
@@ -25,8 +24,6 @@ const (
 	infoFile          = "info.yaml"
 	clusterFile       = "cluster.yaml"
 	joinFile          = "join"
-	certFile          = "cluster.crt"
-	keyFile           = "cluster.key"
 	failureDomainFile = "failure-domain"
 	tuningFile        = "tuning.yaml"
 )
@@ -297,7 +294,7 @@ func (d directory) initialize(ini initConfig) error {
 	}
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case initFile, certFile, keyFile, failureDomainFile, tuningFile:
+		case initFile, peers.CertFile, peers.KeyFile, failureDomainFile, tuningFile:
 			continue
 		case infoFile, clusterFile:
 			if interrupted {
@@ -337,44 +334,4 @@ func (d directory) identify(n Node) error {
 		}
 	}
 	return nil
-}
-
-// keyPair loads the pair that all members share and gives the TLS configurations for
-// accepting and for dialling.
-func (d directory) keyPair(minVersion uint16, cache int) (listen, dial *tls.Config, err error) {
-	const next = "run: microk8s start (it makes a new pair on a node that has none), or copy the pair from another member of the cluster"
-	certPEM, err := os.ReadFile(d.file(certFile))
-	if err != nil {
-		return nil, nil, fmt.Errorf("cannot read the cluster's certificate: %w; %s", err, next)
-	}
-	keyPEM, err := os.ReadFile(d.file(keyFile))
-	if err != nil {
-		return nil, nil, fmt.Errorf("cannot read the cluster's key: %w; %s", err, next)
-	}
-	pair, err := tls.X509KeyPair(certPEM, keyPEM)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%s and %s are not a key pair: %w; copy both from another member or from a backup", d.file(certFile), d.file(keyFile), err)
-	}
-	cert, err := x509.ParseCertificate(pair.Certificate[0])
-	if err != nil {
-		return nil, nil, fmt.Errorf("cannot read %s: %w", d.file(certFile), err)
-	}
-	if len(cert.DNSNames) == 0 {
-		return nil, nil, fmt.Errorf("%s has no DNS name: members recognise each other by the first one; make a certificate with a DNS entry in subjectAltName", d.file(certFile))
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(certPEM) {
-		return nil, nil, fmt.Errorf("%s holds no certificate", d.file(certFile))
-	}
-	listen = &tls.Config{
-		MinVersion: minVersion, Certificates: []tls.Certificate{pair}, ClientCAs: pool,
-		ClientAuth: tls.RequireAndVerifyClientCert,
-	}
-	dial = &tls.Config{
-		MinVersion: minVersion, Certificates: []tls.Certificate{pair}, RootCAs: pool, ServerName: cert.DNSNames[0],
-	}
-	if cache > 0 {
-		dial.ClientSessionCache = tls.NewLRUClientSessionCache(cache)
-	}
-	return listen, dial, nil
 }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	dslog "microk8s/internal/datastore/log"
+	"microk8s/internal/datastore/peers"
 
 	dqlite "github.com/canonical/go-dqlite/v3"
 	"github.com/canonical/go-dqlite/v3/client"
@@ -86,7 +87,7 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 	// Before anything is changed: without the pair nothing can start.
-	listenTLS, dialTLS, err := d.keyPair(opt.MinTLSVersion, opt.TLSSessionCache)
+	listenTLS, dialTLS, err := peers.KeyPair(opt.Dir, opt.MinTLSVersion, opt.TLSSessionCache)
 	if err != nil && !opt.DisableTLS {
 		return nil, err
 	}
@@ -184,6 +185,14 @@ func (d directory) tuning() (Tuning, []string, error) {
 
 // Node is who this member is.
 func (m *Member) Node() Node { return m.node }
+
+// Members gives the members of the cluster as this node sees them.
+func (m *Member) Members() []peers.Member {
+	return []peers.Member{{
+		ID: m.node.ID, Address: m.node.Address, Role: peers.Role(m.node.Role),
+		Online: true, Leader: m.leads.Load(), Self: true, LastSeen: time.Now(),
+	}}
+}
 
 // HasLeader says whether this node knew of a leader when it was last asked, 100 ms ago at most.
 func (m *Member) HasLeader() bool { return m.leader.Load() }

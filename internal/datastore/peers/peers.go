@@ -1,0 +1,138 @@
+// Package peers is what a program beside the datastore asks it: who the members are, which of
+// them live, and that one be removed. It needs neither cgo nor the datastore's own code. What
+// the daemons tell each other is in package replica.
+package peers
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"microk8s/internal/snapenv"
+)
+
+// Role is what a member does, with dqlite's numbers.
+type Role int
+
+// The roles.
+const (
+	Voter   Role = 0 // holds the data and votes
+	StandBy Role = 1 // holds the data
+	Spare   Role = 2 // reaches the data through the leader
+)
+
+// String gives the role in upstream's words.
+func (r Role) String() string {
+	switch r {
+	case Voter:
+		return "voter"
+	case StandBy:
+		return "stand-by"
+	case Spare:
+		return "spare"
+	}
+	return strconv.Itoa(int(r))
+}
+
+// Member is a member of the cluster as one daemon sees it.
+type Member struct {
+	ID       uint64    `json:"id"`
+	Address  string    `json:"address"` // host:port
+	Role     Role      `json:"role"`
+	Online   bool      `json:"online"`   // it answered within the last 3 seconds
+	Leader   bool      `json:"leader"`   // it leads
+	Self     bool      `json:"self"`     // it is the daemon that was asked
+	LastSeen time.Time `json:"lastSeen"` // when it answered last; zero: not since that daemon's start
+}
+
+// socketName is the socket of a storage directory on which its daemon says who the members are.
+const socketName = "members.sock"
+
+// ErrNotRunning says that no daemon runs on the storage directory.
+var ErrNotRunning = errors.New("the datastore does not run")
+
+// maxAnswer is more than any list of members needs.
+const maxAnswer = 1 << 20
+
+// Members asks the daemon that runs on a storage directory for the members and who of them
+// lives. It answers from what it keeps, also when there is no leader. The error is
+// ErrNotRunning when there is no daemon. The caller must be root or in the group of the socket.
+func Members(ctx context.Context, dir string) ([]Member, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(dir, socketName))
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return nil, ErrNotRunning
+	case err != nil:
+		return nil, fmt.Errorf("cannot ask the datastore for its members: %w", err)
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var members []Member
+	if err := json.NewDecoder(io.LimitReader(conn, maxAnswer)).Decode(&members); err != nil {
+		return nil, fmt.Errorf("cannot read the datastore's answer: %w", errors.Join(ctx.Err(), err))
+	}
+	return members, nil
+}
+
+// Serve answers Members on a storage directory until ctx ends: each connection gets one JSON
+// document. The socket is for root and the group microk8s.
+func Serve(ctx context.Context, dir string, log *slog.Logger, members func() []Member) (wait func(), err error) {
+	path := filepath.Join(dir, socketName)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot remove the stale socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		l.Close()
+		return nil, err
+	}
+	if g, err := user.LookupGroup(snapenv.Group); err == nil && os.Geteuid() == 0 {
+		if gid, err := strconv.Atoi(g.Gid); err == nil {
+			err = os.Chown(path, -1, gid)
+			if err != nil {
+				log.Warn("cannot give the socket to its group", "socket", path, "error", err)
+			}
+		}
+	}
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer stop()
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				if errors.Is(err, net.ErrClosed) {
+					return
+				}
+				select {
+				case <-ctx.Done():
+					return
+				case <-time.After(100 * time.Millisecond): // out of file descriptors, most likely
+				}
+				continue
+			}
+			// The answer fits into the socket's buffer: nobody can hold this up.
+			_ = conn.SetDeadline(time.Now().Add(time.Second))
+			_ = json.NewEncoder(conn).Encode(members()) // who has gone does not want to know
+			conn.Close()
+		}
+	}()
+	return func() { l.Close(); <-done }, nil
+}
