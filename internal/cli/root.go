@@ -35,6 +35,7 @@ func (a *App) commands() []command {
 	perm := a.perm(a.Err)
 	addons := []gate{a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}
 	return []command{
+		{name: "add-node", usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
 		{name: "completion", usage: ExitUsage, build: a.newCompletion},
 		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},

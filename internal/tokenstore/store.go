@@ -153,8 +153,8 @@ func (s *Store) Revoke(ctx context.Context, prefix string) (out Record, err erro
 			}
 			return err
 		})
-		if err == nil {
-			return out, nil
+		if err == nil || errors.Is(err, ErrUnavailable) {
+			return out, err
 		}
 	}
 	return out, err

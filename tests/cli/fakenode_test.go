@@ -75,6 +75,10 @@ type node struct {
 	count   int
 	watched chan struct{} // closed when the nodes are watched
 	once    sync.Once
+
+	mu      sync.Mutex
+	secrets map[string]map[string]any // of kube-system, by name
+	version int
 }
 
 // listen serves HTTP/1 and unencrypted HTTP/2, as gRPC servers do, on a unix socket.
@@ -147,8 +151,47 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"Ready","status":%q,"message":%q}]}}`, i+1, status, message))
 		}
 		fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[%s]}`, strings.Join(items, ","))
+	case strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/kube-system/secrets"):
+		f.secret(w, r)
 	default:
 		w.WriteHeader(http.StatusNotFound)
 		fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"NotFound","code":404}`)
 	}
+}
+
+// secret keeps Secrets with resource versions, as far as the command line uses them.
+func (f *node) secret(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	refuse := func(code int, reason string) {
+		w.WriteHeader(code)
+		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":%q,"code":%d}`, reason, code)
+	}
+	name := strings.TrimPrefix(r.URL.Path, "/api/v1/namespaces/kube-system/secrets/")
+	if r.Method == http.MethodGet {
+		if f.secrets[name] == nil {
+			refuse(http.StatusNotFound, "NotFound")
+			return
+		}
+		_ = json.NewEncoder(w).Encode(f.secrets[name])
+		return
+	}
+	var in map[string]any
+	if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+		refuse(http.StatusBadRequest, "BadRequest")
+		return
+	}
+	meta := in["metadata"].(map[string]any)
+	name = meta["name"].(string)
+	if old := f.secrets[name]; old != nil && old["metadata"].(map[string]any)["resourceVersion"] != meta["resourceVersion"] {
+		refuse(http.StatusConflict, "Conflict")
+		return
+	}
+	f.version++
+	meta["resourceVersion"] = fmt.Sprint(f.version)
+	if f.secrets == nil {
+		f.secrets = map[string]map[string]any{}
+	}
+	f.secrets[name] = in
+	_ = json.NewEncoder(w).Encode(in)
 }

@@ -1,0 +1,363 @@
+package cli
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/validation"
+
+	"microk8s/internal/args"
+	"microk8s/internal/certs"
+	"microk8s/internal/kube"
+	"microk8s/internal/pki"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+	"microk8s/internal/tokenstore"
+)
+
+// tokenWait bounds how long add-node waits for the API server.
+const tokenWait = 20 * time.Second
+
+// noTTL is the default of --token-ttl: one use, whenever it is.
+const noTTL = -1
+
+// maxTTL, in seconds, is a hundred years; durations have an end.
+const maxTTL = 100 * 365 * 24 * 3600
+
+type addNodeFlags struct {
+	ttl          int
+	token        string
+	format       string
+	worker, list bool
+	name, revoke string
+}
+
+func (a *App) newAddNode() *cobra.Command {
+	f := addNodeFlags{}
+	cmd := &cobra.Command{
+		Use:   "add-node [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--worker] [--name NODE] [--format FORMAT]",
+		Short: "Make a token with which another machine joins this cluster, and print how",
+		Long: `Make a token with which another machine joins this cluster, and print what to type there.
+
+Without --token-ttl the token is good for one node, whenever it joins. With it, any number of
+nodes may join until it expires. It is used up when a join is done, not when one fails, and
+every control plane node knows it.
+
+A token that is made here proves to the joining machine that it talks to this cluster. One
+that you choose yourself cannot, so its lines end in a longer fingerprint of the certificate;
+that changes when the certificate is issued anew.
+
+    microk8s add-node --worker           only for machines without a control plane
+    microk8s add-node --name n2          only for the machine n2, also when it was installed anew
+    microk8s add-node --list             the tokens there are, without the secret part
+    microk8s add-node --revoke ID        take one back`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			switch {
+			case !slices.Contains([]string{"pretty", "short", "token", "token-check", "json", "yaml"}, f.format):
+				return &usageError{cmd, fmt.Errorf("invalid value of --format: %s (choose from pretty, short, token, token-check, json, yaml)", f.format)}
+			case f.list && f.revoke != "":
+				return &usageError{cmd, errors.New("--list and --revoke do not go together")}
+			case f.list:
+				return a.listTokens(cmd.Context(), f.format)
+			case cmd.Flags().Changed("revoke"):
+				return a.revokeToken(cmd.Context(), f.revoke)
+			}
+			return a.addNode(cmd.Context(), f)
+		},
+	}
+	set := cmd.Flags()
+	set.IntVarP(&f.ttl, "token-ttl", "l", noTTL, "seconds for which the token is good, for any number of nodes; -1: for one node, without an end")
+	set.StringVarP(&f.token, "token", "t", "", "use this token, of at least 32 characters, instead of a generated one")
+	set.StringVar(&f.format, "format", "pretty", "pretty, short, token, token-check, json or yaml")
+	set.BoolVar(&f.worker, "worker", false, "the token joins workers only")
+	set.StringVar(&f.name, "name", "", "the token joins the node of this name only")
+	set.BoolVar(&f.list, "list", false, "list the tokens instead")
+	set.StringVar(&f.revoke, "revoke", "", "revoke the token with this id instead")
+	return cmd
+}
+
+// tokens gives the cluster's tokens.
+func (a *App) tokens() *tokenstore.Store {
+	core := func() (*kube.Core, error) { return kube.FromFile(a.Env.AdminKubeconfig()) }
+	return tokenstore.Open(a.Env, core)
+}
+
+func explainTokens(err error) error {
+	if errors.Is(err, tokenstore.ErrUnavailable) {
+		return failf("see what is wrong with: microk8s status", "%w", err)
+	}
+	return err
+}
+
+func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
+	tok := token.New()
+	if f.token != "" {
+		given, err := token.Parse(f.token)
+		if errors.Is(err, token.ErrLength) {
+			fmt.Fprintln(a.Out, "Invalid token size.  It must be 32 characters long.")
+			return exitError(ExitError)
+		}
+		if err != nil {
+			return err
+		}
+		tok = given
+	}
+	if f.ttl != noTTL && (f.ttl <= 0 || f.ttl > maxTTL) {
+		return failf("give a number of seconds, or leave it out for a token that is good for one node", "cannot use --token-ttl %d", f.ttl)
+	}
+	if f.name != "" {
+		if problems := validation.IsDNS1123Subdomain(f.name); len(problems) > 0 {
+			return failf("give the host name of the joining machine, in lower case", "cannot use --name %s: %s", f.name, problems[0])
+		}
+	}
+	check, err := a.fingerprint(tok)
+	if err != nil {
+		return err
+	}
+	all, err := joinAddresses()
+	if err != nil {
+		return err
+	}
+	opts := tokenstore.Options{Worker: f.worker, Name: f.name, Uses: 1}
+	if f.ttl != noTTL {
+		opts.Uses, opts.TTL = tokenstore.Unlimited, time.Duration(f.ttl)*time.Second
+		if f.name != "" {
+			opts.Uses = 1
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, tokenWait)
+	defer cancel()
+	if _, err := a.tokens().Add(ctx, tok, opts); err != nil {
+		return explainTokens(err)
+	}
+	first := "none"
+	if addr := defaultAddress(); addr.IsValid() {
+		first = addr.String()
+	}
+	c := connection{token: tok.Reveal(), check: check, port: agentPort(a.Env), first: first, all: all, worker: f.worker, ha: a.Env.Locked(snapenv.LockHA)}
+	return c.print(a.Out, f.format)
+}
+
+// fingerprint gives the digits of the agent's certificate that go into a connection string:
+// 12 for a token that is proved, all 64 for others.
+func (a *App) fingerprint(tok token.Token) (string, error) {
+	data, err := os.ReadFile(a.Env.Cert("server.crt"))
+	if err != nil {
+		return "", failf("make it anew with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
+	}
+	cert, err := pki.ParseCert(data)
+	if err != nil {
+		return "", failf("make it anew with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
+	}
+	sum := sha256.Sum256(cert.Raw)
+	digits := hex.EncodeToString(sum[:])
+	if tok.Generated() {
+		return digits[:12], nil
+	}
+	return digits, nil
+}
+
+// agentPort is the port of --bind in args/cluster-agent, which joining nodes contact.
+func agentPort(env snapenv.Env) string {
+	if f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent")); err == nil {
+		if v, ok := f.Value("bind", env.Lookup); ok {
+			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
+				return port
+			}
+		}
+	}
+	return "25000"
+}
+
+// joinAddresses lists the addresses under which another machine may reach this one.
+func joinAddresses() ([]string, error) {
+	ips, err := certs.Addresses()
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, ip := range ips {
+		if !slices.Contains(out, ip.String()) {
+			out = append(out, ip.String())
+		}
+	}
+	if len(out) == 0 {
+		out = []string{"none"}
+	}
+	return out, nil
+}
+
+// connection is what add-node prints.
+type connection struct {
+	token, check, port string
+	first              string   // the default address
+	all                []string // addresses, the default one included
+	worker, ha         bool
+}
+
+func (c connection) url(address string) string {
+	if address != "none" {
+		address = net.JoinHostPort(address, c.port)
+	} else {
+		address += ":" + c.port
+	}
+	return address + "/" + c.token + "/" + c.check
+}
+
+func (c connection) command(address string) string {
+	cmd := "microk8s join " + c.url(address)
+	if c.worker {
+		cmd += " --worker"
+	}
+	return cmd
+}
+
+// print writes one of the forms of cli.md 2.5, to the letter.
+func (c connection) print(w io.Writer, format string) error {
+	var urls []string
+	for _, a := range c.all {
+		urls = append(urls, c.url(a))
+	}
+	switch format {
+	case "token":
+		fmt.Fprintln(w, c.token)
+	case "token-check":
+		fmt.Fprintln(w, c.token+"/"+c.check)
+	case "json":
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		return enc.Encode(struct {
+			Token string   `json:"token"`
+			URLs  []string `json:"urls"`
+		}{c.token + "/" + c.check, urls})
+	case "yaml":
+		fmt.Fprintf(w, "token: %s\nurls:\n", c.token+"/"+c.check)
+		for _, u := range urls {
+			if strings.HasPrefix(u, "[") {
+				u = "'" + u + "'"
+			}
+			fmt.Fprintf(w, "- %s\n", u)
+		}
+		fmt.Fprintln(w)
+	case "short":
+		fmt.Fprintln(w, c.command(c.first))
+		for _, a := range c.all {
+			if a != c.first {
+				fmt.Fprintln(w, c.command(a))
+			}
+		}
+	default:
+		fmt.Fprintln(w, "From the node you wish to join to this cluster, run the following:")
+		fmt.Fprintln(w, c.command(c.first))
+		fmt.Fprintln(w)
+		if c.ha && !c.worker {
+			fmt.Fprintln(w, "Use the '--worker' flag to join a node as a worker not running the control plane, eg:")
+			fmt.Fprintln(w, c.command(c.first)+" --worker")
+			fmt.Fprintln(w)
+		}
+		fmt.Fprintln(w, "If the node you are adding is not reachable through the default interface you can use one of the following:")
+		for _, a := range c.all {
+			fmt.Fprintln(w, c.command(a))
+		}
+	}
+	return nil
+}
+
+// listedToken is one token of --list --format json.
+type listedToken struct {
+	ID      string   `json:"id"`
+	Role    string   `json:"role"`
+	Node    string   `json:"node,omitempty"`
+	Uses    string   `json:"uses"`
+	Expires string   `json:"expires,omitempty"`
+	State   string   `json:"state"`
+	Nodes   []string `json:"nodes,omitempty"` // that joined with it
+}
+
+func listed(r tokenstore.Record, now time.Time) listedToken {
+	l := listedToken{ID: r.ID.String(), Role: "any", Node: r.Name, Uses: fmt.Sprint(r.Uses), State: "valid", Nodes: r.SpentBy}
+	if r.Worker {
+		l.Role = "worker"
+	}
+	if r.Uses == tokenstore.Unlimited {
+		l.Uses = "unlimited"
+	}
+	if !r.Expires.IsZero() {
+		l.Expires = r.Expires.UTC().Format(time.RFC3339)
+	}
+	for _, h := range r.Holds {
+		if now.Before(h.Until) {
+			l.State = "joining " + h.Name
+		}
+	}
+	switch err := r.Over(now); {
+	case errors.Is(err, tokenstore.ErrRevoked):
+		l.State = "revoked"
+	case errors.Is(err, tokenstore.ErrExpired):
+		l.State = "expired"
+	case errors.Is(err, tokenstore.ErrUsed):
+		l.State = "used"
+		if len(r.SpentBy) > 0 {
+			l.State = "used by " + strings.Join(r.SpentBy, ",")
+		}
+	}
+	return l
+}
+
+func (a *App) listTokens(ctx context.Context, format string) error {
+	ctx, cancel := context.WithTimeout(ctx, tokenWait)
+	defer cancel()
+	records, err := a.tokens().List(ctx)
+	if err != nil {
+		return explainTokens(err)
+	}
+	all := []listedToken{}
+	for _, r := range records {
+		all = append(all, listed(r, a.Now()))
+	}
+	if format == "json" {
+		enc := json.NewEncoder(a.Out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(all)
+	}
+	if len(all) == 0 {
+		fmt.Fprintln(a.Err, "There are no tokens. Make one with: microk8s add-node")
+		return nil
+	}
+	w := tabwriter.NewWriter(a.Out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tROLE\tNODE\tUSES\tEXPIRES\tSTATE")
+	dash := func(s string) string {
+		if s == "" {
+			return "-"
+		}
+		return s
+	}
+	for _, l := range all {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", l.ID, l.Role, dash(l.Node), l.Uses, dash(l.Expires), l.State)
+	}
+	return w.Flush()
+}
+
+func (a *App) revokeToken(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, tokenWait)
+	defer cancel()
+	r, err := a.tokens().Revoke(ctx, id)
+	if err != nil {
+		return explainTokens(err)
+	}
+	fmt.Fprintf(a.Err, "Token %s is revoked.\n", r.ID)
+	return nil
+}
