@@ -23,8 +23,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net/http"
 	"path/filepath"
 	"slices"
+	"strings"
 	"text/template"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -63,11 +66,78 @@ var (
 type part struct {
 	check  func(args []string) error                                     // nil: it takes no arguments
 	values func(ctx context.Context, s *Set, args []string) (any, error) // for its manifests
+	usage  string                                                        // how its arguments are given, for --help
+	notes  []string                                                      // what a person should know, printed by enable
+	title  string                                                        // its name in "X is enabled", where it is not the addon's
+	needs  func(args []string) []string                                  // addons that must be on before; nil: none
 }
 
 // parts are the addons that can be enabled.
 var parts = map[string]part{
-	"dns": {checkDNS, renderDNS},
+	"dns": {
+		check: checkDNS, values: renderDNS, title: "DNS",
+		usage: `dns [SERVERS]   names of Services and pods; SERVERS, separated by commas, are asked for all
+                other names instead of the host's name servers`,
+	},
+	"hostpath-storage": {
+		check: check(readStorage), values: renderStorage,
+		usage: `hostpath-storage [-r|--reclaim-policy Delete|Retain] [-d|--default-class true|false] [--pv-dir DIR]...
+                volumes in directories of the nodes; with --pv-dir classes may name DIR, too,
+                in their parameter pvDir`,
+		notes: []string{
+			"WARNING: Hostpath storage is not suitable for production environments.",
+			"         A hostpath volume can grow beyond the size limit set in the volume claim manifest.",
+			"Storage will be available soon.",
+		},
+	},
+}
+
+// check makes the check of arguments from the function that reads them.
+func check[T any](read func([]string) (T, error)) func([]string) error {
+	return func(words []string) error {
+		_, err := read(words)
+		return err
+	}
+}
+
+// none are the values of an addon whose manifests have no parameters.
+func none(context.Context, *Set, []string) (any, error) { return nil, nil }
+
+// Usages says how the arguments of the addons that take any are given.
+func Usages() []string {
+	var out []string
+	for _, name := range slices.Sorted(maps.Keys(parts)) {
+		if u := parts[name].usage; u != "" {
+			out = append(out, u)
+		}
+	}
+	return out
+}
+
+// Notes is what a person who enables the addon should know.
+func (a Addon) Notes() []string { return a.part().notes }
+
+// Title is the addon's name in messages.
+func (a Addon) Title() string {
+	if t := a.part().title; t != "" {
+		return t
+	}
+	return a.Name
+}
+
+// Needs gives the core addons that must be on before this one.
+func (a Addon) Needs(args []string) []string {
+	if needs := a.part().needs; needs != nil {
+		return needs(args)
+	}
+	return nil
+}
+
+func (a Addon) part() part {
+	if a.Repository != CoreRepository {
+		return part{}
+	}
+	return parts[a.Name]
 }
 
 // ArgumentError is an argument that an addon cannot use.
@@ -87,7 +157,7 @@ type Set struct {
 
 // Open reaches the addons of the cluster of cfg. It makes no request.
 func Open(env snapenv.Env, cfg *rest.Config, log *slog.Logger) (*Set, error) {
-	catalog, err := Catalogue(env)
+	catalog, _, err := Catalogue(env)
 	if err != nil {
 		return nil, err
 	}
@@ -138,6 +208,41 @@ func (s *Set) Records(ctx context.Context) ([]Record, error) {
 		out = append(out, r)
 	}
 	return out, nil
+}
+
+// Find gives a core addon by its name.
+func (s *Set) Find(name string) (Addon, error) {
+	a, _, err := Find(s.catalog, CoreRepository+"/"+name)
+	return a, err
+}
+
+// ForeignOn says whether an addon with hooks is on.
+func (s *Set) ForeignOn(ctx context.Context, a Addon) (bool, error) {
+	client, err := rest.HTTPClientFor(s.config)
+	if err != nil {
+		return false, fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	get := func(ctx context.Context, path string, into *metav1.PartialObjectMetadataList) error {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(s.config.Host, "/")+path, nil)
+		if err != nil {
+			return err
+		}
+		req.Header.Set("Accept", MetadataOnly)
+		resp, err := client.Do(req)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", path, resp.Status)
+		}
+		return json.NewDecoder(resp.Body).Decode(into)
+	}
+	on, err := CheckForeign(ctx, s.Env, get, []Addon{a})
+	if err != nil {
+		return false, fmt.Errorf("cannot find out whether %s is enabled: %w", a.FullName(), err)
+	}
+	return on[a.FullName()], nil
 }
 
 // Enabled says whether an addon is on, and with which arguments.

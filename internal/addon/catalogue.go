@@ -25,10 +25,14 @@ type Addon struct {
 	Version       string   `json:"version"`
 	CheckStatus   string   `json:"check_status"`
 	Architectures []string `json:"supported_architectures"`
+	Confinement   string   `json:"confinement"`
 
 	// Builtin is not empty for what is part of every node and can be neither enabled nor
 	// disabled; it says so in a sentence.
 	Builtin string `json:"builtin"`
+
+	// Alias names the addon that this one is another, deprecated, name of.
+	Alias string `json:"alias"`
 
 	dir string
 }
@@ -36,49 +40,147 @@ type Addon struct {
 // FullName is repository/name.
 func (a Addon) FullName() string { return a.Repository + "/" + a.Name }
 
-// Catalogue lists the addons of this machine's architecture, by repository and name.
-func Catalogue(env snapenv.Env) ([]Addon, error) {
-	return readRepository(CoreRepository, env.CoreAddons())
+// Hook is the program that enables or disables an addon of a person's own repository; it is ""
+// for core addons, which have none.
+func (a Addon) Hook(verb string) string {
+	if a.Repository == CoreRepository {
+		return ""
+	}
+	return filepath.Join(a.dir, verb)
 }
 
-func readRepository(name, dir string) ([]Addon, error) {
+// confinement is how the product is confined; addons for another confinement are not there.
+const confinement = "classic"
+
+// Catalogue lists the addons that this machine can have, those of the product and those of the
+// repositories that people have added, by repository and name. broken are the repositories
+// that could not be read, err is about the product's own.
+func Catalogue(env snapenv.Env) (all []Addon, broken []error, err error) {
+	core, err := readRepository(CoreRepository, env.CoreAddons())
+	if err != nil {
+		return nil, nil, err
+	}
+	all = core.usable()
+	for _, name := range repositoryNames(env) {
+		r, err := readRepository(name, env.AddonRepository(name))
+		if err != nil {
+			broken = append(broken, err)
+			continue
+		}
+		all = append(all, r.usable()...)
+	}
+	slices.SortFunc(all, func(x, y Addon) int {
+		if c := strings.Compare(x.Repository, y.Repository); c != 0 {
+			return c
+		}
+		return strings.Compare(x.Name, y.Name)
+	})
+	return all, broken, nil
+}
+
+// repositoryNames lists the repositories that people have added.
+func repositoryNames(env snapenv.Env) []string {
+	entries, _ := os.ReadDir(env.AddonRepositories())
+	var out []string
+	for _, e := range entries {
+		if e.IsDir() && e.Name() != CoreRepository && !strings.HasPrefix(e.Name(), ".") {
+			out = append(out, e.Name())
+		}
+	}
+	return out
+}
+
+// metadata is an addons.yaml.
+type metadata struct {
+	Description string  `json:"description"`
+	Addons      []Addon `json:"addons"`
+}
+
+func readRepository(name, dir string) (metadata, error) {
 	path := filepath.Join(dir, "addons.yaml")
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("could not load addons from %s: %w", dir, err)
+		return metadata{}, fmt.Errorf("could not load addons from %s: %w", dir, err)
 	}
 	var file struct {
-		Top struct {
-			Addons []Addon `json:"addons"`
-		} `json:"microk8s-addons"`
+		Top metadata `json:"microk8s-addons"`
 	}
 	if err := yaml.Unmarshal(data, &file); err != nil {
-		return nil, fmt.Errorf("could not load addons from %s: %w", path, err)
+		return metadata{}, fmt.Errorf("could not load addons from %s: %w", path, err)
 	}
-	var out []Addon
-	for _, a := range file.Top.Addons {
-		if !slices.Contains(a.Architectures, runtime.GOARCH) {
-			continue
-		}
+	for i := range file.Top.Addons {
+		a := &file.Top.Addons[i]
 		a.Repository, a.dir = name, filepath.Join(dir, "addons", a.Name)
-		out = append(out, a)
+		if name != CoreRepository {
+			a.Builtin, a.Alias = "", "" // keys of ours, which may mean something else there
+		}
 	}
-	slices.SortFunc(out, func(x, y Addon) int { return strings.Compare(x.FullName(), y.FullName()) })
-	return out, nil
+	return file.Top, nil
+}
+
+// usable gives the addons for this machine.
+func (m metadata) usable() []Addon {
+	var out []Addon
+	for _, a := range m.Addons {
+		if slices.Contains(a.Architectures, runtime.GOARCH) && (a.Confinement == "" || strings.Contains(a.Confinement, confinement)) {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // UnknownError is a name that no repository has.
 type UnknownError struct {
 	Name    string
 	Nearest string // the addon that may have been meant, or ""
+	Why     string // why the product does not offer it, where it is an addon of upstream's
 }
 
 func (e *UnknownError) Error() string {
+	if e.Why != "" {
+		return fmt.Sprintf("Addon %s is not part of this product: %s", e.Name, e.Why)
+	}
 	return fmt.Sprintf("Addon %s was not found in any repository", e.Name)
+}
+
+// AmbiguousError is a name that several repositories have.
+type AmbiguousError struct {
+	Name         string
+	Repositories []string
+}
+
+func (e *AmbiguousError) Error() string {
+	lines := []string{
+		fmt.Sprintf("Addon %s exists in more than repository. Please explicitly specify", e.Name),
+		"the repository using any of:",
+	}
+	for _, r := range e.Repositories {
+		lines = append(lines, "    "+r+"/"+e.Name)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // errInvalidName is of names with more than one slash.
 var errInvalidName = errors.New("Invalid addon name") //nolint:staticcheck // upstream's words, which scripts know
+
+// notOffered are the core addons of upstream that the product does not have, with what to do
+// instead. docs/scope.md has the reasons.
+var notOffered = map[string]string{
+	"cert-manager":  "install its Helm chart with microk8s helm",
+	"cis-hardening": "its settings are arguments of the services, in args/, and RBAC and Node authorization are on already",
+	"community":     "add a repository with microk8s addons repo add community URL",
+	"dashboard":     "use a client of your own with the output of microk8s config",
+	"gpu":           "install NVIDIA's GPU operator with microk8s helm",
+	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",
+	"linkerd":       "install its Helm chart with microk8s helm",
+	"mayastor":      "install its Helm chart with microk8s helm",
+	"metallb":       "install its Helm chart with microk8s helm",
+	"minio":         "install its Helm chart with microk8s helm",
+	"nvidia":        "install NVIDIA's GPU operator with microk8s helm",
+	"observability": "install the Helm chart kube-prometheus-stack with microk8s helm",
+	"prometheus":    "install the Helm chart kube-prometheus-stack with microk8s helm",
+	"rook-ceph":     "install its Helm chart with microk8s helm",
+}
 
 // Find gives the addon of that name, which may be given as repository/name; inferred says that
 // the repository was not given.
@@ -90,12 +192,40 @@ func Find(all []Addon, name string) (a Addon, inferred bool, err error) {
 	if strings.Contains(short, "/") || short == "" {
 		return Addon{}, false, fmt.Errorf("%w %s", errInvalidName, name)
 	}
+	var found []Addon
 	for _, a := range all {
 		if a.Name == short && (!full || a.Repository == repo) {
-			return a, !full, nil
+			found = append(found, a)
 		}
 	}
-	return Addon{}, false, &UnknownError{Name: name, Nearest: nearest(all, short)}
+	switch len(found) {
+	case 0:
+		unknown := &UnknownError{Name: name, Nearest: nearest(all, short)}
+		if !full || repo == CoreRepository {
+			unknown.Why = notOffered[short]
+		}
+		return Addon{}, false, unknown
+	case 1:
+		return found[0], !full, nil
+	}
+	ambiguous := &AmbiguousError{Name: name}
+	for _, a := range found {
+		ambiguous.Repositories = append(ambiguous.Repositories, a.Repository)
+	}
+	return Addon{}, false, ambiguous
+}
+
+// Target gives the addon that an alias stands for, and others as they are.
+func Target(all []Addon, a Addon) Addon {
+	if a.Alias == "" {
+		return a
+	}
+	for _, x := range all {
+		if x.Repository == a.Repository && x.Name == a.Alias {
+			return x
+		}
+	}
+	return a
 }
 
 // nearest gives the name with the fewest edits to the one given, if they are few.

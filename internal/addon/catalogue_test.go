@@ -4,13 +4,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"microk8s/internal/snapenv"
 )
 
 func TestCatalogueOfTheProduct(t *testing.T) {
-	all, err := Catalogue(snapenv.Env{Snap: "../.."})
+	all, _, err := Catalogue(snapenv.Env{Snap: "../.."})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -20,8 +21,11 @@ func TestCatalogueOfTheProduct(t *testing.T) {
 		if a.Description == "" || a.CheckStatus == "" {
 			t.Errorf("%s lacks a description or check_status", a.Name)
 		}
-		if _, ok := parts[a.Name]; ok == (a.Builtin != "") {
-			t.Errorf("%s: has manifests %v, is builtin %v", a.Name, ok, a.Builtin != "")
+		if _, ok := parts[a.Name]; ok == (a.Builtin != "" || a.Alias != "") {
+			t.Errorf("%s: has manifests %v, is builtin %v, alias %q", a.Name, ok, a.Builtin != "", a.Alias)
+		}
+		if target := Target(all, a); target.Alias != "" {
+			t.Errorf("%s is an alias of %q, which is none of the addons", a.Name, a.Alias)
 		}
 	}
 	for name := range parts {
@@ -37,11 +41,19 @@ func TestCatalogueOfTheProduct(t *testing.T) {
 }
 
 func TestFind(t *testing.T) {
-	all := []Addon{{Repository: "core", Name: "dns"}, {Repository: "core", Name: "hostpath-storage"}, {Repository: "mine", Name: "web"}}
+	all := []Addon{
+		{Repository: "core", Name: "dns"}, {Repository: "core", Name: "hostpath-storage"}, {Repository: "core", Name: "twice"},
+		{Repository: "mine", Name: "web"}, {Repository: "mine", Name: "twice"},
+	}
 	for _, tc := range []struct {
 		name, want, nearest string
 		inferred, invalid   bool
+		ambiguous, why      bool
 	}{
+		{name: "twice", ambiguous: true},
+		{name: "mine/twice", want: "mine/twice"},
+		{name: "metallb", why: true},
+		{name: "mine/metallb"},
 		{name: "dns", want: "core/dns", inferred: true},
 		{name: "core/dns", want: "core/dns"},
 		{name: "mine/dns"},
@@ -55,7 +67,12 @@ func TestFind(t *testing.T) {
 	} {
 		a, inferred, err := Find(all, tc.name)
 		var unknown *UnknownError
+		var ambiguous *AmbiguousError
 		switch {
+		case tc.ambiguous:
+			if !errors.As(err, &ambiguous) || !slices.Equal(ambiguous.Repositories, []string{"core", "mine"}) {
+				t.Errorf("%q: %v", tc.name, err)
+			}
 		case tc.want != "":
 			if err != nil || a.FullName() != tc.want || inferred != tc.inferred {
 				t.Errorf("%q: %s, %v, %v", tc.name, a.FullName(), inferred, err)
@@ -66,7 +83,9 @@ func TestFind(t *testing.T) {
 			}
 		case !errors.As(err, &unknown):
 			t.Errorf("%q: %v, want an unknown name", tc.name, err)
-		case tc.name != "mine/dns" && unknown.Nearest != tc.nearest:
+		case (unknown.Why != "") != tc.why:
+			t.Errorf("%q: the reason is %q", tc.name, unknown.Why)
+		case tc.name != "mine/dns" && tc.name != "metallb" && unknown.Nearest != tc.nearest:
 			t.Errorf("%q: nearest is %q, want %q", tc.name, unknown.Nearest, tc.nearest)
 		}
 	}
@@ -74,7 +93,7 @@ func TestFind(t *testing.T) {
 
 func TestDamagedCatalogue(t *testing.T) {
 	env := snapenv.Under(t.TempDir())
-	if _, err := Catalogue(env); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := Catalogue(env); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("without a file: %v", err)
 	}
 	if err := os.MkdirAll(env.CoreAddons(), 0o755); err != nil {
@@ -83,7 +102,7 @@ func TestDamagedCatalogue(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(env.CoreAddons(), "addons.yaml"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Catalogue(env); err == nil {
+	if _, _, err := Catalogue(env); err == nil {
 		t.Error("a damaged file is no error")
 	}
 }

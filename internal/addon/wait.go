@@ -24,7 +24,7 @@ var workloads = map[string]schema.GroupVersionResource{
 
 // final are states of a container that do not end by themselves.
 var final = map[string]bool{
-	"CrashLoopBackOff": true, "ImagePullBackOff": true, "InvalidImageName": true, "ErrImageNeverPull": true,
+	"CrashLoopBackOff": true, "ImagePullBackOff": true, "InvalidImageName": true,
 	"CreateContainerConfigError": true,
 }
 

@@ -274,9 +274,24 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured) er
 	if err != nil {
 		return err
 	}
-	_, err = c.resource(mapping, o).Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+	resource := c.resource(mapping, o)
+	apply := func() error {
+		_, err := resource.Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+		return err
+	}
+	err = apply()
+	if apierrors.IsInvalid(err) && replaceable[o.GetKind()] {
+		if gone := resource.Delete(ctx, o.GetName(), metav1.DeleteOptions{}); gone != nil && !apierrors.IsNotFound(gone) {
+			return err
+		}
+		return apply()
+	}
 	return err
 }
+
+// replaceable are kinds whose fields cannot be changed, and which hold nothing: an object with
+// other fields takes the place of the old one.
+var replaceable = map[string]bool{"StorageClass": true, "IngressClass": true}
 
 func (c *cluster) resource(m *meta.RESTMapping, o *unstructured.Unstructured) dynamic.ResourceInterface {
 	if m.Scope.Name() != meta.RESTScopeNameNamespace {

@@ -1,11 +1,14 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"time"
@@ -28,6 +31,9 @@ const (
 	// it is known; this is for what does not end by itself.
 	addonReadyWait = 3 * time.Minute
 
+	// hookGrace is how long a hook may go on when the command is interrupted.
+	hookGrace = 10 * time.Second
+
 	// skipLockVar is set for what runs inside an enable, which holds the lock already.
 	skipLockVar = "MICROK8S_ADDONS_SKIP_LOCK"
 )
@@ -40,26 +46,32 @@ type request struct {
 }
 
 func (a *App) newEnable() *cobra.Command {
+	usages := ""
+	for _, u := range addon.Usages() {
+		usages += "\n    " + strings.ReplaceAll(u, "\n", "\n    ")
+	}
 	return a.addonCommand("enable", "Enable addons on this cluster", `Enable one or more addons. Arguments of an addon follow its name, or, where there are several,
 a colon:
 
     microk8s enable dns
     microk8s enable dns 192.0.2.1,192.0.2.2
-    microk8s enable dns:192.0.2.1 helm
+    microk8s enable dns:192.0.2.1 hostpath-storage
 
 It returns when the addon's pods are ready, or with --no-wait at once. Enabling an addon again
 does no harm; with other arguments it is changed. microk8s status lists the addons.
 
-    dns [SERVERS]   names of Services and pods; SERVERS, separated by commas, are asked for all
-                    other names instead of the host's name servers`, a.enable)
+Arguments of addons:
+`+usages, a.enable)
 }
 
 func (a *App) newDisable() *cobra.Command {
 	return a.addonCommand("disable", "Disable addons on this cluster", `Disable one or more addons: everything they brought into the cluster is removed.
 
     microk8s disable dns
+    microk8s disable hostpath-storage [destroy-storage]
 
-It does no harm to disable what is not enabled.`, a.disable)
+It does no harm to disable what is not enabled. Data in volumes stays, unless destroy-storage
+is given, or the question answered with y.`, a.disable)
 }
 
 func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
@@ -87,7 +99,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 			return a.addons(cmd.Context(), verb, words, !wait, run)
 		},
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			all, _ := addon.Catalogue(a.Env)
+			all, _, _ := addon.Catalogue(a.Env)
 			var names []string
 			for _, x := range all {
 				if x.Builtin == "" {
@@ -113,16 +125,28 @@ func takeFlag(words []string, flag string) (rest []string, found bool) {
 // addons does enable or disable. Everything that a person can get wrong is checked for all
 // addons before the first is touched.
 func (a *App) addons(ctx context.Context, verb string, words []string, wait bool, run func(context.Context, *addon.Set, request, bool) error) error {
-	catalog, err := addon.Catalogue(a.Env)
+	catalog, broken, err := addon.Catalogue(a.Env)
 	if err != nil {
 		return failf("the installation is damaged: reinstall it", "%w", err)
+	}
+	for _, err := range broken {
+		fmt.Fprintln(a.Err, err)
 	}
 	requests, err := a.parseAddons(catalog, words)
 	if err != nil {
 		return err
 	}
-	for _, r := range requests {
+	for i, r := range requests {
+		if target := addon.Target(catalog, r.addon); target.Name != r.addon.Name {
+			fmt.Fprintf(a.Err, "DEPRECATION WARNING: '%[1]s' is deprecated and will soon be removed. Please use '%[2]s' instead.\n", r.addon.Name, target.Name)
+			r.addon, requests[i].addon = target, target
+		}
 		switch {
+		case r.addon.Repository != addon.CoreRepository: // its hooks check
+		case verb == "disable" && r.addon.Builtin == "" && len(r.args) > 0:
+			if err := checkDisable(r); err != nil {
+				return failf("see microk8s disable --help", "cannot disable %s: %w", r.addon.Name, err)
+			}
 		case r.addon.Builtin != "" && verb == "disable":
 			return failf("", "cannot disable %s: %s", r.addon.FullName(), r.addon.Builtin)
 		case r.addon.Builtin == "" && verb == "enable":
@@ -153,11 +177,59 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait bool
 		return err
 	}
 	for _, r := range requests {
-		if err := run(ctx, set, r, wait); err != nil {
+		err := error(nil)
+		if r.addon.Hook(verb) != "" {
+			err = a.runHook(ctx, set, verb, r)
+		} else {
+			err = run(ctx, set, r, wait)
+		}
+		if err != nil {
 			return a.addonFailure(ctx, prober, verb, r, err)
 		}
 	}
 	return nil
+}
+
+// runHook enables or disables an addon of an added repository: its own program does it.
+func (a *App) runHook(ctx context.Context, set *addon.Set, verb string, r request) error {
+	on, err := set.ForeignOn(ctx, r.addon)
+	if err != nil {
+		return err
+	}
+	if on == (verb == "enable") {
+		fmt.Fprintf(a.Out, "Addon %s is already %sd\n", r.addon.FullName(), verb)
+		return nil
+	}
+	hook := exec.CommandContext(ctx, r.addon.Hook(verb), r.args...)
+	hook.Cancel = func() error { return hook.Process.Signal(os.Interrupt) }
+	hook.WaitDelay = hookGrace
+	hook.Env = append(a.hookEnviron(), skipLockVar+"=1")
+	hook.Stdin, hook.Stdout, hook.Stderr = a.In, a.Out, a.Err
+	err = hook.Run()
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &exit) && exit.ExitCode() > 0:
+		return exitError(exit.ExitCode()) // it has said why
+	case errors.Is(err, fs.ErrPermission):
+		return failf("", "%s hook for %s addon needs execute permissions", verb, r.addon.Name)
+	}
+	return fmt.Errorf("its hook %s ended: %w", r.addon.Hook(verb), err)
+}
+
+// hookEnviron is the environment of hooks (cli.md 5.5).
+func (a *App) hookEnviron() []string {
+	return a.Env.Environ(a.Environ)
+}
+
+// checkDisable checks the arguments of a disable, which one addon only has.
+func checkDisable(r request) error {
+	if r.addon.Name != storageAddon {
+		return fmt.Errorf("it takes no arguments, and got %q", r.args)
+	}
+	_, err := destroyStorage(r.args)
+	return err
 }
 
 // parseAddons reads the words of a command line (cli.md 5.4): several addons if every word,
@@ -211,7 +283,7 @@ func (a *App) sayInferred(r request) {
 func (a *App) refuseAddon(err error) error {
 	fmt.Fprintln(a.Err, err)
 	var unknown *addon.UnknownError
-	if errors.As(err, &unknown) && unknown.Nearest != "" {
+	if errors.As(err, &unknown) && unknown.Nearest != "" && unknown.Why == "" {
 		fmt.Fprintf(a.Err, "Did you mean %s?\n", unknown.Nearest)
 	}
 	return exitError(ExitError)
@@ -221,8 +293,9 @@ func (a *App) refuseAddon(err error) error {
 func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb string, r request, err error) error {
 	var wrong *addon.ArgumentError
 	var late *addon.NotReadyError
+	var exit exitError
 	switch {
-	case ctx.Err() != nil:
+	case ctx.Err() != nil, errors.As(err, &exit):
 		return err
 	case errors.As(err, &wrong):
 		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
@@ -251,6 +324,11 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
 		return nil
 	}
+	for _, name := range r.addon.Needs(r.args) {
+		if err := a.enableNeeded(ctx, set, name); err != nil {
+			return err
+		}
+	}
 	p := a.progress()
 	var applied addon.Applied
 	if err := p.step("Enabling "+r.addon.Name, func() error {
@@ -265,6 +343,9 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 			return err
 		}
 	}
+	for _, line := range r.addon.Notes() {
+		fmt.Fprintln(a.Out, line)
+	}
 	if wait {
 		err := p.step("Waiting for the pods of "+r.addon.Name, func() error {
 			wait, cancel := context.WithTimeout(ctx, addonReadyWait)
@@ -275,7 +356,7 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 			return err
 		}
 	}
-	fmt.Fprintf(a.Out, "%s is enabled\n", title(r.addon.Name))
+	fmt.Fprintf(a.Out, "%s is enabled\n", r.addon.Title())
 	return nil
 }
 
@@ -308,25 +389,77 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) er
 	if err != nil {
 		return err
 	}
+	destroy := false
+	if r.addon.Name == storageAddon {
+		if destroy, err = a.askDestroy(on, r.args); err != nil {
+			return err
+		}
+	}
 	if err := a.progress().step("Disabling "+r.addon.Name, func() error {
 		return set.Disable(ctx, r.addon.Name) // also finishes one that was interrupted
 	}); err != nil {
 		return err
 	}
+	if destroy {
+		if err := a.progress().step("Deleting "+a.Env.DefaultStorage(), func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
+			return explain("cannot delete the data of volumes", err)
+		}
+	}
 	if !on {
 		fmt.Fprintf(a.Out, "Addon %s is already disabled\n", r.addon.FullName())
 		return nil
 	}
-	fmt.Fprintf(a.Out, "%s is disabled\n", title(r.addon.Name))
+	fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
 	return nil
 }
 
-// title is how upstream's messages name an addon.
-func title(name string) string {
-	if name == "dns" {
-		return "DNS"
+// storageAddon is the addon with data of people.
+const storageAddon = "hostpath-storage"
+
+// destroyStorage reads the arguments of its disable.
+func destroyStorage(words []string) (destroy bool, err error) {
+	for _, w := range words {
+		switch w {
+		case "destroy-storage", "--destroy-storage":
+			destroy = true
+		default:
+			return false, fmt.Errorf("unexpected argument %q", w)
+		}
 	}
-	return name
+	return destroy, nil
+}
+
+// askDestroy finds out whether the data of volumes on this node shall be deleted: by the
+// arguments, or by a question, to which anything but y is no.
+func (a *App) askDestroy(on bool, words []string) (bool, error) {
+	destroy, err := destroyStorage(words)
+	entries, _ := os.ReadDir(a.Env.DefaultStorage())
+	if err != nil || destroy || !on || len(entries) == 0 {
+		return destroy, err
+	}
+	fmt.Fprintf(a.Out, "Remove PVC storage at %s ? (Y/N): ", a.Env.DefaultStorage())
+	line, err := bufio.NewReader(a.In).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false, fmt.Errorf("cannot read the answer: %w", err)
+	}
+	answer := strings.ToLower(strings.TrimSpace(line))
+	destroy = answer == "y" || answer == "yes"
+	if !destroy {
+		fmt.Fprintf(a.Out, "\nStorage removal: the data stays\n")
+	}
+	return destroy, nil
+}
+
+// enableNeeded enables an addon that another one needs, unless it is on.
+func (a *App) enableNeeded(ctx context.Context, set *addon.Set, name string) error {
+	x, err := set.Find(name)
+	if err != nil {
+		return err
+	}
+	if _, on, err := set.Enabled(ctx, name); err != nil || on {
+		return err
+	}
+	return a.enable(ctx, set, request{addon: x}, true)
 }
 
 // lockAddons waits for the lock that lets one enable or disable at a time change this node. It

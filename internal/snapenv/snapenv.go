@@ -229,6 +229,12 @@ func (e Env) KubeletRoot() string { return filepath.Join(e.Common, "var/lib/kube
 // DefaultStorage is where the hostpath provisioner keeps volumes.
 func (e Env) DefaultStorage() string { return filepath.Join(e.Common, "default-storage") }
 
+// AddonRepositories is the directory of the addon repositories that people have added.
+func (e Env) AddonRepositories() string { return filepath.Join(e.Common, "addons") }
+
+// AddonRepository is one of them.
+func (e Env) AddonRepository(name string) string { return filepath.Join(e.AddonRepositories(), name) }
+
 // PluginsDir holds executables that addons add as subcommands.
 func (e Env) PluginsDir() string { return filepath.Join(e.Common, "plugins") }
 

@@ -1,9 +1,11 @@
 package status
 
 import (
+	"context"
 	"net/url"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/addon"
 	"microk8s/internal/snapenv"
@@ -21,21 +23,38 @@ func enabledAddons(records []corev1.ConfigMap) map[string]bool {
 	return on
 }
 
+// foreign says which addons with hooks are on.
+func (c *apiClient) foreign(ctx context.Context, env snapenv.Env) (map[string]bool, error) {
+	all, _, err := addon.Catalogue(env)
+	if err != nil {
+		return nil, nil // said elsewhere
+	}
+	return addon.CheckForeign(ctx, env, func(ctx context.Context, path string, into *metav1.PartialObjectMetadataList) error {
+		return c.decodeAs(ctx, path, addon.MetadataOnly, into)
+	}, addon.Foreign(all))
+}
+
 // addons adds the addons with their states, as far as they could be found out.
 func (r *Report) addons(env snapenv.Env, s apiState) {
-	all, err := addon.Catalogue(env)
+	all, broken, err := addon.Catalogue(env)
 	if err != nil {
 		r.add("%v", err)("the installation is damaged: reinstall it")
 		return
 	}
+	for _, err := range broken {
+		r.add("%v", err)("repair it, or take it away with microk8s addons repo remove NAME")
+	}
 	if s.recordErr != nil && s.err == nil {
 		r.add("cannot find out which addons are enabled: %v", s.recordErr)("wait a little, or see microk8s logs kubelite")
+	}
+	if s.foreignErr != nil && s.err == nil {
+		r.add("cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a little")
 	}
 	on := enabledAddons(s.records)
 	for _, x := range all {
 		r.Addons = append(r.Addons, Addon{
 			Name: x.Name, Repository: x.Repository, Description: x.Description, Version: x.Version,
-			Enabled: x.Builtin != "" || on[x.Name],
+			Enabled: x.Builtin != "" || s.foreign[x.FullName()] || x.Repository == addon.CoreRepository && on[addon.Target(all, x).Name],
 		})
 	}
 }

@@ -51,12 +51,12 @@ func (p *Prober) client() (*apiClient, error) {
 }
 
 // get asks for path; the caller closes the body.
-func (c *apiClient) get(ctx context.Context, path string) (io.ReadCloser, error) {
+func (c *apiClient) get(ctx context.Context, path, accept string) (io.ReadCloser, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Accept", accept)
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, err
@@ -70,7 +70,11 @@ func (c *apiClient) get(ctx context.Context, path string) (io.ReadCloser, error)
 }
 
 func (c *apiClient) decode(ctx context.Context, path string, into any) error {
-	body, err := c.get(ctx, path)
+	return c.decodeAs(ctx, path, "application/json", into)
+}
+
+func (c *apiClient) decodeAs(ctx context.Context, path, accept string, into any) error {
+	body, err := c.get(ctx, path, accept)
 	if err != nil {
 		return err
 	}
@@ -94,6 +98,9 @@ type apiState struct {
 	records   []corev1.ConfigMap // of the addons that are on
 	recordErr error
 
+	foreign    map[string]bool // addons of added repositories that are on, by full name
+	foreignErr error
+
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
 	started time.Time
@@ -112,12 +119,21 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 	}
 	var list corev1.NodeList
 	var records corev1.ConfigMapList
+	var foreign map[string]bool
+	var foreignErr error
 	missed := gather(ctx, map[string]func(){
+		"foreign": func() { foreign, foreignErr = c.foreign(ctx, p.Env) },
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
 		"addons":  func() { s.recordErr = c.decode(ctx, recordsPath, &records) },
 		"nodes":   func() { s.nodeErr = c.decode(ctx, nodesPath, &list) },
 	})
+	if missed["foreign"] {
+		s.foreignErr = errors.New("the API server does not answer in time")
+		delete(missed, "foreign")
+	} else {
+		s.foreign, s.foreignErr = foreign, foreignErr
+	}
 	if len(missed) > 0 {
 		return apiState{err: errors.New("the API server accepts connections and does not answer in time")}
 	}

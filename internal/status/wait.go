@@ -57,7 +57,7 @@ func (p *Prober) awaitChange(ctx context.Context) {
 	if c != nil && version != "" {
 		watch, cancel := context.WithTimeout(ctx, watchLimit)
 		defer cancel()
-		body, err := c.get(watch, "/api/v1/nodes?watch=1&resourceVersion="+url.QueryEscape(version))
+		body, err := c.get(watch, "/api/v1/nodes?watch=1&resourceVersion="+url.QueryEscape(version), "application/json")
 		if err == nil {
 			defer body.Close()
 			var event json.RawMessage

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"microk8s/internal/atomicfile"
 )
@@ -32,7 +33,10 @@ type image struct {
 	title   string   // org.opencontainers.image.title
 	note    string   // org.opencontainers.image.description
 	test    bool     // for the tests only: goes to --test-out
-	build   func(b builder, out string) error
+	// component is the program of scripts/components that the image holds; where there is none,
+	// build makes the program.
+	component string
+	build     func(b builder, out string) error
 }
 
 // images lists everything that is built, in the order in which it is reported.
@@ -50,12 +54,22 @@ var images = []image{
 	{
 		archive: "coredns",
 		// The number after the version changes with our main package, so that pods are renewed.
-		refs:    []string{"microk8s.io/coredns:1.15.0-1"},
-		program: "/coredns",
-		user:    "65532:65532",
-		title:   "coredns",
-		note:    "CoreDNS with the plugins that the dns addon of MicroK8s uses, built from its module.",
-		build:   func(b builder, out string) error { return b.component("coredns", out) },
+		refs:      []string{"microk8s.io/coredns:1.15.0-1"},
+		program:   "/coredns",
+		user:      "65532:65532",
+		title:     "coredns",
+		note:      "CoreDNS with the plugins that the dns addon of MicroK8s uses, built from its module.",
+		component: "coredns",
+	},
+	{
+		archive: "hostpath-provisioner",
+		// The number changes with the program, so that pods are renewed.
+		refs:    []string{"microk8s.io/hostpath-provisioner:1"},
+		program: "/hostpath-provisioner",
+		user:    "0:0", // the volumes of all users
+		title:   "hostpath-provisioner",
+		note:    "Makes the volumes of the addon hostpath-storage of MicroK8s.",
+		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/hostpath-provisioner", out) },
 	},
 	{
 		archive: "web",
@@ -98,18 +112,31 @@ func run(out, testOut, arch string) error {
 		if dir == "" {
 			continue
 		}
+		path := filepath.Join(dir, img.archive+".tar")
 		program := filepath.Join(tmp, img.archive)
-		if err := img.build(b, program); err != nil {
+		if img.component != "" {
+			if program, err = b.component(img.component); err != nil {
+				return err
+			}
+			if newer(path, program) {
+				fmt.Printf("%s: up to date\n", path)
+				continue
+			}
+		} else if err := img.build(b, program); err != nil {
 			return fmt.Errorf("cannot build the program of image %s: %w", img.archive, err)
 		}
 		data, err := img.pack(program, arch)
 		if err != nil {
 			return fmt.Errorf("cannot make image %s: %w", img.archive, err)
 		}
-		path := filepath.Join(dir, img.archive+".tar")
 		changed, err := writeChanged(path, data)
 		if err != nil {
 			return err
+		}
+		if now := time.Now(); img.component != "" { // see newer
+			if err := os.Chtimes(path, now, now); err != nil {
+				return err
+			}
 		}
 		state := "unchanged"
 		if changed {
@@ -153,17 +180,35 @@ func (b builder) golang(pkg, out string) error {
 		"go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg)
 }
 
-// component takes a program that scripts/components has built.
-func (b builder) component(name, out string) error {
+// component gives the path of a program that scripts/components has built.
+func (b builder) component(name string) (string, error) {
 	if b.arch != runtime.GOARCH {
-		return fmt.Errorf("%s is built for %s only", name, runtime.GOARCH)
+		return "", fmt.Errorf("%s is built for %s only", name, runtime.GOARCH)
 	}
-	source := filepath.Join("build/components/bin", name)
-	data, err := os.ReadFile(source)
+	path := filepath.Join("build/components/bin", name)
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("%w; make components builds it", err)
+	}
+	return path, nil
+}
+
+// newer says that an archive was written after its program and after the sources of this one:
+// compressing a big program takes longer than building all the rest.
+func newer(archive, program string) bool {
+	made, err := os.Stat(archive)
 	if err != nil {
-		return fmt.Errorf("%w; make components builds it", err)
+		return false
 	}
-	return os.WriteFile(out, data, 0o755)
+	sources, err := filepath.Glob("scripts/images/*.go")
+	if err != nil || len(sources) == 0 {
+		return false
+	}
+	for _, path := range append(sources, program) {
+		if fi, err := os.Stat(path); err != nil || !made.ModTime().After(fi.ModTime()) {
+			return false
+		}
+	}
+	return true
 }
 
 func command(env []string, name string, args ...string) error {

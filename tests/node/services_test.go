@@ -1,0 +1,221 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// TestAddonsServices uses what the addons beside dns bring, on one node that reaches no other
+// machine: all images are the product's own and the test's.
+func TestAddonsServices(t *testing.T) {
+	n := newNode(t)
+	step := n.steps(t)
+	n.run(t, "microk8s", "start")
+	n.connect(t)
+	n.waitReady(t)
+	n.loadWebImage(t)
+
+	step("storage", n.testStorage)
+	step("helm", n.testHelm)
+}
+
+const statefulSet = `
+apiVersion: apps/v1
+kind: StatefulSet
+metadata: {name: db}
+spec:
+  replicas: 1
+  selector: {matchLabels: {app: db}}
+  serviceName: db
+  template:
+    metadata: {labels: {app: db}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      securityContext: {runAsUser: 1234, runAsNonRoot: true}
+      containers:
+      - name: db
+        image: microk8s.test/web:1
+        imagePullPolicy: Never
+        volumeMounts: [{name: data, mountPath: /data}]
+  volumeClaimTemplates:
+  - metadata: {name: data}
+    spec:
+      accessModes: [ReadWriteOnce]
+      resources: {requests: {storage: 10Mi}}
+`
+
+func (n *node) testStorage(t *testing.T) {
+	if out, err := n.tryAll(t, "", "microk8s", "enable", "hostpath-storage", "--reclaim-policy", "Recycle"); exitCode(err) != 1 || !strings.Contains(out, "Delete or Retain") {
+		t.Errorf("a wrong reclaim policy: %v\n%s", err, out)
+	}
+	n.wantAddon(t, "hostpath-storage", "disabled")
+	out, err := n.tryAll(t, "", "microk8s", "enable", "storage")
+	if err != nil || !strings.Contains(out, "Please use 'hostpath-storage' instead") || !strings.Contains(out, "not suitable for production") {
+		t.Fatalf("enable storage: %v\n%s", err, out)
+	}
+	for _, name := range []string{"storage", "hostpath-storage"} {
+		n.wantAddon(t, name, "enabled")
+	}
+	n.runIn(t, statefulSet, "microk8s", "kubectl", "apply", "-f", "-")
+	n.waitPod(t, "db-0")
+	n.run(t, "microk8s", "kubectl", "exec", "db-0", "--", "/web", "write", "/data/file", "kept")
+	kept := func(after string) {
+		t.Helper()
+		n.waitPod(t, "db-0")
+		eventually(t, time.Minute, func() error {
+			out, err := n.try(t, "microk8s", "kubectl", "exec", "db-0", "--", "/web", "cat", "/data/file")
+			if err == nil && strings.TrimSpace(out) != "kept" {
+				err = fmt.Errorf("the file holds %q after %s", out, after)
+			}
+			return err
+		})
+	}
+	pv := n.volume(t)
+	dir := filepath.Join(n.lab.Root(n.name), pv.Spec.HostPath.Path)
+	if fi, err := os.Stat(dir); err != nil || fi.Mode().Perm() != 0o777 {
+		t.Errorf("%s: %v, %v", dir, fi, err)
+	}
+	if fi, err := os.Stat(filepath.Dir(dir)); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("%s: %v, %v", filepath.Dir(dir), fi, err)
+	}
+	n.run(t, "microk8s", "kubectl", "delete", "pod", "db-0")
+	kept("the pod was deleted")
+	if err := errors.Join(n.lab.Kill(t.Context(), n.name), n.lab.Start(t.Context(), n.name)); err != nil {
+		t.Fatal(err)
+	}
+	n.connect(t)
+	n.waitReady(t)
+	kept("a power cut")
+	if out := n.runIn(t, "n\n", "microk8s", "disable", "hostpath-storage"); !strings.Contains(out, "Remove PVC storage at ") {
+		t.Errorf("disable printed %q", out)
+	}
+	n.wantAddon(t, "storage", "disabled")
+	n.run(t, "microk8s", "kubectl", "delete", "pod", "db-0")
+	kept("a pod deleted without the addon")
+	n.run(t, "microk8s", "enable", "hostpath-storage", "--reclaim-policy=Retain")
+	kept("disable and enable")
+	if out := n.run(t, "microk8s", "kubectl", "get", "storageclass", "microk8s-hostpath", "-o", "jsonpath={.reclaimPolicy}"); out != "Retain" {
+		t.Errorf("the class has reclaim policy %q", out)
+	}
+	t.Run("claims that get no volume say why", func(t *testing.T) {
+		n.runIn(t, `
+apiVersion: storage.k8s.io/v1
+kind: StorageClass
+metadata: {name: outside}
+provisioner: microk8s.io/hostpath
+parameters: {pvDir: /etc}
+volumeBindingMode: Immediate
+---
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: outside}
+spec:
+  accessModes: [ReadWriteOnce]
+  storageClassName: outside
+  resources: {requests: {storage: 1Mi}}
+`, "microk8s", "kubectl", "apply", "-f", "-")
+		n.waitEvent(t, "outside", "must have volumeBindingMode WaitForFirstConsumer")
+		n.run(t, "microk8s", "kubectl", "delete", "pvc/outside", "storageclass/outside")
+	})
+	// The volume was made with Delete.
+	n.run(t, "microk8s", "kubectl", "delete", "statefulset/db", "pvc/data-db-0", "--wait=true")
+	eventually(t, time.Minute, func() error {
+		if _, err := os.Stat(dir); !os.IsNotExist(err) {
+			return fmt.Errorf("%s is still there: %v", dir, err)
+		}
+		_, err := n.client.CoreV1().PersistentVolumes().Get(t.Context(), pv.Name, metav1.GetOptions{})
+		if err == nil {
+			return errors.New("the volume is still there")
+		}
+		return nil
+	})
+}
+
+// volume gives the one PersistentVolume.
+func (n *node) volume(t *testing.T) corev1.PersistentVolume {
+	t.Helper()
+	list, err := n.client.CoreV1().PersistentVolumes().List(t.Context(), metav1.ListOptions{})
+	if err != nil || len(list.Items) != 1 {
+		t.Fatalf("%d volumes, want one: %v", len(list.Items), err)
+	}
+	return list.Items[0]
+}
+
+// waitPod waits for a pod in the namespace default to be ready.
+func (n *node) waitPod(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, 2*time.Minute, func() error {
+		pod, err := n.client.CoreV1().Pods("default").Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if pod.DeletionTimestamp == nil {
+			for _, c := range pod.Status.Conditions {
+				if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+					return nil
+				}
+			}
+		}
+		return fmt.Errorf("pod %s is %s: %+v", name, pod.Status.Phase, pod.Status.Conditions)
+	})
+}
+
+// waitEvent waits for an event about an object of that name.
+func (n *node) waitEvent(t *testing.T, name, text string) {
+	t.Helper()
+	eventually(t, time.Minute, func() error {
+		list, err := n.client.CoreV1().Events("default").List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, e := range list.Items {
+			if e.InvolvedObject.Name == name && strings.Contains(e.Message, text) {
+				return nil
+			}
+		}
+		return fmt.Errorf("no event about %s with %q", name, text)
+	})
+}
+
+// testHelm takes a chart in a local directory through its life.
+func (n *node) testHelm(t *testing.T) {
+	chart := map[string]string{
+		"Chart.yaml":  "apiVersion: v2\nname: greeting\nversion: 0.1.0\n",
+		"values.yaml": "words: hello\n",
+		"templates/config.yaml": "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: {{ .Release.Name }}\n" +
+			"data:\n  words: {{ .Values.words }}\n",
+	}
+	for file, text := range chart {
+		n.runIn(t, text, "sh", "-c", "mkdir -p /chart/templates && cat > /chart/"+file)
+	}
+	words := func(want string) {
+		t.Helper()
+		if got := n.run(t, "microk8s", "kubectl", "get", "configmap", "mine", "-o", "jsonpath={.data.words}"); got != want {
+			t.Errorf("the chart's words are %q, want %q", got, want)
+		}
+	}
+	n.run(t, "microk8s", "helm", "install", "mine", "/chart", "--wait")
+	words("hello")
+	n.run(t, "microk8s", "helm3", "upgrade", "mine", "/chart", "--set", "words=again")
+	words("again")
+	n.run(t, "microk8s", "helm", "rollback", "mine", "1")
+	words("hello")
+	if out := n.run(t, "microk8s", "helm", "history", "mine"); !strings.Contains(out, "Rollback to 1") {
+		t.Errorf("history:\n%s", out)
+	}
+	n.run(t, "microk8s", "helm", "uninstall", "mine")
+	if out, err := n.tryAll(t, "", "microk8s", "kubectl", "get", "configmap", "mine"); err == nil {
+		t.Errorf("the chart's object is still there:\n%s", out)
+	}
+	if out := n.run(t, "microk8s", "enable", "helm", "helm3"); !strings.Contains(out, "Helm comes pre-installed with MicroK8s") {
+		t.Errorf("enable helm printed %q", out)
+	}
+}
