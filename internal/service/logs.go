@@ -27,6 +27,10 @@ func LastLine(path string) string {
 		_, _ = f.Seek(-lastLineWindow, io.SeekEnd)
 	}
 	data, _ := io.ReadAll(io.LimitReader(f, lastLineWindow))
+	return lastLine(data)
+}
+
+func lastLine(data []byte) string {
 	lines := bytes.Split(bytes.TrimRight(data, "\n"), []byte("\n"))
 	last := ""
 	for i := len(lines) - 1; i >= 0; i-- {

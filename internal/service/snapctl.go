@@ -5,12 +5,13 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
-	"slices"
+	"strconv"
 	"strings"
+	"time"
 )
 
-// Snapctl drives services of a snap through snapd. It works in processes that snapd started
-// as root (hooks, services, commands under sudo).
+// Snapctl drives services of a snap through snapd. That works in processes that snapd started
+// as root (hooks, services, commands under sudo); [Snapctl.Status] works for everybody.
 type Snapctl struct {
 	Snap string // snap name
 
@@ -54,28 +55,36 @@ func (s *Snapctl) control(ctx context.Context, verb, names []string) error {
 	return err
 }
 
-// Status implements [Manager] from the table that `snapctl services` prints: name, startup
-// and current state in columns.
+// unitProperties are what systemd is asked about each unit.
+const unitProperties = "Id,LoadState,ActiveState,SubState,UnitFileState,MainPID,NRestarts,StateChangeTimestamp,ExecMainCode,ExecMainStatus"
+
+// Status implements [Manager]. It asks systemd itself, which answers everybody, tells more
+// than `snapctl services`, and takes a few milliseconds where that takes up to 200.
 func (s *Snapctl) Status(ctx context.Context) ([]State, error) {
-	out, err := s.Run(ctx, "snapctl", "services", s.Snap)
+	argv := []string{"env", "TZ=UTC", "LC_ALL=C", "systemctl", "show", "--property=" + unitProperties}
+	for _, n := range Names() {
+		argv = append(argv, s.unit(n))
+	}
+	out, err := s.Run(ctx, argv...)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot read the state of the services: %w", err)
 	}
 	found := map[string]State{}
-	for line := range strings.Lines(out) {
-		f := strings.Fields(line)
-		if len(f) < 3 {
+	for block := range strings.SplitSeq(out, "\n\n") {
+		properties := map[string]string{}
+		for line := range strings.Lines(block) {
+			k, v, _ := strings.Cut(strings.TrimRight(line, "\n"), "=")
+			properties[k] = v
+		}
+		name, ours := strings.CutPrefix(properties["Id"], "snap."+s.Snap+".daemon-")
+		if !ours || properties["LoadState"] != "loaded" {
 			continue
 		}
-		name, ours := strings.CutPrefix(f[0], s.Snap+".daemon-")
-		if !ours || !slices.Contains(Names(), name) {
-			continue
+		st := unitState(strings.TrimSuffix(name, ".service"), properties)
+		if st.Phase == Backoff || st.Phase == Failed || st.Restarts > 0 {
+			st.LastWords = s.lastWords(ctx, st.Name)
 		}
-		st := State{Name: name, Phase: Stopped, Enabled: f[1] == "enabled"}
-		if f[2] == "active" { // the whole word: "inactive" holds it too
-			st.Phase = Running
-		}
-		found[name] = st
+		found[st.Name] = st
 	}
 	var states []State
 	for _, n := range Names() {
@@ -84,9 +93,55 @@ func (s *Snapctl) Status(ctx context.Context) ([]State, error) {
 		}
 	}
 	if len(states) == 0 {
-		return nil, fmt.Errorf("cannot read the state of the services: snapctl lists none of snap %q", s.Snap)
+		return nil, fmt.Errorf("cannot read the state of the services: systemd knows none of snap %q", s.Snap)
 	}
 	return states, nil
+}
+
+func (s *Snapctl) unit(name string) string {
+	return "snap." + s.Snap + ".daemon-" + name + ".service"
+}
+
+// unitState reads what `systemctl show` printed of one unit.
+func unitState(name string, p map[string]string) State {
+	st := State{Name: name, Phase: Stopped, Enabled: p["UnitFileState"] == "enabled"}
+	switch p["ActiveState"] {
+	case "active":
+		st.Phase = Running
+	case "activating": // one of type notify runs before it says that it is ready
+		st.Phase = Running
+		if p["SubState"] == "auto-restart" {
+			st.Phase = Backoff
+		}
+	case "deactivating":
+		st.Phase = Stopping
+	case "failed":
+		st.Phase = Failed
+	}
+	if st.Phase == Running || st.Phase == Stopping {
+		st.PID, _ = strconv.Atoi(p["MainPID"])
+	}
+	st.Restarts, _ = strconv.Atoi(p["NRestarts"])
+	if since, err := time.Parse("Mon 2006-01-02 15:04:05 MST", p["StateChangeTimestamp"]); err == nil {
+		st.Since = since
+	}
+	switch status := p["ExecMainStatus"]; p["ExecMainCode"] { // waitid's numbers
+	case "1":
+		st.LastExit = "exit status " + status
+	case "2", "3":
+		st.LastExit = "signal " + status
+	}
+	return st
+}
+
+// lastWords gives the last line of a service that systemd had to restart, "" where it has none
+// or the caller may not read the journal.
+func (s *Snapctl) lastWords(ctx context.Context, name string) string {
+	out, err := s.Run(ctx, "journalctl", "--quiet", "--no-pager", "--output=cat", "--boot", "--lines=200", "--identifier="+s.Snap+".daemon-"+name)
+	if err != nil {
+		return ""
+	}
+	return lastLine([]byte(out))
 }
 
 // runProgram is the runner of production code.

@@ -3,9 +3,13 @@ package service
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // fakeSnapctl stands in for snapd's snapctl: it records calls and answers from a table, and
@@ -53,27 +57,39 @@ func TestSnapctlCommands(t *testing.T) {
 }
 
 func TestSnapctlStatus(t *testing.T) {
-	fake := &fakeSnapctl{t: t, answers: map[string]string{"snapctl services microk8s": `Service                         Startup   Current   Notes
-microk8s.daemon-apiserver-proxy disabled  inactive  -
-microk8s.daemon-cluster-agent   enabled   active    -
-microk8s.daemon-containerd      enabled   active    -
-microk8s.daemon-k8s-dqlite      enabled   inactive  -
-microk8s.daemon-kubelite        enabled   active    -
-microk8s.daemon-other           enabled   active    -
-`}}
+	unit := func(name, active, sub, file, more string) string {
+		return fmt.Sprintf("MainPID=0\nNRestarts=0\nExecMainCode=0\nExecMainStatus=0\nId=snap.microk8s.daemon-%s.service\nLoadState=loaded\nActiveState=%s\nSubState=%s\nUnitFileState=%s\nStateChangeTimestamp=\n%s\n", name, active, sub, file, more)
+	}
+	const show = "env TZ=UTC LC_ALL=C systemctl show --property=" + unitProperties + " snap.microk8s.daemon-containerd.service snap.microk8s.daemon-k8s-dqlite.service" +
+		" snap.microk8s.daemon-cluster-agent.service snap.microk8s.daemon-kubelite.service snap.microk8s.daemon-apiserver-proxy.service"
+	const journal = "journalctl --quiet --no-pager --output=cat --boot --lines=200 --identifier=microk8s.daemon-"
+	fake := &fakeSnapctl{t: t, answers: map[string]string{
+		show: strings.Join([]string{
+			unit("containerd", "active", "running", "enabled", "MainPID=422\nStateChangeTimestamp=Sat 2026-11-21 01:54:53 UTC"),
+			unit("k8s-dqlite", "activating", "auto-restart", "enabled", "NRestarts=7\nExecMainCode=1\nExecMainStatus=3"),
+			unit("cluster-agent", "deactivating", "stop-sigterm", "enabled", "MainPID=5"),
+			unit("kubelite", "failed", "failed", "disabled", "ExecMainCode=2\nExecMainStatus=9"),
+			"Id=snap.microk8s.daemon-apiserver-proxy.service\nLoadState=not-found\nActiveState=inactive\n",
+		}, "\n"),
+		journal + "k8s-dqlite": "starting\nno space left\n",
+		journal + "kubelite":   "",
+	}}
 	got, err := (&Snapctl{Snap: "microk8s", Run: fake.run}).Status(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []State{
-		{Name: Containerd, Phase: Running, Enabled: true},
-		{Name: Datastore, Phase: Stopped, Enabled: true},
-		{Name: ClusterAgent, Phase: Running, Enabled: true},
-		{Name: Kubelite, Phase: Running, Enabled: true},
-		{Name: Proxy, Phase: Stopped},
+		{Name: Containerd, Phase: Running, Enabled: true, PID: 422, Since: time.Date(2026, 11, 21, 1, 54, 53, 0, time.UTC)},
+		{Name: Datastore, Phase: Backoff, Enabled: true, Restarts: 7, LastExit: "exit status 3", LastWords: "no space left"},
+		{Name: ClusterAgent, Phase: Stopping, Enabled: true, PID: 5},
+		{Name: Kubelite, Phase: Failed, LastExit: "signal 9"},
 	}
-	if !slices.Equal(got, want) {
-		t.Errorf("got  %+v\nwant %+v", got, want)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("- want, + got:\n%s", diff)
+	}
+	fake = &fakeSnapctl{t: t, answers: map[string]string{show: "Id=other.service\nLoadState=loaded\n"}}
+	if _, err := (&Snapctl{Snap: "microk8s", Run: fake.run}).Status(t.Context()); err == nil {
+		t.Error("a machine without the services has states")
 	}
 }
 

@@ -143,7 +143,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		r.Problems = append(r.Problems, local...)
 	}
 	r.serviceProblems(p.Env, p.Now())
-	if !missed["ports"] {
+	if !missed["ports"] && !missed["services"] { // without these there is no telling whose a port is
 		for _, pr := range ports {
 			if !running(pr.service) {
 				r.Problems = append(r.Problems, pr.describe().Problem)
@@ -291,7 +291,7 @@ const justStarted = 30 * time.Second
 
 func lastWordsOf(env snapenv.Env, s service.State) string {
 	if env.Snapd {
-		return "" // snapd keeps the logs
+		return words(s.LastWords) // the journal has the logs
 	}
 	return words(service.LastLine(env.ServiceLog(s.Name)))
 }
