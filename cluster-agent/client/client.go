@@ -1,0 +1,334 @@
+// Package client is the joining node's side of the cluster agent's wire: it makes sure with whom
+// it talks before it tells the token, and then asks (cluster-agent.md 3, design decision 6).
+//
+// For tokens that this product makes, the server proves on the very connection that it knows
+// the token; for others the fingerprint in the connection string decides. Both are done again on
+// each new connection. Requests go over one connection, one after the other, in HTTP/1.1; a
+// connection that broke is made anew, with the same checks.
+//
+// What is asked, and what is done with the answers, is up to internal/cluster.
+package client
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/internal/token"
+)
+
+const (
+	dialTimeout = 10 * time.Second // TCP and TLS
+	callTimeout = 30 * time.Second
+	// joinTimeout is above the server's limit for one call, 240 s.
+	joinTimeout = 250 * time.Second
+	// maxAnswer bounds the body of an answer; a join's has some 20 kB.
+	maxAnswer = 4 << 20
+)
+
+// VerifyError says that the server is not known to be the one that made the token. Nothing
+// secret has been sent to it.
+type VerifyError struct {
+	Server string
+	Why    string
+}
+
+func (e *VerifyError) Error() string {
+	return fmt.Sprintf("cannot verify the identity of %s: %s", e.Server, e.Why)
+}
+
+// ConnectError says that no connection could be made, or that it broke.
+type ConnectError struct {
+	Server string
+	Err    error
+}
+
+func (e *ConnectError) Error() string { return fmt.Sprintf("cannot reach %s: %v", e.Server, e.Err) }
+func (e *ConnectError) Unwrap() error { return e.Err }
+
+// ServerError is an answer other than 200.
+type ServerError struct {
+	Status int
+	Code   api.Code // "" from upstream's agents
+	Text   string   // the server's own words
+}
+
+func (e *ServerError) Error() string { return fmt.Sprintf("%s (%d)", e.Text, e.Status) }
+
+// Client talks to one agent. Its methods may not be called concurrently.
+type Client struct {
+	// SkipVerify switches every check of the server off.
+	SkipVerify bool
+	// Warn is called with what a person should know about the security of the connection.
+	Warn func(text string)
+	// Dial makes TCP connections; nil means the host's.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	target Target
+	conn   *tls.Conn
+	reader *bufio.Reader
+	warned map[string]bool
+}
+
+// New gives a client that connects when it is first used.
+func New(t Target) *Client { return &Client{target: t, warned: map[string]bool{}} }
+
+// Close ends the connection, if there is one.
+func (c *Client) Close() {
+	if c.conn != nil {
+		c.conn.Close()
+		c.conn = nil
+	}
+}
+
+// Target is what the client talks to.
+func (c *Client) Target() Target { return c.target }
+
+func (c *Client) warn(text string) {
+	if c.Warn != nil && !c.warned[text] {
+		c.warned[text] = true
+		c.Warn(text)
+	}
+}
+
+// LocalAddr is the address from which this node is connected; the zero value without a
+// connection.
+func (c *Client) LocalAddr() net.IP {
+	if c.conn == nil {
+		return nil
+	}
+	if a, ok := c.conn.LocalAddr().(*net.TCPAddr); ok {
+		return a.IP
+	}
+	return nil
+}
+
+// RemoteAddr is the server's address.
+func (c *Client) RemoteAddr() net.IP {
+	if c.conn == nil {
+		return nil
+	}
+	if a, ok := c.conn.RemoteAddr().(*net.TCPAddr); ok {
+		return a.IP
+	}
+	return nil
+}
+
+// Preflight asks what would be in the way. Upstream's agents answer 404, as a *ServerError.
+func (c *Client) Preflight(ctx context.Context, r api.PreflightRequest) (*api.PreflightResponse, error) {
+	r.Token = c.target.Token.Reveal()
+	var out api.PreflightResponse
+	return &out, c.call(ctx, callTimeout, true, api.PathPreflight, r, &out)
+}
+
+// Join asks to be let in. The same node may ask our servers again; upstream's have spent the
+// token when they answer.
+func (c *Client) Join(ctx context.Context, r api.JoinRequest) (*api.JoinResponse, error) {
+	r.Token = c.target.Token.Reveal()
+	yes := true
+	r.CanHandleX509Auth, r.CanHandleCustomEtcd = &yes, &yes
+	var out api.JoinResponse
+	return &out, c.call(ctx, joinTimeout, false, api.PathJoin, r, &out)
+}
+
+// Sign has a certificate request signed during a worker's join. Suffix is api.SuffixProxy or
+// api.SuffixKubelet; upstream wants them in this order.
+func (c *Client) Sign(ctx context.Context, suffix string, csr []byte) ([]byte, error) {
+	var out api.SignResponse
+	err := c.call(ctx, callTimeout, false, api.PathSignCert, api.SignRequest{Token: c.target.Token.Reveal() + suffix, Request: string(csr)}, &out)
+	return []byte(out.Certificate), err
+}
+
+// Confirm says that this node has joined: the token is spent.
+func (c *Client) Confirm(ctx context.Context, hostname string) error {
+	return c.call(ctx, callTimeout, true, api.PathConfirm, api.ConfirmRequest{Token: c.target.Token.Reveal(), Hostname: hostname}, &api.Result{})
+}
+
+// Release says that this node gave the join up: the token is free again.
+func (c *Client) Release(ctx context.Context, hostname string) error {
+	return c.call(ctx, callTimeout, true, api.PathRelease, api.ConfirmRequest{Token: c.target.Token.Reveal(), Hostname: hostname}, &api.Result{})
+}
+
+// call sends one request over a verified connection. With again set, a connection that was made
+// for an earlier request and turns out to be broken is replaced once.
+func (c *Client) call(ctx context.Context, limit time.Duration, again bool, path string, request, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	old := c.conn != nil
+	if err := c.connect(ctx); err != nil {
+		return err
+	}
+	err := c.post(ctx, path, request, answer)
+	var broken *ConnectError
+	if errors.As(err, &broken) && old && again && ctx.Err() == nil {
+		if err := c.connect(ctx); err != nil {
+			return err
+		}
+		err = c.post(ctx, path, request, answer)
+	}
+	return err
+}
+
+// connect makes a connection and finds out who is at the other end, unless there is one.
+func (c *Client) connect(ctx context.Context) error {
+	if c.conn != nil {
+		return nil
+	}
+	generated := c.target.Token.Generated()
+	config := &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		// The chain says nothing before the cluster's CA is known: fingerprint and proof do.
+		InsecureSkipVerify: true, //nolint:gosec // see VerifyConnection and prove
+		NextProtos:         []string{"http/1.1"},
+		VerifyConnection:   c.verifyFingerprint,
+	}
+	if generated && !c.SkipVerify {
+		config.MinVersion = tls.VersionTLS13 // a proof is tied to such a connection
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	dial := c.Dial
+	if dial == nil {
+		dial = (&net.Dialer{}).DialContext
+	}
+	raw, err := dial(ctx, "tcp", c.target.Address())
+	if err != nil {
+		return &ConnectError{c.target.Address(), err}
+	}
+	conn := tls.Client(raw, config)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		raw.Close()
+		var verify *VerifyError
+		if errors.As(err, &verify) {
+			return verify
+		}
+		return &ConnectError{c.target.Address(), err}
+	}
+	c.conn, c.reader = conn, bufio.NewReader(conn)
+	if c.SkipVerify {
+		c.warn("the identity of the server is NOT verified (--skip-verify): whoever answers at " + c.target.Address() + " learns the token, and can control this node")
+		return nil
+	}
+	if generated {
+		if err := c.prove(ctx); err != nil {
+			c.Close()
+			return err
+		}
+	}
+	return nil
+}
+
+// verifyFingerprint is the check for tokens that their server cannot prove to know.
+func (c *Client) verifyFingerprint(state tls.ConnectionState) error {
+	if c.SkipVerify || len(state.PeerCertificates) == 0 {
+		return nil
+	}
+	sum := sha256.Sum256(state.PeerCertificates[0].Raw)
+	matches := strings.HasPrefix(hex.EncodeToString(sum[:]), c.target.Check)
+	switch {
+	case c.target.Token.Generated():
+		// The proof decides. Behind a balancer another node may answer than the one that printed
+		// the fingerprint.
+		return nil
+	case c.target.Check == "":
+		return &VerifyError{c.target.Address(), "the connection string has no fingerprint behind the token, and this token cannot be proved"}
+	case !matches:
+		return &VerifyError{c.target.Address(), "its certificate does not have the fingerprint of the connection string"}
+	case len(c.target.Check) < safeCheck:
+		c.warn(fmt.Sprintf("the fingerprint has %d digits only, which somebody with much computing power can forge; use 'microk8s add-node' of this product, or %d digits", len(c.target.Check), safeCheck))
+	}
+	return nil
+}
+
+// prove has the server show that it knows the token, without telling it.
+func (c *Client) prove(ctx context.Context) error {
+	state := c.conn.ConnectionState()
+	exporter, err := token.Exporter(&state)
+	if err != nil {
+		return &VerifyError{c.target.Address(), err.Error()}
+	}
+	id, key := c.target.Token.Derive()
+	nonce := token.Nonce()
+	var out api.ProofResponse
+	err = c.post(ctx, api.PathProof, api.ProofRequest{ID: id.String(), Nonce: nonce}, &out)
+	var refused *ServerError
+	switch {
+	case errors.As(err, &refused) && refused.Code == api.CodeToken:
+		return &VerifyError{c.target.Address(), "it does not know this token: it was used, revoked, has expired, or was made on another cluster"}
+	case errors.As(err, &refused) && refused.Code == api.CodeBusy:
+		return refused
+	case errors.As(err, &refused):
+		return &VerifyError{c.target.Address(), fmt.Sprintf("it cannot show that it knows the token, as the server that made it can (%s)", refused.Text)}
+	case err != nil:
+		return err
+	case !token.CheckProof(key, exporter, id, nonce, out.Proof):
+		return &VerifyError{c.target.Address(), "its proof is wrong: somebody is between this node and the cluster"}
+	}
+	return nil
+}
+
+// post sends one request over the connection there is. After an error that is not a
+// *ServerError there is none any more.
+func (c *Client) post(ctx context.Context, path string, request, answer any) (err error) {
+	body, err := json.Marshal(request)
+	if err != nil {
+		return fmt.Errorf("cannot ask %s: %w", c.target.Address(), err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+c.target.Address()+path, bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("cannot ask %s: %w", c.target.Address(), err)
+	}
+	// The address and not the name: agents look for it among their interfaces.
+	req.Host = c.conn.RemoteAddr().String()
+	req.Header.Set("Content-Type", "application/json")
+	conn := c.conn
+	deadline, _ := ctx.Deadline()
+	_ = conn.SetDeadline(deadline) // the zero time is none
+	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	broken := func(err error) error {
+		c.Close()
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return &ConnectError{c.target.Address(), err}
+	}
+	if err := req.Write(conn); err != nil {
+		return broken(err)
+	}
+	resp, err := http.ReadResponse(c.reader, req)
+	if err != nil {
+		return broken(err)
+	}
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	resp.Body.Close()
+	if err != nil {
+		return broken(err)
+	}
+	if resp.Close {
+		c.Close()
+	}
+	if resp.StatusCode != http.StatusOK {
+		var e api.Error
+		if json.Unmarshal(data, &e) != nil || e.Message == "" {
+			e.Message = http.StatusText(resp.StatusCode)
+		}
+		return &ServerError{Status: resp.StatusCode, Code: e.Code, Text: e.Message}
+	}
+	if err := json.Unmarshal(data, answer); err != nil {
+		return fmt.Errorf("cannot understand the answer of %s: %w", c.target.Address(), err)
+	}
+	return nil
+}
