@@ -1,0 +1,260 @@
+// Command datastore measures k8s-dqlite side by side with etcd and with kine on SQLite, each a
+// real process on this machine, in one run, and prints every figure with its ratio to etcd's.
+// The measurements take turns, so that what else the machine does meets all of them.
+//
+// Nothing fails because of a figure: the ratios that are wanted stand in the table.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"google.golang.org/grpc/grpclog"
+)
+
+func main() {
+	build := flag.String("build", "build", "the folder of `make build` and `make peers`")
+	during := flag.Duration("during", 2*time.Second, "how long each measurement of each round lasts")
+	rounds := flag.Int("rounds", 3, "how many rounds; the median of each figure counts")
+	members := flag.Int("members", 1, "members of each datastore; kine has one only and is left out of others")
+	large := flag.Bool("large", true, "also measure with 100,000 objects")
+	flag.Parse()
+	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := measure(ctx, *build, *during, *rounds, *members, *large); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// row is one line of the table: what is measured, and what is wanted of the ratio to etcd.
+type row struct {
+	what   string
+	unit   string // of value; empty where rate, p50 and p99 count
+	wanted float64
+	f      func(*run) func(context.Context) (figure, error)
+	once   bool // in the last round only
+}
+
+func rows(members int, large bool) []row {
+	plain := func(f func(*run, context.Context) (figure, error)) func(*run) func(context.Context) (figure, error) {
+		return func(r *run) func(context.Context) (figure, error) {
+			return func(ctx context.Context) (figure, error) { return f(r, ctx) }
+		}
+	}
+	var out []row
+	for _, n := range []int{1, 16, 64} {
+		wanted := 0.9
+		if n == 64 {
+			wanted = 1
+		}
+		out = append(out,
+			row{what: fmt.Sprintf("create, %d callers", n), wanted: wanted, f: func(r *run) func(context.Context) (figure, error) { return r.createN(n, false) }},
+			row{what: fmt.Sprintf("delete, %d callers", n), wanted: wanted, f: plain((*run).deleteN)},
+			row{what: fmt.Sprintf("update, %d callers", n), wanted: wanted, f: func(r *run) func(context.Context) (figure, error) { return r.updateN(n) }},
+		)
+	}
+	if members > 1 {
+		out = append(out, row{what: "create, 64 callers on all members", wanted: 1, f: func(r *run) func(context.Context) (figure, error) { return r.createN(64, true) }})
+	}
+	out = append(out,
+		row{what: "update of one key, 16 callers", wanted: 0.9, f: plain((*run).contended)},
+		row{what: "get, 1 caller", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.getN(1, 0) }},
+		row{what: "get, 16 callers", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.getN(16, 0) }},
+		row{what: "list of 5000 by 500", wanted: 0.9, f: plain((*run).list)},
+		row{what: "count of 5000", wanted: 0.9, f: plain((*run).count)},
+		row{what: "write answered → event", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.events(0) }},
+		row{what: "progress after a write", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.progress(0) }},
+	)
+	if members > 1 {
+		out = append(out,
+			row{what: "get on another member, 16 callers", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.getN(16, 1) }},
+			row{what: "write answered → event on another member", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.events(1) }},
+			row{what: "progress after a write, another member", wanted: 0.9, f: func(r *run) func(context.Context) (figure, error) { return r.progress(1) }},
+		)
+	}
+	out = append(out,
+		row{what: "lease ends late by", f: plain((*run).lease), once: true},
+		row{what: "disk written for a write of 1 KiB", unit: "KiB", f: plain((*run).perWrite), once: true},
+		row{what: "CPU at 100 writes/s and 100 reads/s, 60 watches", unit: "%", f: func(r *run) func(context.Context) (figure, error) { return r.steady(100) }, once: true},
+		row{what: "idle CPU, 60 watches", unit: "%", wanted: 1, f: func(r *run) func(context.Context) (figure, error) { return r.steady(0) }, once: true},
+		row{what: "resident memory after this", unit: "MiB", wanted: 1, f: plain((*run).resident), once: true},
+	)
+	if large {
+		out = append(out,
+			row{what: "resident memory with 100,000 objects more", unit: "MiB", f: func(r *run) func(context.Context) (figure, error) {
+				return func(ctx context.Context) (figure, error) {
+					if err := r.fillMany(ctx); err != nil {
+						return figure{}, err
+					}
+					return r.resident(ctx)
+				}
+			}, once: true},
+			row{what: "start with them", unit: "s", f: plain((*run).restart), once: true},
+			row{what: "resident memory after that start", unit: "MiB", f: plain((*run).resident), once: true},
+		)
+	}
+	return out
+}
+
+func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool) (err error) {
+	dir, err := os.MkdirTemp(build, "bench-datastore-")
+	if err != nil {
+		return err
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return err
+	}
+	ours, err := newOurs(filepath.Join(build, "bin/k8s-dqlite"), dir, members)
+	if err != nil {
+		return err
+	}
+	etcd, err := newEtcd(filepath.Join(build, "peers/etcd"), dir, members)
+	if err != nil {
+		return err
+	}
+	targets := []*target{etcd, ours}
+	if members == 1 {
+		kine, err := newKine(filepath.Join(build, "peers/kine"), dir)
+		if err != nil {
+			return err
+		}
+		targets = append(targets, kine)
+	}
+	defer func() {
+		for _, t := range targets {
+			err = errors.Join(err, t.stop())
+		}
+		if err == nil { // the logs are of use otherwise
+			err = os.RemoveAll(dir)
+		}
+	}()
+	var runs []*run
+	for _, t := range targets {
+		if err := t.start(ctx); err != nil {
+			return err
+		}
+		r := &run{target: t, during: during, val: value()}
+		if err := r.fill(ctx, listPrefix, listed); err != nil {
+			return fmt.Errorf("%s: %w", t.name, err)
+		}
+		runs = append(runs, r)
+	}
+	table := rows(members, large)
+	figures := make([][][]figure, len(table)) // row, target, round
+	for i := range figures {
+		figures[i] = make([][]figure, len(runs))
+	}
+	for round := range rounds {
+		for i, row := range table {
+			if row.once && round < rounds-1 {
+				continue
+			}
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, row.what)
+			for j, r := range runs {
+				r.round = round
+				f, err := row.f(r)(ctx)
+				if err != nil {
+					return fmt.Errorf("%s, %s: %w", r.name, row.what, err)
+				}
+				figures[i][j] = append(figures[i][j], f)
+			}
+		}
+	}
+	print(os.Stdout, table, runs, figures, members)
+	return nil
+}
+
+// median gives, for each number of the figures by itself, the middle one.
+func median(figures []figure) figure {
+	middle := func(get func(figure) float64) float64 {
+		all := make([]float64, len(figures))
+		for i, f := range figures {
+			all[i] = get(f)
+		}
+		slices.Sort(all)
+		return all[len(all)/2]
+	}
+	return figure{
+		rate:  middle(func(f figure) float64 { return f.rate }),
+		p50:   time.Duration(middle(func(f figure) float64 { return float64(f.p50) })),
+		p99:   time.Duration(middle(func(f figure) float64 { return float64(f.p99) })),
+		value: middle(func(f figure) float64 { return f.value }),
+	}
+}
+
+// noise is the shortest time that is told from nothing in a ratio.
+const noise = 20 * time.Microsecond
+
+// ratios compares with etcd's figure; above 1 is better than etcd.
+func ratios(f, etcd figure, unit string) []string {
+	ratio := func(a, b float64) string {
+		if b == 0 {
+			return "–"
+		}
+		return fmt.Sprintf("%.2f", a/b)
+	}
+	if unit != "" {
+		return []string{ratio(etcd.value, f.value)}
+	}
+	var out []string
+	if f.rate > 0 {
+		out = append(out, ratio(f.rate, etcd.rate))
+	}
+	return append(out,
+		ratio(float64(max(noise, etcd.p50)), float64(max(noise, f.p50))),
+		ratio(float64(max(noise, etcd.p99)), float64(max(noise, f.p99))))
+}
+
+func show(f figure, unit string) string {
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", float64(d)/float64(time.Millisecond)) }
+	switch {
+	case unit != "":
+		return fmt.Sprintf("%.1f %s", f.value, unit)
+	case f.rate > 0:
+		return fmt.Sprintf("%.0f/s %s %s ms", f.rate, ms(f.p50), ms(f.p99))
+	}
+	return fmt.Sprintf("%s %s ms", ms(f.p50), ms(f.p99))
+}
+
+func print(w io.Writer, table []row, runs []*run, figures [][][]figure, members int) {
+	fmt.Fprintf(w, "%d member(s) each, %d CPUs, Go %s. Rates by all callers together, then p50 and p99; the ratios are in the same order, above 1 is better than etcd.\n\n",
+		members, runtime.NumCPU(), strings.TrimPrefix(runtime.Version(), "go"))
+	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	head := []string{"what", "wanted"}
+	for i, r := range runs {
+		head = append(head, r.name)
+		if i > 0 {
+			head = append(head, "ratio")
+		}
+	}
+	fmt.Fprintln(t, strings.Join(head, "\t"))
+	for i, row := range table {
+		cells := []string{row.what, "–"}
+		if row.wanted > 0 {
+			cells[1] = fmt.Sprintf("%.1f", row.wanted)
+		}
+		etcd := median(figures[i][0])
+		for j := range runs {
+			f := median(figures[i][j])
+			cells = append(cells, show(f, row.unit))
+			if j > 0 {
+				cells = append(cells, strings.Join(ratios(f, etcd, row.unit), " "))
+			}
+		}
+		fmt.Fprintln(t, strings.Join(cells, "\t"))
+	}
+	_ = t.Flush()
+}

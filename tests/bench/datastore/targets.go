@@ -1,0 +1,297 @@
+package main
+
+import (
+	"context"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"microk8s/internal/pki"
+)
+
+// target is one datastore under measurement: one process, or several that are one cluster.
+type target struct {
+	name    string
+	members []*member
+	clients [][]*clientv3.Client // for each member
+}
+
+// member is one process of a target.
+type member struct {
+	endpoint string
+	dir      string
+	argv     []string
+	cmd      *exec.Cmd
+	exited   chan struct{} // closed when cmd has ended
+}
+
+// connections to each member: an API server has several, and one alone would be the limit.
+const connections = 4
+
+// startLimit bounds the wait for a process that was started.
+const startLimit = 2 * time.Minute
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// newOurs prepares n daemons in folders below dir.
+func newOurs(program, dir string, n int) (*target, error) {
+	t := &target{name: "k8s-dqlite"}
+	var maker pki.Maker
+	key, err := maker.Key(2048)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := maker.Issue(pki.Request{
+		Subject: pkix.Name{CommonName: "k8s"}, DNSNames: []string{"bench"}, IPs: []net.IP{net.IPv4(127, 0, 0, 1)},
+		Days: 1, ServerAuth: true, ClientAuth: true,
+	}, key.Public(), nil, key)
+	if err != nil {
+		return nil, err
+	}
+	first := ""
+	for i := range n {
+		m := &member{dir: filepath.Join(dir, "ours-"+strconv.Itoa(i))}
+		peer, err := freeAddress()
+		if err != nil {
+			return nil, err
+		}
+		if m.endpoint, err = freeAddress(); err != nil {
+			return nil, err
+		}
+		init := "Address: " + peer + "\n"
+		if i == 0 {
+			first = peer
+		} else {
+			init += "Cluster: [" + strconv.Quote(first) + "]\n"
+		}
+		if err := os.MkdirAll(m.dir, 0o700); err != nil {
+			return nil, err
+		}
+		for name, data := range map[string][]byte{"cluster.crt": pki.EncodeCert(cert), "cluster.key": pki.EncodeKey(key), "init.yaml": []byte(init)} {
+			if err := os.WriteFile(filepath.Join(m.dir, name), data, 0o600); err != nil {
+				return nil, err
+			}
+		}
+		m.argv = []string{program, "--storage-dir=" + m.dir, "--listen=tcp://" + m.endpoint}
+		t.members = append(t.members, m)
+	}
+	return t, nil
+}
+
+// newEtcd prepares n members of etcd, which syncs every write, as ours does.
+func newEtcd(program, dir string, n int) (*target, error) {
+	t := &target{name: "etcd"}
+	var cluster []string
+	peers := make([]string, n)
+	for i := range n {
+		m := &member{dir: filepath.Join(dir, "etcd-"+strconv.Itoa(i))}
+		var err error
+		if peers[i], err = freeAddress(); err != nil {
+			return nil, err
+		}
+		if m.endpoint, err = freeAddress(); err != nil {
+			return nil, err
+		}
+		cluster = append(cluster, fmt.Sprintf("m%d=http://%s", i, peers[i]))
+		t.members = append(t.members, m)
+	}
+	for i, m := range t.members {
+		m.argv = []string{
+			program, "--name=m" + strconv.Itoa(i), "--data-dir=" + m.dir, "--log-level=error",
+			"--listen-client-urls=http://" + m.endpoint, "--advertise-client-urls=http://" + m.endpoint,
+			"--listen-peer-urls=http://" + peers[i], "--initial-advertise-peer-urls=http://" + peers[i],
+			"--initial-cluster=" + strings.Join(cluster, ","), "--initial-cluster-state=new",
+			"--quota-backend-bytes=8589934592",
+		}
+	}
+	return t, nil
+}
+
+// newKine prepares kine on SQLite, whose default it is to acknowledge before a write is on disk.
+func newKine(program, dir string) (*target, error) {
+	m := &member{dir: filepath.Join(dir, "kine")}
+	var err error
+	if m.endpoint, err = freeAddress(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+		return nil, err
+	}
+	m.argv = []string{program, "--listen-address=tcp://" + m.endpoint, "--metrics-bind-address=0",
+		"--endpoint=sqlite://" + filepath.Join(m.dir, "state.db") + "?_journal=WAL&cache=shared&_busy_timeout=30000&_txlock=immediate"}
+	return &target{name: "kine", members: []*member{m}}, nil
+}
+
+// start runs the processes and waits until each answers.
+func (t *target) start(ctx context.Context) error {
+	for _, m := range t.members {
+		if err := m.start(); err != nil {
+			return fmt.Errorf("%s: %w", t.name, err)
+		}
+	}
+	t.clients = nil
+	for i, m := range t.members {
+		if err := m.ready(ctx); err != nil {
+			return fmt.Errorf("%s, member %d: %w", t.name, i, err)
+		}
+		var clients []*clientv3.Client
+		for range connections {
+			c, err := m.client()
+			if err != nil {
+				return err
+			}
+			clients = append(clients, c)
+		}
+		t.clients = append(t.clients, clients)
+	}
+	return nil
+}
+
+func (m *member) start() error {
+	log, err := os.OpenFile(m.dir+".log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	m.cmd = exec.Command(m.argv[0], m.argv[1:]...)
+	m.cmd.Stdout, m.cmd.Stderr = log, log
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := m.cmd.Start(); err != nil {
+		return err
+	}
+	m.exited = make(chan struct{})
+	go func() {
+		defer close(m.exited)
+		_ = m.cmd.Wait()
+	}()
+	return nil
+}
+
+// ready waits until a read is answered.
+func (m *member) ready(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	c, err := m.client()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	for {
+		try, cancel := context.WithTimeout(ctx, time.Second)
+		_, err := c.Get(try, "/ready")
+		cancel()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("it does not answer: %w; its log is %s.log", err, m.dir)
+		case <-m.exited:
+			return fmt.Errorf("it ended; its log is %s.log", m.dir)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+func (m *member) client() (*clientv3.Client, error) {
+	return clientv3.New(clientv3.Config{Endpoints: []string{"http://" + m.endpoint}, DialTimeout: 5 * time.Second, Logger: zap.NewNop(),
+		MaxCallSendMsgSize: 16 << 20, MaxCallRecvMsgSize: 1 << 30})
+}
+
+// stop ends the processes in good order.
+func (t *target) stop() error {
+	for _, clients := range t.clients {
+		for _, c := range clients {
+			_ = c.Close()
+		}
+	}
+	t.clients = nil
+	var errs []error
+	for _, m := range t.members {
+		if m.cmd == nil {
+			continue
+		}
+		_ = m.cmd.Process.Signal(syscall.SIGTERM)
+	}
+	for _, m := range t.members {
+		if m.cmd == nil {
+			continue
+		}
+		select {
+		case <-m.exited:
+		case <-time.After(startLimit):
+			errs = append(errs, fmt.Errorf("%s does not stop and is killed", t.name))
+			_ = m.cmd.Process.Kill()
+			<-m.exited
+		}
+		m.cmd = nil
+	}
+	return errors.Join(errs...)
+}
+
+// client gives the connection that caller n uses, on one member.
+func (t *target) client(member, n int) *clientv3.Client {
+	c := t.clients[member%len(t.clients)]
+	return c[n%len(c)]
+}
+
+// usage is what the processes of a target have used.
+type usage struct {
+	cpu     time.Duration // user and system time of all members together
+	rss     int64         // bytes, of the largest member
+	written int64         // bytes to disk by all members
+}
+
+func (t *target) usage() (u usage, err error) {
+	for _, m := range t.members {
+		dir := filepath.Join("/proc", strconv.Itoa(m.cmd.Process.Pid))
+		stat, err := os.ReadFile(dir + "/stat")
+		if err != nil {
+			return u, err
+		}
+		_, rest, _ := strings.Cut(string(stat), ") ") // the name may hold anything
+		f := strings.Fields(rest)
+		if len(f) < 13 {
+			return u, fmt.Errorf("%s/stat is short", dir)
+		}
+		for _, ticks := range f[11:13] { // utime, stime (proc_pid_stat(5)), in 1/100 s
+			n, _ := strconv.ParseInt(ticks, 10, 64)
+			u.cpu += time.Duration(n) * 10 * time.Millisecond
+		}
+		u.rss = max(u.rss, field(dir+"/status", "VmRSS:")*1024)
+		u.written += field(dir+"/io", "write_bytes:")
+	}
+	return u, nil
+}
+
+// field gives the number behind a name in a file of /proc.
+func field(path, name string) int64 {
+	data, _ := os.ReadFile(path)
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, name); ok {
+			if f := strings.Fields(rest); len(f) > 0 {
+				n, _ := strconv.ParseInt(f[0], 10, 64)
+				return n
+			}
+		}
+	}
+	return 0
+}
