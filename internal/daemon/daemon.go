@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"microk8s/apiserver-proxy/config"
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/hostprobe"
@@ -262,7 +263,7 @@ func (p *Preparer) lowMemory() error {
 
 func (p *Preparer) clusterAgent(context.Context, *Command) error { return certs.Check(p.Env) }
 
-func (p *Preparer) apiserverProxy(context.Context, *Command) error {
+func (p *Preparer) apiserverProxy(_ context.Context, cmd *Command) error {
 	if !p.worker() {
 		return nothingToDo("only workers need it")
 	}
@@ -271,7 +272,8 @@ func (p *Preparer) apiserverProxy(context.Context, *Command) error {
 			return nothingToDo(p.Env.Args(name) + " does not exist")
 		}
 	}
-	return nil
+	cmd.NoFile = 65536 // descriptors of connections
+	return config.Render(p.Env)
 }
 
 func modprobe(ctx context.Context, module string) error {

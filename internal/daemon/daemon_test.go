@@ -110,8 +110,6 @@ func (n *node) prepare(t *testing.T, name string) *Command {
 func TestCommandLines(t *testing.T) {
 	n := newNode(t)
 	n.put(t, n.env.Lock(snapenv.LockWorker), "")
-	n.put(t, n.env.Args("traefik/provider.yaml"), "x")
-	n.put(t, n.env.Args("apiserver-proxy"), "--refresh-interval 30s\n")
 	for _, tc := range []struct {
 		name   string
 		worker bool
@@ -133,7 +131,9 @@ func TestCommandLines(t *testing.T) {
 			"--proxy-args-file=DATA/args/kube-proxy", "--kubelet-args-file=DATA/args/kubelet", "--apiserver-args-file=DATA/args/kube-apiserver",
 			"--kubeconfig-file=DATA/credentials/client.config", "--start-control-plane=false",
 		}},
-		{"apiserver-proxy", true, []string{"--refresh-interval", "30s"}},
+		{"apiserver-proxy", true, []string{
+			"--traefik-config", "DATA/args/traefik/traefik.yaml", "--kubeconfig", "DATA/credentials/kubelet.config", "--refresh-interval", "30s",
+		}},
 	} {
 		t.Run(fmt.Sprint(tc.name, tc.worker), func(t *testing.T) {
 			n.again()
@@ -167,6 +167,16 @@ func TestCommandLines(t *testing.T) {
 	}
 }
 
+func TestProxyConfigurationIsRendered(t *testing.T) {
+	n := newNode(t)
+	n.put(t, n.env.Lock(snapenv.LockWorker), "")
+	n.prepare(t, "apiserver-proxy")
+	got := read(t, n.env.Args("traefik/traefik.yaml"))
+	if want := "filename: " + n.env.Args("traefik/provider.yaml") + "\n"; !strings.Contains(got, want) {
+		t.Errorf("no %q in:\n%s", want, got)
+	}
+}
+
 func TestNothingToDo(t *testing.T) {
 	for _, tc := range []struct {
 		service string
@@ -174,7 +184,11 @@ func TestNothingToDo(t *testing.T) {
 		wanted  bool
 	}{
 		{"apiserver-proxy", func(*testing.T, *node) {}, false},
-		{"apiserver-proxy", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockWorker), "") }, false},
+		{"apiserver-proxy", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockWorker), "") }, true},
+		{"apiserver-proxy", func(t *testing.T, n *node) {
+			n.put(t, n.env.Lock(snapenv.LockWorker), "")
+			remove(t, n.env.Args("apiserver-proxy"))
+		}, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockNoDqlite), "") }, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockLowMemory), "") }, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { remove(t, n.env.Args("k8s-dqlite")) }, false},

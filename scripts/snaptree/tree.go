@@ -57,7 +57,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 	t := &tree{files: map[string]file{}}
 	in := func(p string) string { return filepath.Join(root, p) }
 
-	for _, p := range []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent"} {
+	for _, p := range []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent", "apiserver-proxy"} {
 		t.add("bin/"+p, in("build/bin/"+p), 0o755)
 	}
 	for _, p := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "helm"} {
