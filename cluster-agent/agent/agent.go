@@ -23,9 +23,12 @@ import (
 	"microk8s/cluster-agent/node"
 	"microk8s/cluster-agent/renewal"
 	"microk8s/cluster-agent/server"
+	"microk8s/cluster-agent/worker"
 	"microk8s/internal/certs"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
 
@@ -80,8 +83,8 @@ type Restarter interface {
 // Run serves, and keeps certificates in order, until ctx ends. Whether the node is a worker is
 // read once: who changes it restarts the agent.
 func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log *slog.Logger) error {
-	worker := env.Locked(snapenv.LockWorker)
-	if worker {
+	isWorker := env.Locked(snapenv.LockWorker)
+	if isWorker {
 		f.CertFile, f.KeyFile = servingPair(env, f)
 	}
 	srv, err := server.New(server.Options{
@@ -95,11 +98,20 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		return err
 	}
 	limiter := &limit.Limiter{}
-	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
-	defer here.Wait()
-	here.Register(srv, !worker)
 	core := func() (*kube.Core, error) { return kube.FromFile(env.AdminKubeconfig()) }
-	if !worker {
+	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
+	here.Remove = func(ctx context.Context, endpoint string) error { return peers.Remove(ctx, env.Backend(), endpoint) }
+	remote := &worker.Keeper{Env: env, Node: name, Restart: services.Restart, Log: log}
+	here.Fresh = remote.Callback
+	if !isWorker {
+		here.Fresh = func(ctx context.Context) (string, error) {
+			key, err := callback.Keys{Core: core}.Get(ctx)
+			return token.Callback(key, name), err
+		}
+	}
+	defer here.Wait()
+	here.Register(srv, !isWorker)
+	if !isWorker {
 		(&broker.Broker{
 			Env: env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
 			Cluster: apiServer{core},
@@ -117,7 +129,9 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		keeper := &renewal.Keeper{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
 		return keeper.Run(ctx)
 	})
-	if !worker {
+	if isWorker {
+		group.Go(func() error { return remote.Run(ctx) })
+	} else {
 		group.Go(func() error {
 			return (&callback.Keeper{Env: env, Keys: callback.Keys{Core: core}, Node: name, Log: log}).Run(ctx)
 		})

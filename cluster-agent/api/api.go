@@ -31,9 +31,6 @@ const (
 	HeaderCAPI     = "Capi-Auth-Token"           // of PathDqliteRemove
 )
 
-// DefaultPort is the agent's port where args/cluster-agent does not say otherwise.
-const DefaultPort = 25000
-
 // Product in a request says that the client is this product and not upstream's.
 const Product = "microk8s-go"
 

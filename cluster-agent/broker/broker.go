@@ -30,6 +30,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/server"
+	"microk8s/internal/agentport"
 	"microk8s/internal/args"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
@@ -304,20 +305,7 @@ func (b *Broker) argument(file, flag string) string {
 }
 
 // agentPort is the port of --bind, which all nodes of a cluster have in common.
-func (b *Broker) agentPort() string { return AgentPort(b.Env) }
-
-// AgentPort gives the port of --bind in args/cluster-agent, "25000" where it is not said.
-func AgentPort(env snapenv.Env) string {
-	f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent"))
-	if err == nil {
-		if v, ok := f.Value("bind", env.Lookup); ok {
-			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
-				return port
-			}
-		}
-	}
-	return fmt.Sprint(api.DefaultPort)
-}
+func (b *Broker) agentPort() string { return agentport.Of(b.Env) }
 
 // external says that the datastore is an etcd of the user's.
 func (b *Broker) external() bool {

@@ -18,7 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/validation"
 
-	"microk8s/internal/args"
+	"microk8s/internal/agentport"
 	"microk8s/internal/certs"
 	"microk8s/internal/kube"
 	"microk8s/internal/pki"
@@ -147,7 +147,7 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 	if addr := defaultAddress(); addr.IsValid() {
 		first = addr.String()
 	}
-	c := connection{token: tok.Reveal(), check: check, port: agentPort(a.Env), first: first, all: all, worker: f.worker, ha: a.Env.Locked(snapenv.LockHA)}
+	c := connection{token: tok.Reveal(), check: check, port: agentport.Of(a.Env), first: first, all: all, worker: f.worker, ha: a.Env.Locked(snapenv.LockHA)}
 	return c.print(a.Out, f.format)
 }
 
@@ -168,18 +168,6 @@ func (a *App) fingerprint(tok token.Token) (string, error) {
 		return digits[:12], nil
 	}
 	return digits, nil
-}
-
-// agentPort is the port of --bind in args/cluster-agent, which joining nodes contact.
-func agentPort(env snapenv.Env) string {
-	if f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent")); err == nil {
-		if v, ok := f.Value("bind", env.Lookup); ok {
-			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
-				return port
-			}
-		}
-	}
-	return "25000"
 }
 
 // joinAddresses lists the addresses under which another machine may reach this one.

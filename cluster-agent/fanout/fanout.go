@@ -1,0 +1,246 @@
+// Package fanout makes the calls from a control-plane node to all nodes of its cluster: change
+// arguments, restart services, import an image. The client of a join is
+// cluster-agent/client.
+//
+// A call goes on after a node that does not answer and says so in that node's Result. The
+// peer's certificate must be of the cluster's CA and name the node or its address; only then is
+// the node's callback secret sent.
+package fanout
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
+	"microk8s/internal/agentport"
+	"microk8s/internal/kube"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+)
+
+const (
+	atOnce      = 8                // nodes that are called at the same time
+	dialTimeout = 5 * time.Second  // of a connection to a node
+	callTimeout = 4 * time.Minute  // of a call that is not an import; the agents' own is as long
+	maxAnswer   = 1 << 20          // bytes of an answer
+	importLimit = 60 * time.Minute // of the import of one image
+)
+
+// Target is one node's agent.
+type Target struct {
+	Name    string // of the node
+	Address string // host:port of its agent
+}
+
+// Result is how a call to one node ended.
+type Result struct {
+	Target
+	Err error // nil when the node did what it was asked
+}
+
+// Failed gives one error for all nodes that failed, or nil.
+func Failed(results []Result) error {
+	var errs []error
+	for _, r := range results {
+		if r.Err != nil {
+			errs = append(errs, fmt.Errorf("node %s (%s): %w", r.Name, r.Address, r.Err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Cluster calls the nodes of this node's cluster. It needs the administrator's kubeconfig,
+// which control-plane nodes have. Set Env; the other fields are for tests.
+type Cluster struct {
+	Env  snapenv.Env
+	Core func() (*kube.Core, error)
+	Port string // of all agents; "" means that of args/cluster-agent
+}
+
+func (c *Cluster) core() (*kube.Core, error) {
+	if c.Core != nil {
+		return c.Core()
+	}
+	return kube.FromFile(c.Env.AdminKubeconfig())
+}
+
+// Targets lists the agents of all nodes, this one included, by name.
+func (c *Cluster) Targets(ctx context.Context) ([]Target, error) {
+	core, err := c.core()
+	if err != nil {
+		return nil, err
+	}
+	nodes, err := core.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	port := c.Port
+	if port == "" {
+		port = agentport.Of(c.Env)
+	}
+	var out []Target
+	for _, n := range nodes {
+		t := Target{Name: n.Name}
+		for _, a := range n.Status.Addresses {
+			if a.Type == corev1.NodeInternalIP {
+				t.Address = net.JoinHostPort(a.Address, port)
+				break
+			}
+		}
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+// Configure asks every node for the same: argument changes, then restarts. names limits it to
+// some nodes; none means all. The error is for what stops the whole call; see [Failed] for the
+// nodes'.
+func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names ...string) ([]Result, error) {
+	return c.each(ctx, callTimeout, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+		mine := req
+		mine.Callback = secret
+		body, err := json.Marshal(mine)
+		if err != nil {
+			return err
+		}
+		return post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+	})
+}
+
+// SetArgument sets one option of an argument file on all nodes and restarts its service, for
+// example ("kubelet", "--cluster-dns", "10.152.183.10"). An empty value removes the option.
+func (c *Cluster) SetArgument(ctx context.Context, service, option, value string) ([]Result, error) {
+	s := api.ConfigureService{Name: service, Restart: true}
+	if value == "" {
+		s.Remove = []string{option}
+	} else {
+		s.Update = []map[string]string{{option: value}}
+	}
+	return c.Configure(ctx, api.ConfigureRequest{Services: []api.ConfigureService{s}})
+}
+
+// ImportImage gives an OCI or docker archive to the containerd of every node, this one
+// included. open is called once for each node; the archive is streamed.
+func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error)) ([]Result, error) {
+	return c.each(ctx, importLimit, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+		archive, err := open()
+		if err != nil {
+			return err
+		}
+		defer archive.Close()
+		return post(ctx, http, t, api.PathImageImport, secret, archive)
+	})
+}
+
+// each calls every node, some at a time, and gives the results in the order of the targets.
+func (c *Cluster) each(ctx context.Context, limit time.Duration, names []string, call func(context.Context, *http.Client, Target, string) error) ([]Result, error) {
+	targets, err := c.Targets(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(names) > 0 {
+		targets = slices.DeleteFunc(targets, func(t Target) bool { return !slices.Contains(names, t.Name) })
+	}
+	key, err := callback.Keys{Core: c.core}.Get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ca, err := os.ReadFile(c.Env.Cert("ca.crt"))
+	if err != nil {
+		return nil, fmt.Errorf("cannot call the other nodes: %w", err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	results := make([]Result, len(targets))
+	var group errgroup.Group
+	group.SetLimit(atOnce)
+	for i, t := range targets {
+		results[i].Target = t
+		group.Go(func() error {
+			if t.Address == "" {
+				results[i].Err = errors.New("it has no address")
+				return nil
+			}
+			ctx, cancel := context.WithTimeout(ctx, limit)
+			defer cancel()
+			client := &http.Client{Transport: Transport(roots, t)}
+			defer client.CloseIdleConnections()
+			results[i].Err = call(ctx, client, t, token.Callback(key, t.Name))
+			return nil
+		})
+	}
+	_ = group.Wait() // the functions give no errors
+	return results, nil
+}
+
+// Transport connects to one agent, and to nobody else: the certificate must be of the
+// cluster's CA, and be that node's own or name the address that was dialled.
+func Transport(roots *x509.CertPool, t Target) *http.Transport {
+	host, _, _ := net.SplitHostPort(t.Address)
+	return &http.Transport{
+		DialContext:           (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		TLSHandshakeTimeout:   dialTimeout,
+		ResponseHeaderTimeout: importLimit,
+		TLSClientConfig: &tls.Config{
+			MinVersion:         tls.VersionTLS12,
+			InsecureSkipVerify: true, // the names are checked below, where a node's own counts too
+			VerifyConnection: func(s tls.ConnectionState) error {
+				return verify(s.PeerCertificates[0], roots, t.Name, host)
+			},
+		},
+	}
+}
+
+func verify(cert *x509.Certificate, roots *x509.CertPool, node, host string) error {
+	opts := x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
+	if _, err := cert.Verify(opts); err != nil {
+		return fmt.Errorf("its certificate is not of this cluster: %w", err)
+	}
+	if cert.Subject.CommonName == "system:node:"+node || cert.VerifyHostname(host) == nil {
+		return nil
+	}
+	return fmt.Errorf("its certificate is that of %s, not of the node %s", cert.Subject, node)
+}
+
+// post sends one call and reads its answer.
+func post(ctx context.Context, client *http.Client, t Target, path, secret string, body io.Reader) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+t.Address+path, body)
+	if err != nil {
+		return err
+	}
+	if secret != "" {
+		req.Header.Set(api.HeaderCallback, secret)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("cannot reach its cluster agent: %w", err)
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("cannot read the answer of its cluster agent: %w", err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return nil
+	}
+	var failure api.Error
+	if json.Unmarshal(answer, &failure) != nil || failure.Message == "" {
+		failure.Message = "it gave no reason"
+	}
+	return fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
+}

@@ -1,0 +1,346 @@
+// Package worker keeps what the control plane gave to a worker: its two certificates, which it
+// renews long before they end, and its callback secret, which changes when a control-plane
+// node is removed. It asks an agent of the control plane and shows its kubelet's certificate.
+//
+// The list of API servers is the business of the API server proxy.
+package worker
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+
+	"sigs.k8s.io/yaml"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
+	"microk8s/internal/agentport"
+	"microk8s/internal/atomicfile"
+	"microk8s/internal/kubeconfig"
+	"microk8s/internal/pki"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+const (
+	retry       = 5 * time.Minute  // after a failure
+	longest     = 12 * time.Hour   // between two looks
+	callTimeout = 30 * time.Second // of one control-plane node
+	pause       = 5 * time.Second  // between two questions about the callback secret
+	maxAnswer   = 1 << 20
+)
+
+// Keeper is the loop of one worker. Set the first four fields.
+type Keeper struct {
+	Env     snapenv.Env
+	Node    string // its name
+	Restart func(ctx context.Context, names ...string) error
+	Log     *slog.Logger
+
+	Servers func() ([]string, error) // host:port of control-plane agents; nil means from provider.yaml
+	Now     func() time.Time
+
+	mu    sync.Mutex
+	asked time.Time
+	last  string
+}
+
+func (k *Keeper) now() time.Time {
+	if k.Now != nil {
+		return k.Now()
+	}
+	return time.Now()
+}
+
+// Run looks at once, then whenever something becomes due, until ctx ends.
+func (k *Keeper) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		}
+		next, err := k.Look(ctx)
+		if err != nil && ctx.Err() == nil {
+			k.Log.Error("cannot renew what the control plane gave to this node; trying again", "err", err, "in", retry)
+			next = retry
+		}
+		timer.Reset(next)
+	}
+}
+
+// pair is one of the two certificates.
+type pair struct {
+	name, user string
+	org        []string
+	names      bool // the old certificate's names are asked for again
+}
+
+func (k *Keeper) pairs() []pair {
+	return []pair{
+		{name: "kubelet", user: "system:node:" + k.Node, org: []string{"system:nodes"}, names: true},
+		{name: "proxy", user: "system:kube-proxy"},
+	}
+}
+
+// Look renews what is due and says when to look again.
+func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
+	next := longest
+	var req api.RenewRequest
+	due := false
+	for _, p := range k.pairs() {
+		data, err := os.ReadFile(k.Env.Cert(p.name + ".crt"))
+		if err != nil {
+			return 0, fmt.Errorf("cannot read a certificate of this worker: %w", err)
+		}
+		cert, err := pki.ParseCert(data)
+		if err != nil {
+			return 0, fmt.Errorf("cannot read %s: %w", k.Env.Cert(p.name+".crt"), err)
+		}
+		if wait := pki.RenewalTime(cert).Sub(k.now()); wait > 0 {
+			next = min(next, wait)
+			continue
+		}
+		text, err := k.request(p, cert)
+		if err != nil {
+			return 0, err
+		}
+		due = true
+		if p.name == "kubelet" {
+			req.Kubelet = text
+		} else {
+			req.Proxy = text
+		}
+	}
+	answer, err := k.ask(ctx, req)
+	if errors.Is(err, ErrUpstream) && !due {
+		return next, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	if err := callback.Store(k.Env, answer.CallbackToken); err != nil {
+		return 0, err
+	}
+	if !due {
+		return next, nil
+	}
+	for _, one := range []struct{ name, text string }{{"kubelet", answer.Kubelet}, {"proxy", answer.Proxy}} {
+		if one.text == "" {
+			continue
+		}
+		if err := k.install(one.name, []byte(one.text)); err != nil {
+			return 0, err
+		}
+		k.Log.Info("renewed a certificate", "name", one.name)
+	}
+	return next, k.Restart(ctx, service.Kubelite)
+}
+
+// request makes a certificate request with the key that the node has.
+func (k *Keeper) request(p pair, old *x509.Certificate) (string, error) {
+	data, err := os.ReadFile(k.Env.Cert(p.name + ".key"))
+	if err != nil {
+		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
+	}
+	key, err := pki.ParseKey(data)
+	if err != nil {
+		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
+	}
+	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: p.user, Organization: p.org}}
+	if p.names {
+		template.DNSNames, template.IPAddresses = old.DNSNames, old.IPAddresses
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+	if err != nil {
+		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), nil
+}
+
+// install puts a certificate into its file, and into the kubeconfig that holds it. What was
+// there before is replaced only by one for the same key.
+func (k *Keeper) install(name string, text []byte) error {
+	keyText, err := os.ReadFile(k.Env.Cert(name + ".key"))
+	if err != nil {
+		return err
+	}
+	if _, err := tls.X509KeyPair(text, keyText); err != nil {
+		return fmt.Errorf("the control plane answered with a certificate that does not fit %s.key: %w", name, err)
+	}
+	path := k.Env.Credential(name + ".config")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	config, err := kubeconfig.Decode(data)
+	if err != nil {
+		return err
+	}
+	config.Cert, config.Key = text, keyText
+	out, err := config.Encode()
+	if err != nil {
+		return err
+	}
+	if err := replace(path, out); err != nil {
+		return err
+	}
+	return replace(k.Env.Cert(name+".crt"), text)
+}
+
+// replace keeps the mode of the file.
+func replace(path string, data []byte) error {
+	st, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	return atomicfile.Write(path, data, st.Mode().Perm(), nil)
+}
+
+// Callback gives this node's callback secret as the control plane knows it now. It asks at
+// most every few seconds; in between it gives what it was told last.
+func (k *Keeper) Callback(ctx context.Context) (string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.now().Sub(k.asked) < pause {
+		return k.last, nil
+	}
+	k.asked = k.now()
+	answer, err := k.ask(ctx, api.RenewRequest{})
+	if err != nil {
+		return "", err
+	}
+	k.last = answer.CallbackToken
+	return k.last, callback.Store(k.Env, k.last)
+}
+
+// caFile is the CA of the cluster: a worker keeps its own beside it.
+func (k *Keeper) caFile() string {
+	remote := k.Env.Cert("ca.remote.crt")
+	if _, err := os.Stat(remote); err == nil {
+		return remote
+	}
+	return k.Env.Cert("ca.crt")
+}
+
+// ErrUpstream is given where the control plane is upstream's and does not renew.
+var ErrUpstream = errors.New("the control plane does not renew certificates; join again before they end")
+
+// ask tries one control-plane node after the other.
+func (k *Keeper) ask(ctx context.Context, req api.RenewRequest) (*api.RenewResponse, error) {
+	list := k.Servers
+	if list == nil {
+		list = k.provider
+	}
+	servers, err := list()
+	if err != nil {
+		return nil, err
+	}
+	ca, err := os.ReadFile(k.caFile())
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask the control plane: %w", err)
+	}
+	own, err := tls.LoadX509KeyPair(k.Env.Cert("kubelet.crt"), k.Env.Cert("kubelet.key"))
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask the control plane: %w", err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	client := &http.Client{Timeout: callTimeout, Transport: &http.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{own}, MinVersion: tls.VersionTLS12},
+	}}
+	defer client.CloseIdleConnections()
+	errs := []error{errors.New("cannot ask the control plane")}
+	for _, address := range servers {
+		answer, err := post(ctx, client, address, req)
+		if err == nil {
+			return answer, nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", address, err))
+	}
+	return nil, errors.Join(errs...)
+}
+
+func post(ctx context.Context, client *http.Client, address string, body api.RenewRequest) (*api.RenewResponse, error) {
+	data, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+api.PathRenew, bytes.NewReader(data))
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case resp.StatusCode == http.StatusNotFound:
+		return nil, ErrUpstream
+	case resp.StatusCode != http.StatusOK:
+		var failure api.Error
+		_ = json.Unmarshal(text, &failure) // then the status says it all
+		return nil, fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
+	}
+	var answer api.RenewResponse
+	if err := json.Unmarshal(text, &answer); err != nil {
+		return nil, fmt.Errorf("cannot read the answer: %w", err)
+	}
+	return &answer, nil
+}
+
+// provider reads the API servers' hosts from the proxy's configuration; their agents have the
+// port of this node's.
+func (k *Keeper) provider() ([]string, error) {
+	path := k.Env.Args("traefik/provider.yaml")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot find the control plane: %w", err)
+	}
+	var file struct {
+		TCP struct {
+			Services map[string]struct {
+				LoadBalancer struct {
+					Servers []struct {
+						Address string `json:"address"`
+					} `json:"servers"`
+				} `json:"loadBalancer"`
+			} `json:"services"`
+		} `json:"tcp"`
+	}
+	if err := yaml.Unmarshal(data, &file); err != nil {
+		return nil, fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	port := agentport.Of(k.Env)
+	var out []string
+	for _, s := range file.TCP.Services["kube-apiserver"].LoadBalancer.Servers {
+		if host, _, err := net.SplitHostPort(s.Address); err == nil {
+			out = append(out, net.JoinHostPort(host, port))
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("cannot find the control plane: %s names no API server", path)
+	}
+	return out, nil
+}
