@@ -197,6 +197,9 @@ func printHA(b *strings.Builder, ha status.HA) {
 		fmt.Fprintf(b, "high-availability: %s\n", yes)
 		fmt.Fprintf(b, "  datastore master nodes: %s\n", list(status.Voter))
 		fmt.Fprintf(b, "  datastore standby nodes: %s\n", list(status.Standby))
+		if t := ha.Tolerates(); t != "" {
+			fmt.Fprintf(b, "  note: %s\n", t)
+		}
 	case len(ha.Endpoints) > 0:
 		b.WriteString("  datastore endpoints:\n")
 		for _, e := range ha.Endpoints {

@@ -249,5 +249,11 @@ func (e Env) ServiceLog(service string) string {
 	return filepath.Join(e.Common, "var/log", service+".log")
 }
 
+// ClusterDir holds, for root alone, what a change of this node's membership needs.
+func (e Env) ClusterDir() string { return filepath.Join(e.Common, "var/cluster") }
+
+// Journal says which change of this node's membership is under way.
+func (e Env) Journal() string { return filepath.Join(e.ClusterDir(), "journal") }
+
 // HostPath is a path outside the snap, such as HostPath("etc/cni/net.d").
 func (e Env) HostPath(path string) string { return filepath.Join(e.Host, path) }

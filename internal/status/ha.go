@@ -1,6 +1,8 @@
 package status
 
 import (
+	"context"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +10,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/args"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/snapenv"
 )
 
@@ -19,13 +22,44 @@ type node struct {
 
 var roles = map[int]Role{0: Voter, 1: Standby, 2: Spare}
 
+// askHA asks this node's datastore daemon for the members and who of them lives. Where it does
+// not answer, the files of [readHA] say who the members are.
+func askHA(ctx context.Context, env snapenv.Env) HA {
+	ha := readHA(env)
+	if !ha.Datastore {
+		return ha
+	}
+	list, err := peers.Members(ctx, env.BackendLive())
+	if err != nil || len(list) == 0 {
+		return ha
+	}
+	ha = HA{Datastore: true, Asked: true}
+	voters, alive := 0, 0
+	for _, m := range list {
+		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: roles[int(m.Role)], Alive: m.Online})
+		if m.Role == peers.Voter {
+			voters++
+			if m.Online {
+				alive++
+			}
+		}
+	}
+	// What counts is who lives: one more may be lost as long as the rest is a majority.
+	ha.Enabled = voters >= highlyAvailable && alive-1 > voters/2
+	ha.Quorum = alive > voters/2
+	return ha
+}
+
+// highlyAvailable is how many voters it takes to lose one.
+const highlyAvailable = 3
+
 // readHA reads what the datastore's own files say of its members. Missing files give no
 // members, never an error: the node may be about to start for the first time.
 func readHA(env snapenv.Env) HA {
 	if ep, external := externalEndpoints(env); external {
 		return HA{Endpoints: ep}
 	}
-	if !env.Locked(snapenv.LockHA) {
+	if !env.Locked(snapenv.LockHA) || env.Locked(snapenv.LockWorker) {
 		return HA{}
 	}
 	ha := HA{Datastore: true}
@@ -51,7 +85,6 @@ func readHA(env snapenv.Env) HA {
 		}
 		ha.Nodes = append(ha.Nodes, m)
 	}
-	const highlyAvailable = 3
 	ha.Enabled = voters >= highlyAvailable
 	return ha
 }
@@ -75,4 +108,61 @@ func externalEndpoints(env snapenv.Env) ([]string, bool) {
 		out = append(out, strings.Trim(ep, `"' `))
 	}
 	return out, true
+}
+
+// haProblems says which members are silent, and what may still be lost.
+func (r *Report) haProblems() {
+	if !r.HA.Asked {
+		return
+	}
+	var silent, name []string
+	for _, n := range r.HA.Nodes {
+		if !n.Alive {
+			silent = append(silent, string(n.Role)+" "+n.Address)
+			host, _, err := net.SplitHostPort(n.Address)
+			if err != nil {
+				host = n.Address
+			}
+			name = append(name, host)
+		}
+	}
+	if len(silent) > 0 {
+		what, them := "the datastore's "+silent[0]+" does not answer", "that node"
+		if len(silent) > 1 {
+			what, them = "of the datastore "+strings.Join(silent, ", ")+" do not answer", "those nodes"
+		}
+		if !r.HA.Quorum {
+			r.add("%s, and without a majority of the voters nothing can be read or written", what)("start " + them + ", or if they are gone for good see docs/datastore.md")
+			return
+		}
+		r.add("%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")
+	}
+}
+
+// Tolerates says in a sentence what may be lost, "" where there is nothing to say: on a single
+// node, where that is plain, and where it is not known.
+func (h HA) Tolerates() string {
+	if !h.Asked || len(h.Nodes) < 2 {
+		return ""
+	}
+	voters, alive := 0, 0
+	for _, n := range h.Nodes {
+		if n.Role == Voter {
+			voters++
+			if n.Alive {
+				alive++
+			}
+		}
+	}
+	switch {
+	case !h.Quorum:
+		return "the datastore has lost its majority"
+	case h.Enabled:
+		return "the loss of any one node is tolerated"
+	case len(h.Nodes) == 2:
+		return "two nodes do not tolerate a loss: with a third control-plane node the loss of any one is tolerated"
+	case alive < voters:
+		return "no further loss is tolerated until every voter answers"
+	}
+	return "no loss is tolerated until there are three voters"
 }

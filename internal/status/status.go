@@ -8,12 +8,15 @@ package status
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 	"sync"
 	"time"
 
 	"microk8s/internal/certs"
+	"microk8s/internal/journal"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -38,7 +41,11 @@ type HA struct {
 	// Datastore is false where the API server uses an external etcd; Endpoints then has its
 	// addresses as host:port.
 	Datastore bool
-	Enabled   bool // three voters or more
+	// Enabled: one node may be lost, whichever. It takes three voters that live.
+	Enabled bool
+	// Asked: the datastore's daemon said who lives; otherwise only its files were read.
+	Asked     bool
+	Quorum    bool // a majority of the voters lives
 	Nodes     []Member
 	Endpoints []string
 }
@@ -121,7 +128,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"API":        func() { api = p.probeAPI(ctx) },
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
-		"members":    func() { ha = readHA(p.Env) },
+		"members":    func() { ha = askHA(ctx, p.Env) },
 		"disk":       func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
 		"ports":      func() { ports = busyPorts(p.Env) },
 	})
@@ -142,6 +149,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["disk"] {
 		r.Problems = append(r.Problems, local...)
 	}
+	r.changeProblems(p.Env)
 	r.serviceProblems(p.Env, p.Now())
 	if !missed["ports"] && !missed["services"] { // without these there is no telling whose a port is
 		for _, pr := range ports {
@@ -156,8 +164,14 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	storeOK := !missed["datastore"] && store == nil
 	if r.HA.Datastore {
 		for i := range r.HA.Nodes {
-			r.HA.Nodes[i].Alive = storeOK && len(r.HA.Nodes) == 1
+			if !r.HA.Asked {
+				r.HA.Nodes[i].Alive = storeOK && len(r.HA.Nodes) == 1
+			}
 		}
+		if !r.HA.Asked {
+			r.HA.Enabled = false // nobody knows who lives
+		}
+		r.haProblems()
 		if !storeOK && running(service.Datastore) {
 			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
 		}
@@ -242,6 +256,20 @@ func localName() string {
 		return ""
 	}
 	return name
+}
+
+// changeProblems says that a change of membership was begun and has not ended.
+func (r *Report) changeProblems(env snapenv.Env) {
+	pending, err := journal.Read(env.Journal())
+	switch {
+	case errors.Is(err, fs.ErrPermission): // only root may know
+	case err != nil:
+		r.add("%v", err)("")
+	case pending != nil && strings.HasPrefix(pending.Operation, "join"):
+		r.add("microk8s join is under way or was interrupted, at %q", pending.Step)("if it was interrupted: run it again, or take it back with microk8s leave")
+	case pending != nil:
+		r.add("microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.Step)("if it was interrupted: run it again")
+	}
 }
 
 // serviceProblems says which services should run and do not, with their own last words.
