@@ -49,7 +49,7 @@ snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap
 .PHONY: programs
 programs: deps ## Build our own programs into build/bin
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/lab ./cmd/kubelite
+	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
 
 COMPONENTS := containerd runc cni helm coredns

@@ -21,6 +21,7 @@ func parts() cli.Parts {
 		Hook:           hook,
 		RunDaemon:      daemon.Run,
 		StopContainers: stopContainers,
+		ResetNetwork:   hostnet.Cleanup,
 	}
 }
 

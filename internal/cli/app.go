@@ -68,6 +68,9 @@ type Parts struct {
 
 	// StopContainers ends every container; the kubelet must have been stopped before.
 	StopContainers func(ctx context.Context, env snapenv.Env) error
+
+	// ResetNetwork takes the pod network off the host, when no pod is left.
+	ResetNetwork func(ctx context.Context, env snapenv.Env) error
 }
 
 // Failure is an error with an exit code and hints on what to do next, one per line.

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/cluster"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -50,6 +52,9 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 	}
 	if p := status.ClockProblem(a.Env, a.Now()); p != nil {
 		return failf(p.Do, "cannot start: %s", p.What)
+	}
+	if err := a.refuseHalfChanged(); err != nil {
+		return err
 	}
 	p := a.progress()
 	if !a.Env.Snapd {
@@ -111,6 +116,23 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 	}
 	p.say("The node is Ready. Try: microk8s kubectl get pods -A")
 	return nil
+}
+
+// refuseHalfChanged refuses to start what an interrupted change of membership has left: some of
+// its files are of one cluster and some of another.
+func (a *App) refuseHalfChanged() error {
+	r, err := cluster.Pending(a.Env)
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return nil // only root may know, and only root starts services
+	case err != nil:
+		return err
+	case r == nil || r.Operation == "remove-node": // which is about another node
+		return nil
+	case strings.HasPrefix(r.Operation, "join"):
+		return failf("run microk8s join again to go on, or microk8s leave to take it back", "cannot start: a join was interrupted at %q", r.Step)
+	}
+	return failf("run microk8s "+r.Operation+" again to finish it", "cannot start: microk8s %s was interrupted at %q", r.Operation, r.Step)
 }
 
 // checkPorts refuses to start a service whose port another program holds.

@@ -1,0 +1,146 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"microk8s/internal/certs"
+	"microk8s/internal/cluster"
+	"microk8s/internal/journal"
+)
+
+func (a *App) newLeave() *cobra.Command {
+	var o cluster.LeaveOptions
+	cmd := &cobra.Command{
+		Use:   "leave [--force]",
+		Short: "Depart from the cluster",
+		Long: `The node will depart from the cluster it is in, and become a cluster of its own again: an
+empty one, with new keys. The others finish the removal with microk8s remove-node.
+
+An interrupted leave is finished when it is run again; an interrupted join is taken back.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.leave(cmd.Context(), o) },
+	}
+	cmd.Flags().BoolVar(&o.Force, "force", false, "leave also when no other node can be told; remove this node there with remove-node --force")
+	return cmd
+}
+
+// stoppedUnlessChanging refuses on a stopped node, except where an interrupted change is the
+// reason for that.
+func (a *App) stoppedUnlessChanging() error {
+	if r, err := cluster.Pending(a.Env); err != nil || r != nil {
+		return nil //nolint:nilerr // the command says what is wrong with the journal
+	}
+	return a.stopped()
+}
+
+const notClustered = "This MicroK8s deployment is not acting as a node in a cluster."
+
+func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
+	node, j, err := a.change()
+	if err != nil {
+		return err
+	}
+	defer j.Close()
+	err = node.Leave(ctx, j, o)
+	switch {
+	case err == nil:
+		fmt.Fprintln(a.Err, "This node is a cluster of its own now. On a node of the other one run: microk8s remove-node "+nodeName())
+		return nil
+	case errors.Is(err, cluster.ErrNotMember):
+		fmt.Fprintln(a.Out, notClustered)
+		return exitError(ExitError)
+	case errors.Is(err, cluster.ErrLast):
+		fmt.Fprintln(a.Err, "This is the only node of its cluster, and keeps what the cluster knows. To delete that: microk8s reset")
+		return nil
+	case errors.Is(err, cluster.ErrOnlyCopy):
+		fmt.Fprint(a.Out, `This node currently holds the only copy of the Kubernetes database so it cannot leave the cluster.
+To remove this node you can either first remove all other nodes with 'microk8s remove-node' or
+form a highly available cluster by adding at least three nodes.
+`)
+		return exitError(exitOnlyCopy)
+	}
+	f := &Failure{Err: err}
+	var failed *journal.Failed
+	switch {
+	case errors.Is(err, context.Canceled):
+		f.Err, f.Code = errors.New("interrupted"), exitInterrupted
+	case errors.Is(err, cluster.ErrContact):
+		f.Code = exitContacting
+		f.Hints = append(f.Hints, "if the cluster is gone for good: microk8s leave --force")
+	case errors.As(err, &failed):
+		f.Err = failed.Err
+	}
+	return a.changeFailure(f, err)
+}
+
+func (a *App) newRemoveNode() *cobra.Command {
+	var o cluster.RemoveOptions
+	cmd := &cobra.Command{
+		Use:   "remove-node NODE [--force]",
+		Short: "Remove another node from the cluster",
+		Long: `Remove another node, given by its name or address, from the cluster, after it has left with
+microk8s leave. With --force a node is removed that is gone for good and cannot leave.
+
+A node that was re-installed may join again after this.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				fmt.Fprintln(a.Out, "Please provide the node you want to remove.")
+				return exitError(ExitError)
+			}
+			if len(args) > 1 {
+				return &usageError{cmd, fmt.Errorf("unexpected argument: %s. Please provide the node and the optional --force flag.", args[1])} //nolint:staticcheck // upstream's text
+			}
+			o.Node = args[0]
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.removeNode(cmd.Context(), o) },
+	}
+	cmd.Flags().BoolVar(&o.Force, "force", false, "remove it also if it is a member of the datastore")
+	return cmd
+}
+
+func (a *App) removeNode(ctx context.Context, o cluster.RemoveOptions) error {
+	node, j, err := a.change()
+	if err != nil {
+		return err
+	}
+	defer j.Close()
+	err = node.Remove(ctx, j, o)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, cluster.ErrRegistered):
+		fmt.Fprintf(a.Out, "Removal failed. Node %s is registered with dqlite. Please, run first 'microk8s leave' on the departing node. \n"+
+			"If the node is not available anymore and will never attempt to join the cluster in the future use the '--force' flag \n"+
+			"to unregister the node while removing it.\n", o.Node)
+		return exitError(ExitError)
+	case errors.Is(err, cluster.ErrNoNode):
+		fmt.Fprintf(a.Out, "Node %s does not exist in Kubernetes.\n", o.Node)
+		if o.Force {
+			fmt.Fprintf(a.Out, "Attempting to remove %s from dqlite.\n", o.Node)
+		}
+		return exitError(ExitError)
+	case errors.Is(err, cluster.ErrNoAddress):
+		fmt.Fprintf(a.Out, "Node %s is not part of the cluster.\n", o.Node)
+		return exitError(ExitError)
+	case errors.Is(err, cluster.ErrSelf):
+		return failf("on this node itself run: microk8s leave", "cannot remove %s: it is this node", o.Node)
+	}
+	f := &Failure{Err: err}
+	if errors.Is(err, cluster.ErrContact) {
+		f.Code = exitContacting
+	}
+	return a.changeFailure(f, err)
+}
+
+// nodeName is this node's name, or a word for it.
+func nodeName() string {
+	if name, err := certs.Hostname(); err == nil {
+		return name
+	}
+	return "NODE"
+}

@@ -1,0 +1,232 @@
+// Package cluster makes this node a part of a cluster and takes it out again: joining, leaving,
+// and removing another node, each as a journal of steps (internal/journal), so that they can be
+// interrupted anywhere and run again. A join that does not succeed leaves the single node as it
+// was, with its data, and the token unused.
+//
+// It decides what happens in which order. The wire is in cluster-agent/client, what a member of
+// the datastore is in internal/datastore/peers, certificates in internal/certs, services in
+// internal/service. Printing and exit codes are the command line's.
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"microk8s/internal/args"
+	"microk8s/internal/certs"
+	"microk8s/internal/journal"
+	"microk8s/internal/pki"
+	"microk8s/internal/service"
+	"microk8s/internal/setup/access"
+	"microk8s/internal/snapenv"
+)
+
+// Node is this machine, as the operations of this package need it. The zero values of the
+// optional fields mean the real machine.
+type Node struct {
+	Env      snapenv.Env
+	Services service.Manager
+	Log      *slog.Logger
+	// Say tells a person something, in a line; nil is silence. Warnings begin with "WARNING: ".
+	Say func(format string, a ...any)
+
+	// Install sets the node up, or brings one that is in line with the package.
+	Install func(ctx context.Context) error
+	// StopContainers ends every container; the kubelet has been stopped before.
+	StopContainers func(ctx context.Context) error
+	// ResetNetwork takes the pod network off the host, when no pod is left.
+	ResetNetwork func(ctx context.Context) error
+
+	Maker     pki.Maker
+	Hostname  func() (string, error)
+	Addresses func() ([]net.IP, error)
+	Now       func() time.Time
+	// Dial makes connections to other nodes.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+func (n *Node) defaults() {
+	if n.Log == nil {
+		n.Log = slog.New(slog.DiscardHandler)
+	}
+	if n.Say == nil {
+		n.Say = func(string, ...any) {}
+	}
+	if n.Hostname == nil {
+		n.Hostname = certs.Hostname
+	}
+	if n.Addresses == nil {
+		n.Addresses = certs.Addresses
+	}
+	if n.Now == nil {
+		n.Now = time.Now
+	}
+	if n.Dial == nil {
+		n.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext
+	}
+	if n.ResetNetwork == nil {
+		n.ResetNetwork = func(context.Context) error { return nil }
+	}
+	if n.StopContainers == nil {
+		n.StopContainers = func(context.Context) error { return nil }
+	}
+}
+
+// dialTimeout bounds a connection to another node.
+const dialTimeout = 5 * time.Second
+
+// Pending tells what was begun on this node and has not ended; nil where that is nothing.
+func Pending(env snapenv.Env) (*journal.Record, error) { return journal.Read(env.Journal()) }
+
+// file is one of the files beside the journal.
+func (n *Node) file(name string) string { return filepath.Join(n.Env.ClusterDir(), name) }
+
+// IsWorker says whether this node is a worker of a cluster.
+func IsWorker(env snapenv.Env) bool { return env.Locked(snapenv.LockWorker) }
+
+// lockJoining keeps the cluster agent from restarting services while a change goes on.
+const lockJoining = "join-in-progress"
+
+func (n *Node) lock(name string) error {
+	if err := access.For(n.Env).SharedDir(n.Env.LocksDir()); err != nil {
+		return err
+	}
+	return access.For(n.Env).WriteShared(n.Env.Lock(name), nil)
+}
+
+func (n *Node) unlock(names ...string) error {
+	for _, name := range names {
+		if err := os.Remove(n.Env.Lock(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("cannot remove the lock %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func (n *Node) store() *certs.Store {
+	return certs.New(n.Env, certs.Options{Maker: n.Maker, Hostname: n.Hostname, Addresses: n.Addresses, Log: n.Log})
+}
+
+// editArgs changes an argument file: a value of "" removes the flag.
+func (n *Node) editArgs(name string, change map[string]string) error {
+	g := args.GrammarFor(name)
+	f, err := args.Load(n.Env.Args(name), g)
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = args.Parse(nil, g)
+	}
+	if err != nil {
+		return err
+	}
+	for flag, value := range change {
+		if value == "" {
+			f.Unset(flag)
+			continue
+		}
+		if err := f.Set(flag, value); err != nil {
+			return fmt.Errorf("cannot set --%s in %s: %w", flag, n.Env.Args(name), err)
+		}
+	}
+	return f.Save(n.Env.Args(name))
+}
+
+// arg gives the expanded value of a flag, "" where it is not set.
+func (n *Node) arg(file, flag string) string {
+	f, err := args.Load(n.Env.Args(file), args.GrammarFor(file))
+	if err != nil {
+		return ""
+	}
+	v, _ := f.Value(flag, n.Env.Lookup)
+	return v
+}
+
+// AgentPort is the port of this node's cluster agent, from --bind in args/cluster-agent.
+func AgentPort(env snapenv.Env) string {
+	f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent"))
+	if err == nil {
+		if v, ok := f.Value("bind", env.Lookup); ok {
+			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
+				return port
+			}
+		}
+	}
+	return "25000"
+}
+
+// isOwn says whether an address is one of this host's.
+func (n *Node) isOwn(ip string) bool {
+	want, err := netip.ParseAddr(ip)
+	if err != nil {
+		return false
+	}
+	all, err := n.Addresses()
+	if err != nil {
+		return false
+	}
+	for _, have := range all {
+		if a, ok := netip.AddrFromSlice(have); ok && a.Unmap() == want.Unmap() {
+			return true
+		}
+	}
+	return false
+}
+
+// Steps lists the names of the steps of every operation, by operation. A control-plane join and
+// a worker's have their own.
+func Steps() map[string][]string {
+	n := &Node{}
+	n.defaults()
+	return map[string][]string{
+		opJoin:       n.joinPlan(&joinParams{}).Names(),
+		opJoinWorker: n.joinPlan(&joinParams{Worker: true}).Names(),
+		opLeave:      n.leavePlan(&leaveParams{}).Names(),
+		opRemove:     n.removePlan(&removeParams{}).Names(),
+	}
+}
+
+// Names of the operations in the journal.
+const (
+	opJoin       = "join"
+	opJoinWorker = "join-worker"
+	opLeave      = "leave"
+	opRemove     = "remove-node"
+)
+
+func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
+
+// waitFor asks until it succeeds, ctx ends or the limit is over, and then gives the last error.
+// It is for far sides that have nothing to wait on.
+func waitFor(ctx context.Context, limit time.Duration, ask func(ctx context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ask(ctx)
+		if err == nil {
+			return nil
+		}
+		var final *finalError
+		if errors.As(err, &final) {
+			return final.error
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// finalError ends waitFor at once.
+type finalError struct{ error }
+
+func (f *finalError) Unwrap() error { return f.error }

@@ -1,0 +1,282 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	dqlite "github.com/canonical/go-dqlite/v3/client"
+	"sigs.k8s.io/yaml"
+
+	"microk8s/internal/datastore/peers"
+	"microk8s/internal/service"
+	"microk8s/internal/setup/access"
+	"microk8s/internal/snapenv"
+
+	"crypto/tls"
+)
+
+// defaultStorePort is where the datastore listens.
+const defaultStorePort = 19001
+
+// controlPlaneArgs sets arguments and locks of a control-plane node.
+func (s *joinRun) controlPlaneArgs(context.Context) error {
+	a, err := s.answer()
+	if err != nil {
+		return err
+	}
+	if err := s.sameNetwork(a); err != nil {
+		return err
+	}
+	api := map[string]string{"secure-port": a.APIPort, "token-auth-file": ""}
+	if a.AuthorizationMode != "" {
+		api["authorization-mode"] = strings.Trim(a.AuthorizationMode, `"'`)
+	}
+	if s.isOwn(a.Address) {
+		api["advertise-address"] = a.Address
+	}
+	if a.EtcdServers != "" {
+		api["etcd-servers"] = strings.Trim(a.EtcdServers, `"'`)
+		for flag, item := range externalEtcd(a) {
+			api[flag] = ""
+			if item.text != "" {
+				api[flag] = "${SNAP_DATA}/certs/" + item.file
+			}
+		}
+	}
+	if err := s.editArgs("kube-apiserver", api); err != nil {
+		return err
+	}
+	if err := s.kubeletArgs(a, map[string]string{}); err != nil {
+		return err
+	}
+	if a.EtcdServers != "" {
+		if err := s.lock(snapenv.LockNoDqlite); err != nil {
+			return err
+		}
+	}
+	return s.unlock(snapenv.LockLowMemory)
+}
+
+type etcdFile struct{ file, text string }
+
+// externalEtcd lists the files of a cluster with an etcd of its own, by flag.
+func externalEtcd(a *answer) map[string]etcdFile {
+	return map[string]etcdFile{
+		"etcd-cafile":   {"remote-etcd-ca.crt", a.EtcdCA},
+		"etcd-certfile": {"remote-etcd.crt", a.EtcdCert},
+		"etcd-keyfile":  {"remote-etcd.key", a.EtcdKey},
+	}
+}
+
+// controlPlaneCerts writes the CA with its key, and issues everything of this node under it.
+func (s *joinRun) controlPlaneCerts(ctx context.Context) error {
+	a, err := s.answer()
+	if err != nil {
+		return err
+	}
+	files := access.For(s.Env)
+	secrets := map[string]string{
+		s.Env.Cert("ca.key"): *a.CAKey, s.Env.Cert("serviceaccount.key"): a.ServiceAccountKey,
+		s.Env.Credential(callbackToken): a.CallbackToken,
+	}
+	for _, item := range externalEtcd(a) {
+		if item.text != "" {
+			secrets[s.Env.Cert(item.file)] = item.text
+		}
+	}
+	for path, text := range secrets {
+		if err := files.WriteSecret(path, []byte(text)); err != nil {
+			return err
+		}
+	}
+	if err := files.WriteShared(s.Env.Cert("ca.crt"), []byte(a.CA)); err != nil {
+		return err
+	}
+	// Tokens for joining the single node are worth nothing here.
+	for _, name := range joinTokens {
+		if err := os.Remove(s.Env.Credential(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if err := s.unlock(snapenv.LockNoReissue); err != nil { // so that every address gets into the certificate
+		return err
+	}
+	if _, err := s.store().Renew(ctx); err != nil {
+		return err
+	}
+	return s.lock(snapenv.LockNoReissue)
+}
+
+// joinTokens are files of credentials that belong to one cluster.
+var joinTokens = []string{"cluster-tokens.txt", "persistent-cluster-tokens.txt", "certs-request-tokens.txt", "callback-tokens.txt"}
+
+// storeAddress is where this node's member of the datastore is to listen.
+func (s *joinRun) storeAddress(a *answer) string {
+	port := defaultStorePort
+	var info struct{ Address string }
+	if data, err := os.ReadFile(filepath.Join(s.backendAside(), "info.yaml")); err == nil && yaml.Unmarshal(data, &info) == nil {
+		if _, p, err := net.SplitHostPort(info.Address); err == nil {
+			return net.JoinHostPort(a.Address, p)
+		}
+	}
+	return join(a.Address, port)
+}
+
+// joinDatastore starts this node's member, which joins the others, and waits until it is one.
+func (s *joinRun) joinDatastore(ctx context.Context) error {
+	a, err := s.answer()
+	if err != nil || a.EtcdServers != "" {
+		return err
+	}
+	if err := s.setBackendAside(); err != nil {
+		return err
+	}
+	own, live := s.storeAddress(a), s.Env.BackendLive()
+	files := access.For(s.Env)
+	if _, err := os.Stat(filepath.Join(live, "init.yaml")); errors.Is(err, fs.ErrNotExist) && len(members(live)) == 0 {
+		if err := files.SharedDir(live); err != nil {
+			return err
+		}
+		text, err := yaml.Marshal(map[string]any{"Address": own, "Cluster": a.Voters})
+		if err != nil {
+			return err
+		}
+		for _, name := range []string{"tuning.yaml", "failure-domain"} {
+			data, err := os.ReadFile(filepath.Join(s.backendAside(), name))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err == nil {
+				err = files.WriteShared(filepath.Join(live, name), data)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if err := files.WriteShared(filepath.Join(live, peers.CertFile), []byte(a.ClusterCert)); err != nil {
+			return err
+		}
+		if err := files.WriteSecret(filepath.Join(live, peers.KeyFile), []byte(a.ClusterKey)); err != nil {
+			return err
+		}
+		if err := files.WriteShared(filepath.Join(live, "init.yaml"), text); err != nil { // last: it makes the directory one that joins
+			return err
+		}
+	}
+	if err := s.Services.Start(ctx, service.Datastore); err != nil {
+		return fmt.Errorf("cannot start the datastore: %w", err)
+	}
+	return waitFor(ctx, storeWait, func(ctx context.Context) error {
+		list, err := peers.Members(ctx, live)
+		if err != nil {
+			return fmt.Errorf("%w%s", err, s.lastWords(service.Datastore))
+		}
+		if !slices.ContainsFunc(list, func(m peers.Member) bool { return m.Address == own }) {
+			return errors.New("this node is not a member of the datastore yet")
+		}
+		conn, err := net.DialTimeout("unix", s.Env.DatastoreSocket(), time.Second)
+		if err != nil {
+			return fmt.Errorf("the datastore does not serve yet: %w", err)
+		}
+		return conn.Close()
+	})
+}
+
+// storeWait is how long this node's member may take to copy the data and become one.
+const storeWait = 2 * time.Minute
+
+// lastWords is what a service said last, for an error about it; "" where that is not known.
+func (n *Node) lastWords(name string) string {
+	if n.Env.Snapd {
+		return ""
+	}
+	if line := service.LastLine(n.Env.ServiceLog(name)); line != "" {
+		return " (its last words: " + line + ")"
+	}
+	return ""
+}
+
+// leaveDatastore undoes joinDatastore, also on the cluster's side.
+func (s *joinRun) leaveDatastore(ctx context.Context) error {
+	a, err := s.answer()
+	if err != nil || a.EtcdServers != "" {
+		return err
+	}
+	if err := s.Services.Stop(ctx, service.Datastore); err != nil {
+		return fmt.Errorf("cannot stop the datastore: %w", err)
+	}
+	own, live := s.storeAddress(a), s.Env.BackendLive()
+	if _, err := os.Lstat(s.backendAside()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err := s.removeMember(ctx, live, own, a.Voters); err != nil {
+		s.Say("WARNING: this node could not be taken out of the datastore's list of members (%v); on a node of the cluster run: microk8s remove-node %s --force", err, s.Self)
+	} else if err := s.deleteNodeObject(ctx, a, s.Self); err != nil {
+		s.Log.Warn("cannot delete the Node object", "err", err)
+	}
+	return s.takeBackendBack()
+}
+
+// removeWait bounds the removal of a member, during which leadership may have to move.
+const removeWait = 30 * time.Second
+
+// removeMember takes the member with this address out of the datastore, asking those that the
+// directory knows and others.
+func (n *Node) removeMember(ctx context.Context, storage, address string, others []string) error {
+	_, config, err := peers.KeyPair(storage, tls.VersionTLS12, 0)
+	if err != nil {
+		return nil //nolint:nilerr // without the pair it never became a member
+	}
+	store := dqlite.NewInmemNodeStore()
+	var list []dqlite.NodeInfo
+	for _, m := range slices.Concat(members(storage), others) {
+		if m != address && !slices.ContainsFunc(list, func(x dqlite.NodeInfo) bool { return x.Address == m }) {
+			list = append(list, dqlite.NodeInfo{Address: m})
+		}
+	}
+	if err := store.Set(ctx, list); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, removeWait)
+	defer cancel()
+	dial := dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config)
+	if err := peers.RemoveFrom(ctx, store, dial, address); err != nil && !errors.Is(err, peers.ErrNotMember) {
+		return err
+	}
+	return nil
+}
+
+// members lists the addresses in a storage directory's cluster.yaml.
+func members(storage string) []string {
+	data, err := os.ReadFile(filepath.Join(storage, "cluster.yaml"))
+	if err != nil {
+		return nil
+	}
+	var list []struct{ Address string }
+	if yaml.Unmarshal(data, &list) != nil {
+		return nil
+	}
+	var out []string
+	for _, m := range list {
+		out = append(out, m.Address)
+	}
+	return out
+}
+
+// ownMember is the address of this node's member, "" where it has none.
+func ownMember(storage string) string {
+	var info struct{ Address string }
+	data, err := os.ReadFile(filepath.Join(storage, "info.yaml"))
+	if err != nil || yaml.Unmarshal(data, &info) != nil {
+		return ""
+	}
+	return info.Address
+}

@@ -1,0 +1,301 @@
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"microk8s/apiserver-proxy/config"
+	"microk8s/internal/datastore/peers"
+	"microk8s/internal/journal"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+)
+
+// LeaveOptions say how to leave.
+type LeaveOptions struct {
+	// Force leaves also when the cluster cannot be told: it must then be told with remove-node.
+	Force bool
+}
+
+type leaveParams struct {
+	Self   string `json:"self"` // this node's name
+	Worker bool   `json:"worker,omitempty"`
+	Member string `json:"member,omitempty"` // of the datastore: this node's address there
+	Force  bool   `json:"force,omitempty"`
+}
+
+// Reasons not to leave.
+var (
+	// ErrNotMember: the node is in no cluster.
+	ErrNotMember = errors.New("this node is not in a cluster")
+	// ErrLast: it is the only node of its cluster, and keeps the data. It has become an ordinary
+	// single node.
+	ErrLast = errors.New("this is the only node of its cluster")
+	// ErrOnlyCopy: no other member that could take the data over answers.
+	ErrOnlyCopy = errors.New("this node holds the only copy of the datastore that can be used")
+	// ErrContact is wrapped when the datastore's other members did not do what was asked.
+	ErrContact = errors.New("the other members of the datastore could not be asked")
+)
+
+const (
+	stepQuiet    = "Stop Kubernetes on this node"
+	stepDepart   = "Leave the datastore"
+	stepForget   = "Forget the cluster"
+	stepSetUp    = "Set the node up anew"
+	stepNewStart = "Start the services"
+	stepNewNode  = "Wait for the node"
+	stepTidy     = "Clean up"
+)
+
+// Leave takes this node out of its cluster and makes it a single node with an empty datastore,
+// new keys, and nothing of the cluster's. An interrupted one is finished; an interrupted join is
+// taken back.
+func (n *Node) Leave(ctx context.Context, j *journal.Journal, o LeaveOptions) error {
+	n.defaults()
+	if found, err := n.UndoJoin(ctx, j); found && !errors.Is(err, journal.ErrCommitted) {
+		return err
+	} else if found { // finish it first
+		r, err := j.Pending()
+		if err != nil {
+			return err
+		}
+		var p joinParams
+		if err := json.Unmarshal(r.Params, &p); err != nil {
+			return err
+		}
+		if err := j.Resume(ctx, n.joinPlan(&p)); err != nil {
+			return err
+		}
+	}
+	if r, err := j.Pending(); err != nil {
+		return err
+	} else if r != nil && r.Operation == opLeave {
+		var p leaveParams
+		if err := json.Unmarshal(r.Params, &p); err != nil {
+			return fmt.Errorf("cannot read the journal of the interrupted leave: %w", err)
+		}
+		n.Say("An earlier leave was interrupted: going on with it")
+		p.Force = p.Force || o.Force
+		return j.Resume(ctx, n.leavePlan(&p))
+	} else if r != nil {
+		return fmt.Errorf("%w: %s; run it again to finish it", ErrOther, r.Operation)
+	}
+	p, err := n.mayLeave(ctx, o)
+	if err != nil {
+		return err
+	}
+	return j.Run(ctx, n.leavePlan(p), p)
+}
+
+// mayLeave finds out what leaving means here.
+func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, error) {
+	hostname, err := n.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	p := &leaveParams{Self: hostname, Worker: IsWorker(n.Env), Force: o.Force}
+	if p.Worker {
+		return p, nil
+	}
+	if !IsMember(n.Env) {
+		if n.Env.Locked(snapenv.LockNoReissue) {
+			// Others have been here. From now on certificates follow this host's addresses again.
+			if err := n.unlock(snapenv.LockNoReissue); err != nil {
+				return nil, err
+			}
+			return nil, ErrLast
+		}
+		return nil, ErrNotMember
+	}
+	if n.Env.Locked(snapenv.LockNoDqlite) {
+		return p, nil // the datastore is not the cluster's nodes'
+	}
+	p.Member = ownMember(n.Env.BackendLive())
+	if o.Force {
+		return p, nil
+	}
+	list, err := peers.Members(ctx, n.Env.BackendLive())
+	if err != nil {
+		return nil, fmt.Errorf("cannot leave: %w", err)
+	}
+	if !slices.ContainsFunc(list, func(m peers.Member) bool { return m.Self || m.Address == p.Member }) {
+		return p, nil // somebody has removed it already
+	}
+	voters, others := 0, 0
+	for _, m := range list {
+		self := m.Self || m.Address == p.Member
+		if m.Role == peers.Voter && !self {
+			voters++
+		}
+		if !self && m.Online {
+			others++
+		}
+	}
+	if len(list) > 1 && voters == 0 && others == 0 {
+		return nil, ErrOnlyCopy
+	}
+	return p, nil
+}
+
+func (n *Node) leavePlan(p *leaveParams) journal.Plan {
+	s := &leaveRun{Node: n, leaveParams: p}
+	return journal.Plan{Operation: opLeave, Commit: stepForget, Steps: []journal.Step{
+		{Name: stepQuiet, Do: s.quiet, Undo: s.resume},
+		{Name: stepDepart, Do: s.depart},
+		{Name: stepForget, Do: s.forget},
+		{Name: stepSetUp, Do: func(ctx context.Context) error { return n.Install(ctx) }},
+		{Name: stepNewStart, Do: s.start},
+		{Name: stepNewNode, Do: s.wait},
+		{Name: stepTidy, Do: func(context.Context) error { return os.RemoveAll(n.file(saved)) }},
+	}}
+}
+
+type leaveRun struct {
+	*Node
+	*leaveParams
+}
+
+func (s *leaveRun) quiet(ctx context.Context) error {
+	if err := s.lock(lockJoining); err != nil {
+		return err
+	}
+	if err := s.Services.Stop(ctx, service.Kubelite); err != nil {
+		return fmt.Errorf("cannot stop the services: %w", err)
+	}
+	return nil
+}
+
+func (s *leaveRun) resume(ctx context.Context) error {
+	if err := s.unlock(lockJoining); err != nil {
+		return err
+	}
+	return s.Services.Start(ctx)
+}
+
+// depart takes this node's member out of the datastore, while its daemon still runs, so that a
+// leader can hand over.
+func (s *leaveRun) depart(ctx context.Context) error {
+	if s.Worker || s.Member == "" {
+		return nil
+	}
+	live := s.Env.BackendLive()
+	err := s.removeMember(ctx, live, s.Member, []string{s.Member})
+	if err != nil && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
+		if startErr := s.Services.Start(ctx, service.Datastore); startErr == nil {
+			err = s.removeMember(ctx, live, s.Member, []string{s.Member})
+		}
+	}
+	if err == nil || ctx.Err() != nil {
+		return errors.Join(err, ctx.Err())
+	}
+	if s.Force {
+		s.Say("WARNING: the cluster was not told that this node leaves (%v); on one of its nodes run: microk8s remove-node %s --force", err, s.Self)
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrContact, err)
+}
+
+// forget removes every secret and setting of the cluster. From here on there is only forward.
+func (s *leaveRun) forget(ctx context.Context) error {
+	if err := s.stopAll(ctx); err != nil {
+		return err
+	}
+	// First: what is interrupted after it must not start as half a member.
+	if err := s.unlock(snapenv.LockInstalled); err != nil {
+		return err
+	}
+	if err := emptyExcept(s.Env.CertsDir(), "csr.conf.template"); err != nil {
+		return err
+	}
+	if err := emptyExcept(s.Env.CredentialsDir()); err != nil {
+		return err
+	}
+	for _, path := range []string{s.store().BackupDir(), s.Env.BackendLive(), s.file(answerFile)} {
+		if err := os.RemoveAll(path); err != nil {
+			return err
+		}
+	}
+	if err := config.Uninstall(s.Env); err != nil {
+		return err
+	}
+	// The arguments that the join has changed.
+	for _, name := range []string{"kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager"} {
+		data, err := os.ReadFile(s.file(saved + "/args/" + name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			err = writeLike(s.Env.Args(name), data)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot put the arguments back: %w", err)
+		}
+		if err := os.Remove(s.Env.Args(name) + ".backup"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if data, err := os.ReadFile(s.Env.CNIManifest()); err == nil && strings.HasPrefix(string(data), foreignCNI) {
+		if err := os.Remove(s.Env.CNIManifest()); err != nil {
+			return err
+		}
+	}
+	return s.unlock(snapenv.LockNoReissue, snapenv.LockWorker, snapenv.LockNoDqlite)
+}
+
+// emptyExcept removes what is in a folder, but not the named files.
+func emptyExcept(folder string, keep ...string) error {
+	entries, err := os.ReadDir(folder)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if err == nil && !slices.Contains(keep, e.Name()) {
+			err = os.RemoveAll(filepath.Join(folder, e.Name()))
+		}
+	}
+	return err
+}
+
+func (s *leaveRun) start(ctx context.Context) error {
+	if err := s.unlock(lockJoining, snapenv.LockStopped); err != nil {
+		return err
+	}
+	if s.Env.Locked(snapenv.LockLowMemory) {
+		return nil // it was fit for a worker only
+	}
+	return s.Services.Start(ctx)
+}
+
+// leaveReady is how long the new single node may take; that it is late is said, and no failure.
+const leaveReady = 2 * time.Minute
+
+func (s *leaveRun) wait(ctx context.Context) error {
+	if s.Env.Locked(snapenv.LockLowMemory) {
+		s.Say("WARNING: this machine has too little memory for a control plane: its services do not run; see microk8s start --help")
+		return nil
+	}
+	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
+		c, err := s.kube("client.config", "")
+		if err != nil {
+			return err
+		}
+		node, err := getNode(ctx, c, s.Self)
+		if err == nil && !ready(node) {
+			err = errors.New("not Ready")
+		}
+		return err
+	})
+	if err != nil && ctx.Err() == nil {
+		s.Say("WARNING: this node is a single node now, but was not Ready within %s; see microk8s inspect (%v)", leaveReady, err)
+		return nil
+	}
+	return ctx.Err()
+}

@@ -1,0 +1,207 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/client"
+	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/status"
+)
+
+// Problem is one thing in the way of a join.
+type Problem struct {
+	What, Do string // a sentence each; Do may be ""
+	Fatal    bool   // otherwise it is a warning
+}
+
+// PreflightError says everything that is in the way of a join. Nothing was changed.
+type PreflightError struct {
+	Problems []Problem // the fatal ones
+	// Err is why the cluster could not be asked, or what it refused with; nil when it was asked
+	// and had nothing against the join.
+	Err error
+}
+
+func (e *PreflightError) Error() string {
+	var out []string
+	for _, p := range e.Problems {
+		out = append(out, p.What)
+	}
+	if e.Err != nil {
+		out = append(out, e.Err.Error())
+	}
+	return strings.Join(out, "; ")
+}
+
+func (e *PreflightError) Unwrap() error { return e.Err }
+
+// Differences between this clock and the cluster's.
+const (
+	// maxClock is beyond what certificates and leases can bear: theirs begin a minute early.
+	maxClock  = time.Minute
+	warnClock = 2 * time.Second
+)
+
+const portTimeout = 3 * time.Second // of trying one port of another node
+
+// preflight looks for everything that would make the join fail, here and there. Warnings are
+// said; it fails on anything else.
+func (n *Node) preflight(ctx context.Context, p *joinParams) error {
+	problems := n.localProblems(ctx, p)
+	s := &joinRun{Node: n, joinParams: p}
+	remote, err := s.remoteProblems(ctx)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	problems = append(problems, remote...)
+	for _, pr := range problems {
+		if !pr.Fatal {
+			n.Say("WARNING: %s", strings.TrimSuffix(pr.What+"; "+pr.Do, "; "))
+		}
+	}
+	problems = slices.DeleteFunc(problems, func(p Problem) bool { return !p.Fatal })
+	if len(problems) == 0 && err == nil {
+		return nil
+	}
+	return &PreflightError{Problems: problems, Err: err}
+}
+
+// localProblems are those that can be seen on this machine.
+func (n *Node) localProblems(ctx context.Context, p *joinParams) []Problem {
+	var out []Problem
+	if n.Env.Locked(snapenv.LockLowMemory) && !p.Worker {
+		out = append(out, Problem{Fatal: true, What: "this machine has too little memory for a control-plane node",
+			Do: "join it as a worker, with --worker, or try all the same with --disable-low-memory-guard"})
+	}
+	states, err := n.Services.Status(ctx)
+	if err != nil {
+		return append(out, Problem{Fatal: true, What: err.Error()})
+	}
+	var running []string
+	for _, s := range states {
+		if s.Phase == service.Running || s.Phase == service.Stopping {
+			running = append(running, s.Name)
+		}
+	}
+	for _, busy := range status.PortsInUse(n.Env, running) {
+		if p.Worker && (busy.Port == defaultStorePort || busy.Port == 10257 || busy.Port == 10259) {
+			continue // of services that a worker does not run
+		}
+		out = append(out, Problem{Fatal: true, What: busy.What, Do: "stop that program and run the same command again"})
+	}
+	return out
+}
+
+// remoteProblems are those that the cluster sees, and what cannot be reached of it.
+func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
+	c, err := s.connection()
+	if err != nil {
+		return nil, err
+	}
+	// The join itself uses the same connection; that of a failed preflight is not needed.
+	r := api.PreflightRequest{JoinRequest: s.request(), MachineID: s.readID("etc/machine-id"), SystemUUID: s.readID("sys/class/dmi/id/product_uuid")}
+	asked := s.Now()
+	resp, err := c.Preflight(ctx, r)
+	if err != nil {
+		c.Close()
+		var refused *client.ServerError
+		if errors.As(err, &refused) && refused.Status == http.StatusNotFound {
+			s.Say("WARNING: this is an agent of upstream's MicroK8s, which cannot be asked what is in the way of the join; its token is spent even if the join fails")
+			return nil, nil
+		}
+		return nil, err
+	}
+	defer c.Close()
+	took := s.Now().Sub(asked)
+	var out []Problem
+	agent := s.agentRuns(ctx)
+	for _, p := range resp.Problems {
+		if p.Code == api.CodeAgent && !agent {
+			continue // not before the join has started it
+		}
+		out = append(out, Problem{Fatal: p.Fatal, What: p.Message})
+	}
+	theirs := time.UnixMilli(resp.Time)
+	if d := asked.Add(took / 2).Sub(theirs).Abs(); resp.Time != 0 && d > took/2+warnClock {
+		out = append(out, Problem{Fatal: d > maxClock, What: fmt.Sprintf("the clocks differ: here it is %s, on %s %s",
+			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "set them by the network, for example with systemd-timesyncd or chrony"})
+	}
+	return append(out, s.unreachable(ctx, resp)...), nil
+}
+
+// agentRuns says whether this node's own agent could have been reached.
+func (n *Node) agentRuns(ctx context.Context) bool {
+	states, err := n.Services.Status(ctx)
+	return err == nil && slices.ContainsFunc(states, func(s service.State) bool {
+		return s.Name == service.ClusterAgent && s.Phase == service.Running
+	})
+}
+
+// unreachable tries every port of the cluster that this node is going to need.
+func (s *joinRun) unreachable(ctx context.Context, resp *api.PreflightResponse) []Problem {
+	type need struct{ address, what, port string }
+	var needs []need
+	for _, server := range resp.Servers {
+		needs = append(needs, need{server, "the API server", "API server port"})
+	}
+	if !s.Worker && !resp.External {
+		for _, m := range resp.Members {
+			if host, _, err := net.SplitHostPort(m); err == nil && !net.ParseIP(host).IsLoopback() {
+				needs = append(needs, need{m, "the datastore", "datastore port"})
+			}
+		}
+	}
+	found := make([]*Problem, len(needs))
+	reached := make([]bool, len(needs))
+	var all errgroup.Group
+	for i, x := range needs {
+		all.Go(func() error {
+			ctx, cancel := context.WithTimeout(ctx, portTimeout)
+			defer cancel()
+			conn, err := s.Dial(ctx, "tcp", x.address)
+			if err != nil {
+				_, port, _ := net.SplitHostPort(x.address)
+				found[i] = &Problem{What: fmt.Sprintf("cannot reach %s at %s (%v)", x.what, x.address, err),
+					Do: "open TCP port " + port + " between the nodes, or start that node"}
+				return nil
+			}
+			reached[i] = true
+			return conn.Close()
+		})
+	}
+	_ = all.Wait() // failures are in found
+	// A member that is down is no reason not to join; that none can be reached is.
+	any := map[string]bool{}
+	for i, x := range needs {
+		any[x.what] = any[x.what] || reached[i]
+	}
+	var out []Problem
+	for i, p := range found {
+		if p != nil {
+			p.Fatal = !any[needs[i].what]
+			out = append(out, *p)
+		}
+	}
+	return out
+}
+
+func (n *Node) readID(path string) string {
+	data, err := os.ReadFile(n.Env.HostPath(filepath.FromSlash(path)))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}
