@@ -46,6 +46,7 @@ type Options struct {
 	CertFile, KeyFile string        // PEM; replaced files are used from the next connection on
 	MinTLS            uint16        // tls.VersionTLS12 when 0
 	Timeout           time.Duration // of one call; at least what its slowest part needs
+	BodyTime          time.Duration // of the body of one call; DefaultBodyTime when 0
 	Metrics           bool          // serve /metrics
 	Log               *slog.Logger
 }
@@ -61,6 +62,9 @@ type Server struct {
 func New(opts Options) (*Server, error) {
 	if opts.MinTLS == 0 {
 		opts.MinTLS = tls.VersionTLS12
+	}
+	if opts.BodyTime == 0 {
+		opts.BodyTime = DefaultBodyTime
 	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -84,10 +88,7 @@ func New(opts Options) (*Server, error) {
 
 // Handle adds a route whose body is at most MaxBody. The path is matched exactly.
 func (s *Server) Handle(method, path string, h http.Handler) {
-	if defence.On(defence.BodyLimit) {
-		h = http.MaxBytesHandler(h, MaxBody)
-	}
-	s.HandleStream(method, path, h)
+	s.HandleStream(method, path, s.bounded(h))
 }
 
 // HandleStream adds a route without a limit of the body; the handler keeps its own.
@@ -97,28 +98,52 @@ func (s *Server) HandleStream(method, path string, h http.Handler) {
 
 // HandleAny is Handle for every method; the handler answers the wrong ones.
 func (s *Server) HandleAny(path string, h http.Handler) {
-	if defence.On(defence.BodyLimit) {
-		h = http.MaxBytesHandler(h, MaxBody)
-	}
-	s.router.Handle(path, h)
+	s.router.Handle(path, s.bounded(h))
 }
 
 func health(w http.ResponseWriter, _ *http.Request) {
 	WriteJSON(w, http.StatusOK, map[string]string{"status": "OK"})
 }
 
-// bodyTimeout is how long the body of a request in JSON may take.
-const bodyTimeout = 10 * time.Second
+// DefaultBodyTime is how long the body of a request may take, except of streams.
+const DefaultBodyTime = 10 * time.Second
 
-// ReadJSON reads the whole body into v within bodyTimeout. Where that fails it answers, with
-// 400, and gives false.
-func ReadJSON(w http.ResponseWriter, r *http.Request, v any) bool {
-	control := http.NewResponseController(w)
-	if defence.On(defence.BodyTime) {
-		_ = control.SetReadDeadline(time.Now().Add(bodyTimeout)) // not for recorders of tests
+// timed gives up a body that trickles.
+type timed struct {
+	io.ReadCloser
+	control *http.ResponseController
+	limit   time.Duration
+	began   bool
+}
+
+func (t *timed) Read(p []byte) (int, error) {
+	if !t.began {
+		t.began = true
+		_ = t.control.SetReadDeadline(time.Now().Add(t.limit)) // not for recorders of tests
 	}
+	n, err := t.ReadCloser.Read(p)
+	if errors.Is(err, io.EOF) { // received; who is given up stays so while the rest is thrown away
+		_ = t.control.SetReadDeadline(time.Time{})
+	}
+	return n, err
+}
+
+// bounded limits the size and the time of bodies.
+func (s *Server) bounded(h http.Handler) http.Handler {
+	if defence.On(defence.BodyLimit) {
+		h = http.MaxBytesHandler(h, MaxBody)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if defence.On(defence.BodyTime) {
+			r.Body = &timed{ReadCloser: r.Body, control: http.NewResponseController(w), limit: s.opts.BodyTime}
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// ReadJSON reads the whole body into v. Where that fails it answers, with 400, and gives false.
+func ReadJSON(w http.ResponseWriter, r *http.Request, v any) bool {
 	data, err := io.ReadAll(r.Body)
-	_ = control.SetReadDeadline(time.Time{})
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):

@@ -1,0 +1,801 @@
+package suite
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/defence"
+	"microk8s/internal/pki"
+	"microk8s/internal/token"
+	"microk8s/internal/tokenstore"
+)
+
+// attacks has what is tried against each defence. An attack fails its test where it succeeds.
+var attacks = []struct {
+	against defence.Name
+	name    string
+	try     func(t *testing.T, s *site)
+}{
+	{defence.TokenKey, "another token with the id of one that is known", sameID},
+	{defence.TokenKey, "guesses, blanks, padding, prefixes, bars", malformedTokens},
+	{defence.TokenSpent, "a token again after its join was confirmed", replay},
+	{defence.TokenExpiry, "a token after its time", expired},
+	{defence.TokenRevoked, "a token that was taken back", revoked},
+	{defence.TokenRole, "a worker's token for the control plane's keys", workerToken},
+	{defence.TokenName, "a token for another node's name", otherName},
+	{defence.TokenHeld, "a token with which another node joins just now", whileHeld},
+	{defence.TokenNames, "certificates for one name after the other with one token", manyNames},
+	{defence.ProofChosen, "a proof of a chosen token, to guess it offline", proofOfChosen},
+	{defence.NodeName, "host names that are paths, lines and subjects", nodeNames},
+	{defence.NameTaken, "the name of a node that is there", takenName},
+	{defence.Datastore, "an upstream control plane node", upstreamControlPlane},
+	{defence.HostHeader, "a Host header that moves the datastore", hostHeader},
+	{defence.Advertised, "the address of another node", othersAddress},
+	{defence.CSRSubject, "certificates of others' subjects", subjects},
+	{defence.CSRNames, "certificates with others' names", names},
+	{defence.CSRSignature, "a request for somebody else's key", foreignKey},
+	{defence.SignOnce, "a second certificate", signTwice},
+	{defence.SignExpiry, "a certificate an hour after the join", signLate},
+	{defence.ClientCert, "renewal with a certificate of another CA", foreignClient},
+	{defence.Member, "renewal of a node that was removed", removedNode},
+	{defence.Callback, "calls with a worker's callback secret, or none", wrongCallback},
+	{defence.CallbackEmpty, "an empty secret where the node has none", emptyCallback},
+	{defence.CAPI, "a wrong Cluster API token", wrongCAPI},
+	{defence.CAPIEmpty, "no Cluster API token where the file is empty", emptyCAPI},
+	{defence.Services, "argument files outside of args", serviceNames},
+	{defence.ArgumentValues, "values that are several lines or commands", values},
+	{defence.Addons, "addons that are options and paths", addonNames},
+	{defence.Endpoint, "datastore endpoints that are commands", endpoints},
+	{defence.BodyLimit, "bodies without an end", largeBody},
+	{defence.BodyTime, "bodies that trickle", slowBody},
+	{defence.Delay, "thousands of guesses", guessing},
+	{defence.NoStore, "keys from a cache", caching},
+}
+
+func TestAttacks(t *testing.T) {
+	t.Parallel()
+	for _, a := range attacks {
+		t.Run(string(a.against)+"/"+a.name, func(t *testing.T) {
+			t.Parallel()
+			a.try(t, newSite(t))
+		})
+	}
+	for _, name := range defence.All() {
+		if !slices.ContainsFunc(attacks, func(a struct {
+			against defence.Name
+			name    string
+			try     func(*testing.T, *site)
+		}) bool {
+			return a.against == name
+		}) {
+			t.Errorf("nothing is tried against the defence %s", name)
+		}
+	}
+}
+
+func sameID(t *testing.T, s *site) {
+	mine, theirs := token.New(), token.New()
+	// Ids are 64 bits of a hash; suppose two were equal.
+	err := s.tokens.Backends[0].Update(t.Context(), func(st *tokenstore.State) error {
+		r, err := st.Add(theirs, tokenstore.Record{Uses: 1}, s.now)
+		if err != nil {
+			return err
+		}
+		id, _ := mine.Derive()
+		st.Records = map[token.ID]*tokenstore.Record{id: r}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.refused(from{}, request(mine.Reveal(), "n2", false), http.StatusInternalServerError, api.CodeToken)
+}
+
+func malformedTokens(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	for _, guess := range []string{
+		"", " ", "\n", strings.Repeat(" ", 40), "|", "null", "*", "%", tok[:31], tok[:16], tok + "0", tok + "|", tok + "|9999999999", "|" + tok, tok + "-kubelet",
+		strings.ToUpper(tok[:31]) + "Z", strings.Repeat("0", 32), tok[1:] + tok[:1], tok + "\x00", "../../" + tok, strings.Repeat("a", 100_000),
+	} {
+		_, status, e := s.join(from{}, request(guess, "n2", false))
+		if status != http.StatusInternalServerError || e.Message != "Invalid token" {
+			t.Errorf("%.50q: %d %s", guess, status, e.Message)
+		}
+		if _, status, e := s.sign(guess+api.SuffixKubelet, csr(t, kubeletName("n2"), nil)); status != http.StatusInternalServerError || e.Message != "Invalid token" {
+			t.Errorf("sign with %.50q: %d %s", guess, status, e.Message)
+		}
+		for _, path := range []string{api.PathConfirm, api.PathRelease} {
+			if status, e := s.finish(path, guess, "n2"); status != http.StatusInternalServerError || e.Message != "Invalid token" {
+				t.Errorf("%s with %.50q: %d %s", path, guess, status, e.Message)
+			}
+		}
+	}
+	// White space around the right one is nothing.
+	s.joined(from{}, request(" "+tok+"\n", "n2", false))
+}
+
+func replay(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	s.joined(from{}, request(tok, "n2", false))
+	if status, e := s.finish(api.PathConfirm, tok, "n2"); status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	s.refused(from{}, request(tok, "n2", false), http.StatusInternalServerError, api.CodeTokenUsed)
+	s.refused(from{address: "10.0.0.8"}, request(tok, "n3", true), http.StatusInternalServerError, api.CodeTokenUsed)
+	if _, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n2"), nil)); status == http.StatusOK {
+		t.Error("a certificate with a spent token")
+	}
+	// Upstream's worker spends it with its kubelet's certificate.
+	tok = s.add(tokenstore.Options{}).Reveal()
+	s.joined(from{}, upstream(tok, "n4", true))
+	if _, status, e := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n4"), nil)); status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	s.refused(from{}, upstream(tok, "n4", true), http.StatusInternalServerError, api.CodeTokenUsed)
+}
+
+func expired(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{TTL: time.Minute, Uses: tokenstore.Unlimited}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	s.now = s.now.Add(time.Minute)
+	s.refused(from{}, request(tok, "n3", true), http.StatusInternalServerError, api.CodeTokenExpired)
+}
+
+func revoked(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{})
+	s.joined(from{}, request(tok.Reveal(), "n2", true))
+	id, _ := tok.Derive()
+	if _, err := s.tokens.Revoke(t.Context(), id.String()[:8]); err != nil {
+		t.Fatal(err)
+	}
+	s.refused(from{}, request(tok.Reveal(), "n2", true), http.StatusInternalServerError, api.CodeTokenRevoked)
+	if _, status, _ := s.sign(tok.Reveal()+api.SuffixKubelet, csr(t, kubeletName("n2"), nil)); status == http.StatusOK {
+		t.Error("a certificate with a revoked token")
+	}
+}
+
+func workerToken(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	for _, role := range []string{"false", "null", `"as-master"`, `""`, "{}"} {
+		body, err := json.Marshal(request(tok, "n2", false))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.Replace(string(body), `"worker":null`, `"worker":`+role, 1)
+		status, answer, _ := s.call(from{}, api.PathJoin, text)
+		if status == http.StatusOK || bytes.Contains(answer, []byte("PRIVATE KEY")) {
+			t.Errorf("worker %s: %d, with keys: %v", role, status, bytes.Contains(answer, []byte("PRIVATE KEY")))
+		}
+	}
+	// The refusal did not use the token up, and a worker's answer has no key in it.
+	_, answer, _ := s.call(from{}, api.PathJoin, request(tok, "n2", true))
+	if bytes.Contains(answer, []byte("PRIVATE KEY")) || !bytes.Contains(answer, []byte(`"ca_key":null`)) || !bytes.Contains(answer, []byte(`"service_account_key":""`)) {
+		t.Errorf("a worker is told %s", answer)
+	}
+}
+
+func otherName(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Name: "n2"}).Reveal()
+	s.refused(from{}, request(tok, "n3", true), http.StatusInternalServerError, api.CodeTokenName)
+	s.joined(from{}, request(tok, "n2", true))
+}
+
+func whileHeld(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	s.refused(from{address: "10.0.0.8"}, request(tok, "n3", true), http.StatusInternalServerError, api.CodeTokenHeld)
+	s.joined(from{}, request(tok, "n2", true)) // the same node goes on
+	s.now = s.now.Add(tokenstore.Reservation)
+	s.joined(from{address: "10.0.0.8"}, request(tok, "n3", true)) // and nobody holds it for ever
+}
+
+func manyNames(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	got := 0
+	for i := range 30 {
+		name := fmt.Sprintf("n%d", i+10)
+		if _, status, _ := s.join(from{}, request(tok, name, true)); status != http.StatusOK {
+			continue
+		}
+		if _, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName(name), nil)); status == http.StatusOK {
+			got++
+		}
+		s.finish(api.PathRelease, tok, name)
+	}
+	if got > 8 {
+		t.Errorf("%d identities from a token for one", got)
+	}
+}
+
+func nodeNames(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	for _, name := range []string{
+		"", " ", "..", "../../etc/cron.d/x", "a/b", "n2\n- Address: 1.2.3.4:1", "N2", "n2,O=system:masters", "n2\x00", "-n", strings.Repeat("a", 300), "système",
+	} {
+		for _, worker := range []bool{true, false} {
+			s.refused(from{}, request(tok, name, worker), http.StatusBadRequest, api.CodeRequest)
+		}
+	}
+}
+
+func takenName(t *testing.T, s *site) {
+	free := s.add(tokenstore.Options{}).Reveal()
+	for _, worker := range []bool{true, false} {
+		s.refused(from{}, request(free, "w1", worker), http.StatusBadRequest, api.CodeNameTaken)
+		s.refused(from{}, request(free, "n1", worker), http.StatusBadRequest, api.CodeNameTaken)
+	}
+	// Nor with the owner's word, while the node reports.
+	bound := s.add(tokenstore.Options{Name: "w1"}).Reveal()
+	s.refused(from{}, request(bound, "w1", true), http.StatusBadRequest, api.CodeNameTaken)
+	s.cluster.nodes[1] = aNode("w1", workers, false)
+	s.joined(from{address: workers}, request(bound, "w1", true))
+}
+
+func upstreamControlPlane(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	e := s.refused(from{}, upstream(tok, "n2", false), http.StatusNotImplemented, api.CodeDatastore)
+	if !strings.Contains(e.Message, "--worker") {
+		t.Errorf("it does not say what to do: %s", e.Message)
+	}
+	if len(s.services.restarts) > 0 {
+		t.Errorf("restarted %v for a refused join", s.services.restarts)
+	}
+	s.joined(from{}, upstream(tok, "n2", true)) // the token was not used
+}
+
+func hostHeader(t *testing.T, s *site) {
+	s.members("127.0.0.1:19001", 0)
+	moves := 0
+	s.services.do = func(string) error {
+		moves++
+		text, err := os.ReadFile(filepath.Join(s.env.Backend(), "update.yaml"))
+		if err != nil {
+			return err
+		}
+		if string(text) != "Address: "+here+":19001\n" {
+			t.Errorf("the datastore moves to %q", text)
+		}
+		s.members(here+":19001", 0)
+		return nil
+	}
+	for _, host := range []string{"evil.example:25000", "8.8.8.8:25000", "no-port", ":25000", "127.0.0.1:25000", "10.0.100.100:25000"} {
+		s.members("127.0.0.1:19001", 0)
+		s.joined(from{host: host}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+	}
+	if moves != 6 {
+		t.Errorf("moved %d times", moves)
+	}
+	// Where the connection comes over the loopback the header chooses among our own addresses.
+	s.members("127.0.0.1:19001", 0)
+	s.joined(from{local: "127.0.0.1", host: here + ":25000"}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+	s.members("127.0.0.1:19001", 0)
+	tok := s.add(tokenstore.Options{}).Reveal()
+	e := s.refused(from{local: "127.0.0.1", host: "8.8.8.8:25000"}, request(tok, "n2", false), http.StatusInternalServerError, api.CodeAddress)
+	if !strings.Contains(e.Message, "failed to find matching dqlite bind address for 8.8.8.8:25000: address 8.8.8.8 was not found in any host interface. refuse to update dqlite bind address to 8.8.8.8 as it would break the cluster") {
+		t.Error(e.Message)
+	}
+}
+
+func othersAddress(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{}).Reveal()
+	for _, worker := range []bool{true, false} {
+		r := request(tok, "n2", worker)
+		r.AdvertiseAddress = workers
+		s.refused(from{}, r, http.StatusBadRequest, api.CodeMember)
+		for _, bad := range []string{"127.0.0.1", "0.0.0.0", "224.0.0.1", "::", "nonsense", "10.0.0.300", "fe80::1%eth0", "10.0.0.7 # "} {
+			r.AdvertiseAddress = bad
+			s.refused(from{}, r, http.StatusBadRequest, api.CodeRequest)
+		}
+		r.AdvertiseAddress = here
+		s.refused(from{}, r, http.StatusServiceUnavailable, api.CodeSameAddress)
+	}
+}
+
+func subjects(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	for _, bad := range []pkix.Name{
+		{CommonName: "admin", Organization: []string{"system:masters"}},
+		{CommonName: "system:node:n2", Organization: []string{"system:masters"}},
+		{CommonName: "system:node:n2", Organization: []string{"system:nodes", "system:masters"}},
+		{CommonName: "system:node:n2"},
+		{CommonName: "system:node:n1", Organization: []string{"system:nodes"}},
+		{CommonName: "system:node:w1", Organization: []string{"system:nodes"}},
+		{CommonName: "system:kube-controller-manager"},
+		{CommonName: "kube-apiserver", Organization: []string{"system:nodes"}},
+		{CommonName: "system:node:n2", Organization: []string{"system:nodes"}, OrganizationalUnit: []string{"x"}},
+		{},
+	} {
+		for _, suffix := range []string{api.SuffixKubelet, api.SuffixProxy} {
+			cert, status, e := s.sign(tok+suffix, csr(t, bad, nil))
+			if status == http.StatusOK {
+				t.Errorf("%s: a certificate for %s", suffix, cert.Subject)
+			} else if e.Code != api.CodeCertificate {
+				t.Errorf("%s: %d %s", bad, status, e.Message)
+			}
+		}
+	}
+	if _, status, _ := s.sign(tok+api.SuffixProxy, csr(t, kubeletName("n2"), nil)); status == http.StatusOK {
+		t.Error("the node's identity for the proxy's token")
+	}
+	// None of this used up what the node may have.
+	cert, status, e := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n2"), []string{"n2"}, there))
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	if cert.IsCA || cert.Subject.String() != "CN=system:node:n2,O=system:nodes" || time.Until(cert.NotAfter) > 366*24*time.Hour {
+		t.Errorf("%s, a CA: %v, until %s", cert.Subject, cert.IsCA, cert.NotAfter)
+	}
+}
+
+func names(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	for _, bad := range []struct {
+		dns []string
+		ips []string
+	}{
+		{dns: []string{"kubernetes"}}, {dns: []string{"n2", "kubernetes.default.svc"}}, {dns: []string{"*"}}, {dns: []string{"n1"}}, {dns: []string{""}},
+		{ips: []string{here}}, {ips: []string{there, workers}}, {ips: []string{"127.0.0.1"}}, {ips: []string{"::1"}}, {ips: []string{"10.152.183.1"}}, {ips: []string{"0.0.0.0"}},
+	} {
+		if cert, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n2"), bad.dns, bad.ips...)); status == http.StatusOK {
+			t.Errorf("a certificate for %v %v", cert.DNSNames, cert.IPAddresses)
+		}
+		if cert, status, _ := s.sign(tok+api.SuffixProxy, csr(t, pkix.Name{CommonName: "system:kube-proxy"}, bad.dns, bad.ips...)); status == http.StatusOK {
+			t.Errorf("a proxy's certificate for %v %v", cert.DNSNames, cert.IPAddresses)
+		}
+	}
+}
+
+func foreignKey(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	text := csr(t, kubeletName("n2"), nil)
+	block, _ := pem.Decode([]byte(text))
+	block.Bytes[len(block.Bytes)-3] ^= 0x55 // somebody else's signature
+	if _, status, _ := s.sign(tok+api.SuffixKubelet, string(pem.EncodeToMemory(block))); status == http.StatusOK {
+		t.Error("a certificate for a key that the sender does not have")
+	}
+}
+
+func signTwice(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	for _, kind := range []struct {
+		suffix  string
+		subject pkix.Name
+	}{{api.SuffixProxy, pkix.Name{CommonName: "system:kube-proxy"}}, {api.SuffixKubelet, kubeletName("n2")}} {
+		if _, status, e := s.sign(tok+kind.suffix, csr(t, kind.subject, nil)); status != http.StatusOK {
+			t.Fatalf("%d %s", status, e.Message)
+		}
+		if _, status, _ := s.sign(tok+kind.suffix, csr(t, kind.subject, nil)); status == http.StatusOK {
+			t.Errorf("%s: two certificates", kind.suffix)
+		}
+	}
+	s.joined(from{}, request(tok, "n2", true)) // who begins again gets them again
+	if _, status, e := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n2"), nil)); status != http.StatusOK {
+		t.Errorf("%d %s", status, e.Message)
+	}
+}
+
+func signLate(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	s.now = s.now.Add(time.Hour)
+	if _, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("n2"), nil)); status == http.StatusOK {
+		t.Error("a request token lives longer than ten minutes")
+	}
+}
+
+func wrongCallback(t *testing.T, s *site) {
+	own, err := callback.Load(s.env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, secret := range []string{
+		"", " ", own[:63], own + "0", own[1:], strings.ToUpper(own), "\x00",
+		token.Callback(s.cluster.key, "w1"), // what a worker has
+		token.Callback(nil, "n1"), token.Callback([]byte{}, "n1"),
+	} {
+		status, answer, _ := s.call(from{address: workers}, api.PathConfigure, api.ConfigureRequest{
+			Callback: secret,
+			Services: []api.ConfigureService{{Name: "kubelet", Update: []map[string]string{{"--v": "9"}}, Restart: true}},
+			Addons:   []api.ConfigureAddon{{Name: "dns", Disable: true}},
+		})
+		if status != http.StatusInternalServerError || !bytes.Contains(answer, []byte("Invalid token")) {
+			t.Errorf("configure with %.10q: %d %s", secret, status, answer)
+		}
+		body := &countedBody{Reader: strings.NewReader("an image")}
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+here+api.PathImageImport, body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.RemoteAddr = workers + ":40000"
+		req.Header[http.CanonicalHeaderKey(api.HeaderCallback)] = []string{secret}
+		rec := newRecorder()
+		s.srv.Handler().ServeHTTP(rec, req)
+		if rec.Code != http.StatusUnauthorized || body.read > 0 {
+			t.Errorf("import with %.10q: %d, %d bytes were read", secret, rec.Code, body.read)
+		}
+	}
+	s.nothingDone()
+}
+
+// nothingDone wants that no call had an effect.
+func (s *site) nothingDone() {
+	s.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.services.restarts)+len(s.ran)+len(s.removed) > 0 {
+		s.t.Errorf("restarted %v, ran %v, removed %v", s.services.restarts, s.ran, s.removed)
+	}
+	text, err := os.ReadFile(s.env.Args("kubelet"))
+	if err != nil || !strings.HasPrefix(string(text), "--root-dir=") || strings.Contains(string(text), "--v") {
+		s.t.Errorf("args/kubelet: %q, %v", text, err)
+	}
+}
+
+func emptyCallback(t *testing.T, s *site) {
+	for _, file := range []string{"", "\n", "  "} {
+		s.write(s.env.Credential(callback.FileName), file)
+		for _, secret := range []string{"", " ", "\n"} {
+			status, _, _ := s.call(from{}, api.PathConfigure, api.ConfigureRequest{Callback: secret, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}})
+			if status != http.StatusInternalServerError {
+				t.Errorf("%q where the file has %q: %d", secret, file, status)
+			}
+		}
+	}
+	s.nothingDone()
+}
+
+func wrongCAPI(t *testing.T, s *site) {
+	s.write(s.env.HostPath("capi/etc/token"), "the-right-one\n")
+	for _, given := range []string{"", "the-right", "the-right-one2", "wrong"} {
+		status, answer, _ := s.call(from{header: map[string]string{api.HeaderCAPI: given}}, api.PathDqliteRemove, api.RemoveRequest{Endpoint: here + ":19001"})
+		if status != http.StatusUnauthorized || given != "" && bytes.Contains(answer, []byte(given)) {
+			t.Errorf("%q: %d %s", given, status, answer)
+		}
+	}
+	s.nothingDone()
+}
+
+func emptyCAPI(t *testing.T, s *site) {
+	s.write(s.env.HostPath("capi/etc/token"), "\n")
+	status, _, _ := s.call(from{}, api.PathDqliteRemove, api.RemoveRequest{Endpoint: here + ":19001"})
+	if status != http.StatusUnauthorized {
+		t.Errorf("without a token: %d", status)
+	}
+	s.nothingDone()
+}
+
+// configure with the right secret.
+func (s *site) configure(r api.ConfigureRequest) (int, string) {
+	s.t.Helper()
+	own, err := callback.Load(s.env)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	r.Callback = own
+	status, answer, _ := s.call(from{}, api.PathConfigure, r)
+	return status, string(answer)
+}
+
+func serviceNames(t *testing.T, s *site) {
+	before := tree(t, s.env.Host)
+	for _, name := range []string{
+		"../credentials/x", "../../../../../etc/cron.d/x", "kubelet/../x", "/etc/x", "", ".", "..", "x", "kubelet\x00", "certs.d/x", "csr.conf", "kubelet.backup",
+	} {
+		status, _ := s.configure(api.ConfigureRequest{Services: []api.ConfigureService{{Name: name, Update: []map[string]string{{"--v": "9"}}}}})
+		if status == http.StatusOK {
+			t.Errorf("%q was changed", name)
+		}
+		if status, _ := s.configure(api.ConfigureRequest{Services: []api.ConfigureService{{Name: name, Restart: true}}}); status == http.StatusOK {
+			t.Errorf("%q was restarted", name)
+		}
+	}
+	if after := tree(t, s.env.Host); !slices.Equal(before, after) {
+		t.Errorf("files changed from %v to %v", before, after)
+	}
+}
+
+// tree lists the files below a folder.
+func tree(t *testing.T, root string) (out []string) {
+	t.Helper()
+	err := filepath.Walk(root, func(path string, st os.FileInfo, err error) error {
+		if err == nil && st.Mode().IsRegular() {
+			out = append(out, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func values(t *testing.T, s *site) {
+	for _, bad := range []map[string]string{
+		{"--v": "1\n--anonymous-auth=true"}, {"--v": "1\r--x=y"}, {"--v": "$(reboot)"}, {"--v": "`reboot`"}, {"--v": "a\x00b"},
+		{"--v=1\n--anonymous-auth": "true"}, {"--v x": "1"}, {"": "1"}, {"--": "1"}, {"#": "1"}, {"--v": strings.Repeat("x", 100_000)},
+	} {
+		status, answer := s.configure(api.ConfigureRequest{Services: []api.ConfigureService{
+			{Name: "kubelet", Restart: true}, {Name: "kubelet", Update: []map[string]string{bad}},
+		}})
+		if status == http.StatusOK {
+			t.Errorf("%.60v: %s", bad, answer)
+		}
+	}
+	s.nothingDone() // not even what stood before the bad one
+}
+
+func addonNames(t *testing.T, s *site) {
+	for _, bad := range []string{"--help", "-f", "../x", "a b", "dns;reboot", "", "$(x)", "dns\n", "a/b/c", "/etc/passwd"} {
+		if status, _ := s.configure(api.ConfigureRequest{Addons: []api.ConfigureAddon{{Name: bad, Enable: true}}}); status == http.StatusOK {
+			t.Errorf("%q was enabled", bad)
+		}
+	}
+	s.nothingDone()
+}
+
+func endpoints(t *testing.T, s *site) {
+	s.write(s.env.HostPath("capi/etc/token"), "right")
+	for _, bad := range []string{"", "x", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:99999", "10.0.0.1:19001; .leave", "10.0.0.1:19001 x", "\n.reset:1", "-x:1"} {
+		status, _, _ := s.call(from{header: map[string]string{api.HeaderCAPI: "right"}}, api.PathDqliteRemove, api.RemoveRequest{Endpoint: bad})
+		if status != http.StatusBadRequest {
+			t.Errorf("%q: %d", bad, status)
+		}
+	}
+	s.nothingDone()
+}
+
+func largeBody(t *testing.T, s *site) {
+	for _, path := range []string{api.PathProof, api.PathPreflight, api.PathJoin, api.PathSignCert, api.PathConfirm, api.PathRelease, api.PathRenew, api.PathConfigure} {
+		body := &countedBody{Reader: io.LimitReader(spaces{}, 64<<20)}
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://"+here+path, body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.RemoteAddr = there + ":40000"
+		rec := newRecorder()
+		s.srv.Handler().ServeHTTP(rec, req)
+		if rec.Code != http.StatusBadRequest || body.read > 2*server.MaxBody {
+			t.Errorf("%s: %d after %d bytes", path, rec.Code, body.read)
+		}
+	}
+}
+
+// spaces is a body of blanks, which JSON allows anywhere.
+type spaces struct{}
+
+func (spaces) Read(p []byte) (int, error) {
+	for i := range p {
+		p[i] = ' '
+	}
+	return len(p), nil
+}
+
+type countedBody struct {
+	io.Reader
+	read int
+}
+
+func (c *countedBody) Read(p []byte) (int, error) {
+	n, err := c.Reader.Read(p)
+	c.read += n
+	return n, err
+}
+
+func guessing(t *testing.T, s *site) {
+	for range 100 {
+		s.join(from{}, request(token.New().Reveal(), "n2", false))
+	}
+	s.mu.Lock()
+	n := len(s.slept)
+	var longest time.Duration
+	for _, d := range s.slept {
+		longest = max(longest, d)
+	}
+	s.mu.Unlock()
+	if n != 100 || longest < 5*time.Second {
+		t.Errorf("%d of 100 wrong answers were late, the last by %v", n, longest)
+	}
+	// Who is right is not kept waiting, not even from the same address.
+	s.joined(from{}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.slept) != n {
+		t.Error("the right token had to wait")
+	}
+}
+
+func caching(t *testing.T, s *site) {
+	_, _, header := s.call(from{}, api.PathJoin, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+	if header.Get("Cache-Control") != "no-store" {
+		t.Errorf("Cache-Control: %q", header.Get("Cache-Control"))
+	}
+}
+
+// live serves the site over TLS.
+func (s *site) live() (address string, roots *x509.CertPool) {
+	s.t.Helper()
+	l, err := (&net.ListenConfig{}).Listen(s.t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ctx, cancel := contextOf(s.t)
+	ended := make(chan error, 1)
+	go func() { ended <- s.srv.Serve(ctx, l) }()
+	s.t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			s.t.Error(err)
+		}
+	})
+	ca, err := os.ReadFile(s.env.Cert("ca.crt"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	roots = x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	return l.Addr().String(), roots
+}
+
+func slowBody(t *testing.T, s *site) {
+	address, roots := s.live()
+	conn, err := tls.Dial("tcp", address, &tls.Config{RootCAs: roots})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Length: 1000\r\n\r\n", api.PathJoin, address)
+	var answer bytes.Buffer
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		_, _ = io.Copy(&answer, conn)
+	}()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	sent := 0
+	for limit := time.After(10 * time.Second); ; {
+		select {
+		case <-over:
+			if !strings.Contains(answer.String(), " 400 ") {
+				t.Errorf("answered %q", answer.String())
+			}
+			return
+		case <-limit:
+			t.Fatalf("it still waits after %d bytes of a body that trickles", sent)
+		case <-tick.C:
+			if sent < 990 {
+				if _, err := conn.Write([]byte(" ")); err == nil {
+					sent++
+				}
+			}
+		}
+	}
+}
+
+func proofOfChosen(t *testing.T, s *site) {
+	tok, err := token.Parse("a-token-that-can-be-guessed-from-a-list")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.tokens.Add(t.Context(), tok, tokenstore.Options{Uses: 1}); err != nil {
+		t.Fatal(err)
+	}
+	address, roots := s.live()
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
+	defer client.CloseIdleConnections()
+	id, _ := tok.Derive()
+	body, err := json.Marshal(api.ProofRequest{ID: id.String(), Nonce: token.Nonce()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := client.Post("https://"+address+api.PathProof, "application/json", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusOK {
+		t.Error("a proof of a token that can be guessed")
+	}
+}
+
+// renewWith asks over TLS with a client certificate for this node, made by this CA.
+func (s *site) renewWith(ca *x509.Certificate, caKey any, nodeName pkix.Name) int {
+	s.t.Helper()
+	address, roots := s.live()
+	_, key := csrKey(s.t, nodeName, nil)
+	der, err := issueWith(ca, caKey, nodeName, &key.PublicKey)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{
+		RootCAs: roots, Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+	}}}
+	defer client.CloseIdleConnections()
+	node := strings.TrimPrefix(nodeName.CommonName, "system:node:")
+	body, err := json.Marshal(api.RenewRequest{Kubelet: csr(s.t, kubeletName(node), []string{node})})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	resp, err := client.Post("https://"+address+api.PathRenew, "application/json", bytes.NewReader(body))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusOK {
+		var answer api.RenewResponse
+		if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.CallbackToken != token.Callback(s.cluster.key, node) {
+			s.t.Errorf("the secret of %s is not given: %v", node, err)
+		}
+		cert, err := pki.ParseCert([]byte(answer.Kubelet))
+		if err != nil || cert.Subject.CommonName != nodeName.CommonName {
+			s.t.Errorf("%v", err)
+		}
+	}
+	return resp.StatusCode
+}
+
+func (s *site) ca() (*x509.Certificate, any) {
+	s.t.Helper()
+	crt, err := os.ReadFile(s.env.Cert("ca.crt"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := os.ReadFile(s.env.Cert("ca.key"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cert, err := pki.ParseCert(crt)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	parsed, err := pki.ParseKey(key)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return cert, parsed
+}
+
+func foreignClient(t *testing.T, s *site) {
+	ca, key := freshCA(t)
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
+		t.Errorf("a certificate of another CA: %d", status)
+	}
+	ca, key = s.ca()
+	for _, name := range []pkix.Name{{CommonName: "system:kube-proxy"}, {CommonName: "system:node:w1"}, {CommonName: "w1", Organization: []string{"system:nodes"}}} {
+		if status := s.renewWith(ca, key, name); status != http.StatusUnauthorized {
+			t.Errorf("%s: %d", name, status)
+		}
+	}
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusOK {
+		t.Errorf("the node itself: %d", status)
+	}
+}
+
+func removedNode(t *testing.T, s *site) {
+	s.cluster.nodes = s.cluster.nodes[:1]
+	ca, key := s.ca()
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
+		t.Errorf("%d", status)
+	}
+}

@@ -1,0 +1,413 @@
+package suite
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/broker"
+	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/limit"
+	"microk8s/cluster-agent/node"
+	"microk8s/cluster-agent/server"
+	"microk8s/internal/certs"
+	"microk8s/internal/pki"
+	"microk8s/internal/pki/pkitest"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+	"microk8s/internal/tokenstore"
+)
+
+// The addresses of the contacted node, of a joining one, and of a worker of the cluster.
+const (
+	here    = "10.0.0.1"
+	there   = "10.0.0.9"
+	workers = "10.0.0.5"
+)
+
+// site is a control-plane node's agent, with everything behind it that is not the agent's own
+// faked: the API server, the services, the programs.
+type site struct {
+	t        *testing.T
+	env      snapenv.Env
+	srv      *server.Server
+	tokens   *tokenstore.Store
+	cluster  *cluster
+	services *services
+	limit    *limit.Limiter
+	log      *bytes.Buffer
+	now      time.Time
+	slept    []time.Duration
+
+	mu      sync.Mutex
+	ran     [][]string // programs
+	removed []string   // datastore members
+}
+
+type cluster struct {
+	nodes []corev1.Node
+	key   []byte
+	err   error
+}
+
+func (c *cluster) Nodes(context.Context) ([]corev1.Node, error) { return c.nodes, c.err }
+func (c *cluster) APIServers(context.Context) ([]netip.Addr, error) {
+	return []netip.Addr{netip.MustParseAddr(here)}, c.err
+}
+func (c *cluster) CallbackKey(context.Context) ([]byte, error) { return c.key, c.err }
+
+type services struct {
+	mu       sync.Mutex
+	restarts []string
+	do       func(name string) error
+}
+
+func (s *services) Restart(_ context.Context, names ...string) error {
+	s.mu.Lock()
+	s.restarts = append(s.restarts, names...)
+	do := s.do
+	s.mu.Unlock()
+	if do != nil {
+		return do(names[0])
+	}
+	return nil
+}
+
+func aNode(name, address string, ready bool) corev1.Node {
+	status := corev1.ConditionFalse
+	if ready {
+		status = corev1.ConditionTrue
+	}
+	return corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
+		Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: address}, {Type: corev1.NodeHostName, Address: name}},
+		Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status}},
+	}}
+}
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{t: t, env: snapenv.Under(t.TempDir()), log: &bytes.Buffer{}, now: time.Now()}
+	for _, dir := range []string{s.env.LocksDir(), s.env.ArgsDir(), s.env.CredentialsDir(), s.env.Backend(), s.env.HostPath("capi/etc")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	store := certs.New(s.env, certs.Options{
+		Maker: pkitest.Maker(nil), Hostname: func() (string, error) { return "n1", nil },
+		Addresses: func() ([]net.IP, error) { return []net.IP{net.ParseIP(here)}, nil },
+	})
+	if _, err := store.Ensure(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.write(s.env.Lock(snapenv.LockHA), "")
+	s.write(s.env.Args("kubelet"), "--root-dir=${SNAP_COMMON}/var/lib/kubelet\n--cluster-domain=cluster.local\n")
+	s.write(s.env.Args("kube-apiserver"), "--secure-port=16443\n--authorization-mode=Node,RBAC\n--service-cluster-ip-range=10.152.183.0/24\n"+
+		"--etcd-servers=\"unix://${SNAP_DATA}/var/kubernetes/backend/kine.sock:12379\"\n--kubelet-preferred-address-types=InternalIP,Hostname\n")
+	s.write(s.env.Args("kube-proxy"), "--cluster-cidr=10.1.0.0/16\n")
+	s.write(s.env.Args("cluster-agent"), "--bind 0.0.0.0:25000\n")
+	s.write(filepath.Join(s.env.Backend(), "cluster.crt"), "the datastore's certificate")
+	s.write(filepath.Join(s.env.Backend(), "cluster.key"), "the datastore's key")
+	s.members(here+":19001", 0)
+	s.write(s.env.Credential(callback.FileName), strings.Repeat("5e", 32))
+	s.cluster = &cluster{key: token.NewCallbackKey(), nodes: []corev1.Node{aNode("n1", here, true), aNode("w1", workers, true)}}
+	s.services = &services{}
+	s.limit = &limit.Limiter{Sleep: func(_ context.Context, d time.Duration) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.slept = append(s.slept, d)
+	}}
+	log := slog.New(slog.NewTextHandler(&locked{w: s.log}, nil))
+	srv, err := server.New(server.Options{
+		CertFile: s.env.Cert("server.crt"), KeyFile: s.env.Cert("server.key"), Timeout: time.Minute, BodyTime: 200 * time.Millisecond, Log: log,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.srv = srv
+	s.tokens = &tokenstore.Store{Backends: []tokenstore.Backend{tokenstore.File{Path: s.env.Credential("tokens.json")}}, Now: func() time.Time { return s.now }}
+	(&broker.Broker{
+		Env: s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
+		Interfaces: func() ([]broker.Interface, error) {
+			return []broker.Interface{netip.MustParsePrefix("127.0.0.1/8"), netip.MustParsePrefix(here + "/16"), netip.MustParsePrefix("10.0.100.100/32"), netip.MustParsePrefix("192.168.100.100/32")}, nil
+		},
+		Resolve: func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") },
+		Reach:   func(context.Context, string) error { return nil },
+	}).Register(srv)
+	n := &node.Node{
+		Env: s.env, Services: s.services, Limit: s.limit, Log: log,
+		Run: func(_ context.Context, stdin io.Reader, argv ...string) error {
+			if stdin != nil {
+				if _, err := io.Copy(io.Discard, stdin); err != nil {
+					return err
+				}
+			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.ran = append(s.ran, argv)
+			return nil
+		},
+		Remove: func(_ context.Context, endpoint string) error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.removed = append(s.removed, endpoint)
+			return nil
+		},
+	}
+	n.Register(srv, true)
+	t.Cleanup(n.Wait)
+	return s
+}
+
+// locked makes a buffer fit for several goroutines.
+type locked struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
+func (s *site) write(path, text string) {
+	s.t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// members writes what the datastore's daemon keeps: address and role, in turns.
+func (s *site) members(list ...any) {
+	var text strings.Builder
+	for i := 0; i < len(list); i += 2 {
+		text.WriteString("- Address: " + list[i].(string) + "\n  ID: 1\n  Role: " + string(rune('0'+list[i+1].(int))) + "\n")
+	}
+	s.write(filepath.Join(s.env.Backend(), "cluster.yaml"), text.String())
+}
+
+// add makes a token.
+func (s *site) add(o tokenstore.Options) token.Token {
+	s.t.Helper()
+	if o.Uses == 0 {
+		o.Uses = 1
+	}
+	tok := token.New()
+	if _, err := s.tokens.Add(s.t.Context(), tok, o); err != nil {
+		s.t.Fatal(err)
+	}
+	return tok
+}
+
+// from is where a call comes from, and with what.
+type from struct {
+	address string // "" means there
+	local   string // where it came in; "" means here
+	host    string
+	header  map[string]string
+}
+
+// call posts a body, a string as it is and anything else as JSON.
+func (s *site) call(f from, path string, body any) (status int, answer []byte, header http.Header) {
+	s.t.Helper()
+	var data []byte
+	switch b := body.(type) {
+	case string:
+		data = []byte(b)
+	default:
+		var err error
+		if data, err = json.Marshal(b); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+	if f.address == "" {
+		f.address = there
+	}
+	if f.local == "" {
+		f.local = here
+	}
+	if f.host == "" {
+		f.host = f.local + ":25000"
+	}
+	req := httptest.NewRequestWithContext(s.t.Context(), http.MethodPost, "https://"+f.host+path, bytes.NewReader(data))
+	req.RemoteAddr = net.JoinHostPort(f.address, "40000")
+	req = req.WithContext(context.WithValue(req.Context(), http.LocalAddrContextKey, net.Addr(&net.TCPAddr{IP: net.ParseIP(f.local), Port: 25000})))
+	for k, v := range f.header {
+		req.Header.Set(k, v)
+	}
+	rec := httptest.NewRecorder()
+	s.srv.Handler().ServeHTTP(rec, req)
+	return rec.Code, rec.Body.Bytes(), rec.Header()
+}
+
+var yes = true
+
+// request is a join request of this product.
+func request(tok, name string, worker bool) api.JoinRequest {
+	return api.JoinRequest{
+		Token: tok, Hostname: name, Port: "25000", Worker: api.Worker(worker), CanHandleX509Auth: &yes, CanHandleCustomEtcd: &yes,
+		Product: api.Product, Version: "v1.37.1", DatastoreProtocol: api.DatastoreProtocol,
+	}
+}
+
+// upstream is one of upstream's client.
+func upstream(tok, name string, worker bool) api.JoinRequest {
+	return api.JoinRequest{Token: tok, Hostname: name, Port: "25000", Worker: api.Worker(worker), CanHandleX509Auth: &yes, CanHandleCustomEtcd: &yes}
+}
+
+// join asks and decodes either answer.
+func (s *site) join(f from, r api.JoinRequest) (*api.JoinResponse, int, api.Error) {
+	s.t.Helper()
+	status, body, _ := s.call(f, api.PathJoin, r)
+	var ok api.JoinResponse
+	var bad api.Error
+	if status == http.StatusOK {
+		if err := json.Unmarshal(body, &ok); err != nil {
+			s.t.Fatal(err)
+		}
+		return &ok, status, bad
+	}
+	if err := json.Unmarshal(body, &bad); err != nil {
+		s.t.Fatalf("%d %q: %v", status, body, err)
+	}
+	return nil, status, bad
+}
+
+// refused wants a join to fail with this code.
+func (s *site) refused(f from, r api.JoinRequest, status int, code api.Code) api.Error {
+	s.t.Helper()
+	_, got, e := s.join(f, r)
+	if got != status || e.Code != code {
+		s.t.Errorf("%d %s (%s), want %d %s", got, e.Code, e.Message, status, code)
+	}
+	return e
+}
+
+// joined wants it to succeed.
+func (s *site) joined(f from, r api.JoinRequest) *api.JoinResponse {
+	s.t.Helper()
+	ok, status, e := s.join(f, r)
+	if status != http.StatusOK {
+		s.t.Fatalf("%d %s: %s", status, e.Code, e.Message)
+	}
+	return ok
+}
+
+// confirm or release.
+func (s *site) finish(path, tok, name string) (int, api.Error) {
+	s.t.Helper()
+	status, body, _ := s.call(from{}, path, api.ConfirmRequest{Token: tok, Hostname: name})
+	var e api.Error
+	_ = json.Unmarshal(body, &e)
+	return status, e
+}
+
+// csr makes a certificate request with a new key.
+func csr(t *testing.T, subject pkix.Name, dns []string, ips ...string) string {
+	t.Helper()
+	text, _ := csrKey(t, subject, dns, ips...)
+	return text
+}
+
+func csrKey(t *testing.T, subject pkix.Name, dns []string, ips ...string) (string, *ecdsa.PrivateKey) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.CertificateRequest{Subject: subject, DNSNames: dns}
+	for _, ip := range ips {
+		template.IPAddresses = append(template.IPAddresses, net.ParseIP(ip))
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), key
+}
+
+func kubeletName(host string) pkix.Name {
+	return pkix.Name{CommonName: "system:node:" + host, Organization: []string{"system:nodes"}}
+}
+
+// sign asks for a certificate.
+func (s *site) sign(tok, request string) (*x509.Certificate, int, api.Error) {
+	s.t.Helper()
+	status, body, _ := s.call(from{}, api.PathSignCert, api.SignRequest{Token: tok, Request: request})
+	var e api.Error
+	if status != http.StatusOK {
+		if err := json.Unmarshal(body, &e); err != nil {
+			s.t.Fatalf("%d %q: %v", status, body, err)
+		}
+		return nil, status, e
+	}
+	var ok api.SignResponse
+	if err := json.Unmarshal(body, &ok); err != nil {
+		s.t.Fatal(err)
+	}
+	cert, err := pki.ParseCert([]byte(ok.Certificate))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return cert, status, e
+}
+
+func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
+
+func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
+	return context.WithCancel(context.WithoutCancel(t.Context()))
+}
+
+// freshCA makes a CA that has the same name as the cluster's and another key.
+func freshCA(t *testing.T) (*x509.Certificate, any) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "10.152.183.1"}, NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert, key
+}
+
+func issueWith(ca *x509.Certificate, caKey any, subject pkix.Name, pub *ecdsa.PublicKey) ([]byte, error) {
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: subject, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+	}
+	return x509.CreateCertificate(rand.Reader, template, ca, pub, caKey)
+}
