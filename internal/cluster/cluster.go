@@ -148,19 +148,6 @@ func (n *Node) arg(file, flag string) string {
 	return v
 }
 
-// AgentPort is the port of this node's cluster agent, from --bind in args/cluster-agent.
-func AgentPort(env snapenv.Env) string {
-	f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent"))
-	if err == nil {
-		if v, ok := f.Value("bind", env.Lookup); ok {
-			if _, port, err := net.SplitHostPort(v); err == nil && port != "" {
-				return port
-			}
-		}
-	}
-	return "25000"
-}
-
 // isOwn says whether an address is one of this host's.
 func (n *Node) isOwn(ip string) bool {
 	want, err := netip.ParseAddr(ip)

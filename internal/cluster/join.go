@@ -15,6 +15,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
+	"microk8s/internal/agentport"
 	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/journal"
@@ -247,7 +248,7 @@ func (s *joinRun) connection() (*client.Client, error) {
 
 func (s *joinRun) request() api.JoinRequest {
 	return api.JoinRequest{
-		Hostname: s.Self, Port: AgentPort(s.Env), Worker: api.Worker(s.Worker),
+		Hostname: s.Self, Port: agentport.Of(s.Env), Worker: api.Worker(s.Worker),
 		Product: api.Product, Version: s.Version, DatastoreProtocol: api.DatastoreProtocol,
 	}
 }

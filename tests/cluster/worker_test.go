@@ -1,0 +1,216 @@
+package cluster
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	membership "microk8s/internal/cluster"
+)
+
+const killed = 128 + 9
+
+// TestWorker joins a worker and takes it out again, the second with every refusal that there is.
+func TestWorker(t *testing.T) {
+	c := newCluster(t, "n1", "w1")
+	step := steps(t)
+	step("start", func(t *testing.T) {
+		c.start(t, "n1")
+		c.mark(t, "n1", "cluster")
+		c.start(t, "w1") // the worker is a single node with data before
+		c.mark(t, "w1", "single")
+	})
+	step("refused", func(t *testing.T) { c.testRefused(t, "n1", "w1") })
+	step("interrupted and taken back", func(t *testing.T) { c.testInterrupted(t, "join-worker", "n1", "w1", "--worker") })
+	step("join", func(t *testing.T) {
+		c.join(t, "n1", "w1", "--worker")
+		c.waitReady(t, "n1", "w1")
+		n, err := c.node(t, "n1", "w1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n.Labels["node.kubernetes.io/microk8s-worker"] == "" {
+			t.Errorf("labels: %v", n.Labels)
+		}
+		for file, want := range map[string]string{
+			"args/traefik/provider.yaml": c.ip(t, "n1") + ":16443", // the documented place
+			"credentials/kubelet.config": "https://127.0.0.1:16443",
+		} {
+			if data, err := os.ReadFile(c.path("w1", file)); err != nil || !strings.Contains(string(data), want) {
+				t.Errorf("%s does not contain %s: %v\n%s", file, want, err, data)
+			}
+		}
+		if r := c.try(t, "w1", "microk8s", "status"); !strings.Contains(r.out, "acting as a node in a cluster") {
+			t.Errorf("status: %s", r)
+		}
+		if r := c.try(t, "w1", c.line(t, "n1")...); r.code != 1 || !strings.Contains(r.err, "microk8s leave") {
+			t.Errorf("joining twice: %s", r)
+		}
+		if r := c.try(t, "w1", "microk8s", "remove-node", "n1"); r.code != 1 || !strings.Contains(r.out, "Please use microk8s leave.") {
+			t.Errorf("remove-node on a worker: %s", r)
+		}
+	})
+	step("no secrets of the control plane", func(t *testing.T) {
+		for _, name := range []string{"ca.key", "serviceaccount.key"} {
+			theirs, err := os.ReadFile(c.path("n1", "certs/"+name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if own, err := os.ReadFile(c.path("w1", "certs/"+name)); err == nil && string(own) == string(theirs) {
+				t.Errorf("the worker has the cluster's %s", name)
+			}
+		}
+		left, _ := os.ReadDir(c.lab.Root("w1") + "/var/snap/microk8s/common/var/cluster")
+		for _, e := range left {
+			if strings.HasPrefix(e.Name(), "answer") || e.Name() == "journal" {
+				t.Errorf("%s was left behind", e.Name())
+			}
+		}
+	})
+	step("leave", func(t *testing.T) {
+		c.testInterruptedLeave(t, "w1")
+		c.run(t, "n1", "microk8s", "remove-node", "w1")
+		c.wantNodes(t, "n1", "n1")
+		c.wantNodes(t, "w1", "w1")
+		c.wantMark(t, "w1", "")
+		c.wantMark(t, "n1", "cluster")
+		if out := c.run(t, "w1", "microk8s", "status", "--wait-ready", "--timeout", "120"); !strings.Contains(out, "microk8s is running") {
+			t.Errorf("status: %s", out)
+		}
+		if data, err := os.ReadFile(c.path("w1", "args/kubelet")); err != nil || strings.Contains(string(data), "microk8s-worker") {
+			t.Errorf("the worker's labels are still set: %v", err)
+		}
+		if r := c.try(t, "w1", "microk8s", "leave"); r.code != 1 || !strings.Contains(r.out, "not acting as a node in a cluster") {
+			t.Errorf("leaving twice: %s", r)
+		}
+	})
+	step("join again", func(t *testing.T) {
+		c.join(t, "n1", "w1", "--worker")
+		c.waitReady(t, "n1", "w1")
+	})
+}
+
+// testRefused gives lines that must not join a node, and wants it to be as before.
+func (c *cluster) testRefused(t *testing.T, from, host string) {
+	ip := c.ip(t, from)
+	line := func(flags ...string) string { return c.line(t, from, flags...)[2] }
+	id := func(join string) string { // of the newest token
+		out := c.run(t, from, "microk8s", "add-node", "--list", "--format", "short")
+		lines := strings.Split(strings.TrimSpace(out), "\n")
+		return strings.Fields(lines[len(lines)-1])[0]
+	}
+	const chosen = "a-token-that-somebody-has-chosen-1"
+	for _, tc := range []struct {
+		name string
+		args func() []string
+		code int
+		want string
+	}{
+		{"not a line", func() []string { return []string{ip} }, 1, "Expected format"},
+		{"a made-up token", func() []string {
+			return []string{ip + ":25000/" + strings.Repeat("0", 32) + "/" + strings.Repeat("0", 64)}
+		}, 4, "Could not verify the identity"},
+		{"a changed token", func() []string { return []string{strings.Replace(line(), ":25000/", ":25000/0", 1)} }, 1, ""},
+		{"nobody there", func() []string { return []string{strings.Replace(line(), ":25000/", ":25009/", 1)} }, 5, "Connecting to cluster failed"},
+		{"a revoked token", func() []string {
+			l := line()
+			c.run(t, from, "microk8s", "add-node", "--revoke", id(l))
+			return []string{l}
+		}, 6, "revoked"},
+		{"a worker's token for a control-plane node", func() []string { return []string{line("--worker")} }, 6, "worker"},
+		{"a token for another name", func() []string { return []string{line("--name", "other"), "--worker"} }, 6, "other"},
+		{"a wrong fingerprint", func() []string {
+			c.run(t, from, "microk8s", "add-node", "--token", chosen, "--token-ttl", "600")
+			return []string{ip + ":25000/" + chosen + "/" + strings.Repeat("0", 64), "--worker"}
+		}, 4, "Could not verify the identity"},
+		{"a chosen token without a fingerprint", func() []string { return []string{ip + ":25000/" + chosen, "--worker"} }, 4, "no fingerprint"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := c.try(t, host, append([]string{"microk8s", "join"}, tc.args()...)...)
+			if r.code != tc.code && (tc.name != "a changed token" || r.code == 0) || !strings.Contains(r.out+r.err, tc.want) {
+				t.Errorf("want code %d and %q: %s", tc.code, tc.want, r)
+			}
+		})
+	}
+	c.wantMark(t, host, "single")
+	c.wantNodes(t, from, from)
+}
+
+// points lists the moments at which an operation may be killed: all of them in a long run, some
+// that the seed chooses otherwise.
+func (c *cluster) points(t *testing.T, operation string, some int) []string {
+	t.Helper()
+	names := membership.Steps()[operation]
+	if len(names) < 3 {
+		t.Fatalf("%s has the steps %q", operation, names)
+	}
+	var all []string
+	for _, name := range names {
+		all = append(all, fmt.Sprintf("%s/%s/begin", operation, name), fmt.Sprintf("%s/%s/end", operation, name))
+	}
+	if long() {
+		return all
+	}
+	c.rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all[:min(some, len(all))]
+}
+
+// committed says whether a join that died at a point can only go forward.
+func committed(point string) bool {
+	return strings.Contains(point, "/Confirm the join/") || strings.Contains(point, "/Clean up/")
+}
+
+// testInterrupted kills a join at its steps. Run again with the same line it succeeds; taken back,
+// the node is what it was, with its data, and the same line still joins it.
+func (c *cluster) testInterrupted(t *testing.T, operation, from, host string, flags ...string) {
+	for _, point := range c.points(t, operation, 3) {
+		t.Run(point, func(t *testing.T) {
+			line := append(c.line(t, from), flags...)
+			die := append([]string{"env", "MICROK8S_DIE_AT=" + point}, line...)
+			if r := c.try(t, host, die...); r.code != killed {
+				t.Fatalf("it was not killed there: %s", r)
+			}
+			if !committed(point) {
+				r := c.try(t, host, "microk8s", "leave") // which takes it back
+				if r.code != 0 {
+					t.Fatalf("taking it back: %s", r)
+				}
+				c.waitReady(t, host, host)
+				c.wantMark(t, host, "single")
+				if r := c.try(t, host, die...); r.code != killed {
+					t.Fatalf("it was not killed there the second time, with the same token: %s", r)
+				}
+			}
+			if r := c.try(t, host, line...); r.code != 0 {
+				t.Fatalf("going on: %s", r)
+			}
+			c.waitReady(t, from, host)
+			if r := c.try(t, host, line...); r.code != 1 {
+				t.Errorf("joining once more: %s", r)
+			}
+			c.run(t, host, "microk8s", "leave")
+			c.run(t, from, "microk8s", "remove-node", host)
+			if r := c.try(t, host, line...); r.code != 6 || !strings.Contains(r.err, "used") {
+				t.Errorf("the token can be used again: %s", r)
+			}
+			c.waitReady(t, host, host)
+			c.mark(t, host, "single")
+		})
+	}
+}
+
+// testInterruptedLeave kills a leave at its steps, and runs it again until it is done. The node is
+// joined again in between.
+func (c *cluster) testInterruptedLeave(t *testing.T, host string) {
+	point := c.points(t, "leave", 1)
+	for _, p := range point[:1] {
+		t.Run(p, func(t *testing.T) {
+			r := c.try(t, host, "env", "MICROK8S_DIE_AT="+p, "microk8s", "leave")
+			if r.code != killed {
+				t.Fatalf("it was not killed there: %s", r)
+			}
+			c.run(t, host, "microk8s", "leave")
+		})
+	}
+}
