@@ -159,7 +159,11 @@ func Address(text string) (string, error) {
 		}
 		a = u.Host
 	}
-	if ip, err := netip.ParseAddr(strings.Trim(a, "[]")); err == nil {
+	bare, bracketed := strings.CutPrefix(a, "[")
+	if bracketed {
+		bare, bracketed = strings.CutSuffix(bare, "]")
+	}
+	if ip, err := netip.ParseAddr(bare); err == nil && (bracketed || bare == a) {
 		a = net.JoinHostPort(ip.String(), strconv.Itoa(DefaultPort))
 	} else if !strings.Contains(a, ":") && a != "" {
 		a = net.JoinHostPort(a, strconv.Itoa(DefaultPort))
@@ -173,7 +177,7 @@ func Address(text string) (string, error) {
 		return "", fmt.Errorf("cannot use the server address %q: %w", text, err)
 	}
 	if ip, err := netip.ParseAddr(host); err == nil {
-		if ip.IsUnspecified() || ip.IsMulticast() {
+		if ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "" && !isName(ip.Zone()) {
 			return "", fmt.Errorf("cannot use the server address %q: it is no address of a machine", text)
 		}
 		host = ip.Unmap().String()

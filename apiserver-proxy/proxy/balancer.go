@@ -60,6 +60,7 @@ func (t Times) withDefaults() Times {
 // connected, or ends the connection before its first byte, the client is given to the next one
 // with all that it has sent, without noticing: what is repeated is a TLS greeting, which no
 // server has acted upon. Only when all servers were tried is the client's connection closed.
+// One that accepts connections and is silent is tried a second time, with more patience.
 //
 // Each server is checked all the time. One that is not well gets no new connections while
 // another is; what happens to its established connections depends on what is wrong:

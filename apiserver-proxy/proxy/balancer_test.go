@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -149,7 +150,9 @@ func TestServersComeAndGo(t *testing.T) {
 // changes the list, while clients connect all the time. None may fail.
 func TestChurn(t *testing.T) {
 	withSeeds(t, func(t *testing.T, rnd *rand.Rand) {
-		c := newCluster(t, 4, quick)
+		times := quick
+		times.FirstByte = 300 * time.Millisecond
+		c := newCluster(t, 4, times)
 		var wg sync.WaitGroup
 		stop := make(chan struct{})
 		counts := make([]int, 4)
@@ -171,9 +174,9 @@ func TestChurn(t *testing.T) {
 				}
 			})
 		}
-		rounds := 12
-		if testing.Short() {
-			rounds = 4
+		rounds := 15
+		if os.Getenv("MICROK8S_TEST_LONG") != "" {
+			rounds = 100
 		}
 		for round := range rounds {
 			well := rnd.IntN(len(c.servers))
@@ -355,6 +358,29 @@ func TestGreetingIsGivenToTheNext(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestSlowServers(t *testing.T) {
+	slow := func(c *net.TCPConn) {
+		_, _ = io.ReadFull(c, make([]byte, len(hello)))
+		select {
+		case <-time.After(100 * time.Millisecond):
+			fmt.Fprint(c, "at last")
+		case <-t.Context().Done():
+		}
+	}
+	for n := range 3 {
+		servers := []func(*net.TCPConn){slow}
+		for range n {
+			servers = append(servers, slow)
+		}
+		dial := raw(t, Times{FirstByte: 20 * time.Millisecond}, servers...)
+		conn := dial()
+		_, _ = conn.Write(hello)
+		if got, err := io.ReadAll(conn); string(got) != "at last" || err != nil {
+			t.Errorf("%d servers: %q, %v", n+1, got, err)
+		}
 	}
 }
 

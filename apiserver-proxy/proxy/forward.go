@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/traefik/traefik/v2/pkg/tcp"
@@ -20,28 +21,48 @@ func (b *Balancer) forward(client tcp.WriteCloser, servers []*server) {
 		return
 	}
 	var last error
-	for rest := servers; len(rest) > 0; {
-		var backend *net.TCPConn
-		var s *server
-		backend, s, rest, err = b.dial(rest)
-		if err != nil {
-			last = err
-			break
+	patience, wait := b.times.FirstByte, len(servers) == 1
+	for len(servers) > 0 {
+		var slow []*server // connected, but without a word
+		for rest := servers; len(rest) > 0; {
+			var backend *net.TCPConn
+			var s *server
+			if backend, s, rest, err = b.dial(rest); err != nil {
+				last = err
+				break
+			}
+			more := complete && !(wait && len(rest) == 0)
+			again, err := b.converse(client, backend, s, greeting, more, patience)
+			if !again {
+				return
+			}
+			if last = err; errors.Is(err, os.ErrDeadlineExceeded) {
+				slow = append(slow, s)
+			}
 		}
-		again, err := b.converse(client, backend, s, greeting, complete && len(rest) > 0)
-		if !again {
-			return
-		}
-		last = err
+		// Once more those that are only slow, with more time, and without a limit for the last.
+		slices.SortStableFunc(slow, func(x, y *server) int { return compareBool(b.usable(y), b.usable(x)) })
+		servers, patience, wait = slow, 10*patience, true
 	}
 	if b.ctx.Err() == nil {
 		b.noServer(last)
 	}
 }
 
+func compareBool(x, y bool) int {
+	switch {
+	case x == y:
+		return 0
+	case x:
+		return 1
+	}
+	return -1
+}
+
 // converse sends the greeting and copies. With again the server has not taken the connection
-// and another one can be tried; that is only so when more is set.
-func (b *Balancer) converse(client tcp.WriteCloser, backend *net.TCPConn, s *server, greeting []byte, more bool) (again bool, err error) {
+// and another one can be tried; that is only so when more is set, and then its first byte is
+// waited for no longer than patience.
+func (b *Balancer) converse(client tcp.WriteCloser, backend *net.TCPConn, s *server, greeting []byte, more bool, patience time.Duration) (again bool, err error) {
 	defer backend.Close()
 	l := &link{client: client, backend: backend}
 	if !more {
@@ -61,7 +82,7 @@ func (b *Balancer) converse(client tcp.WriteCloser, backend *net.TCPConn, s *ser
 		// established: it is not ended but given to another server.
 		first := make([]byte, 16<<10)
 		stop := context.AfterFunc(b.ctx, func() { backend.Close() })
-		_ = backend.SetReadDeadline(time.Now().Add(b.times.FirstByte))
+		_ = backend.SetReadDeadline(time.Now().Add(patience))
 		n, err := backend.Read(first)
 		if !stop() {
 			return false, nil

@@ -7,12 +7,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -25,6 +27,10 @@ import (
 	"testing"
 	"time"
 
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/internal/atomicfile"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
@@ -81,6 +87,28 @@ func serveStandIn(address, dir string) error {
 			fmt.Fprintln(w, address)
 			_ = http.NewResponseController(w).Flush()
 			time.Sleep(10 * time.Millisecond)
+		}
+	})
+	mux.HandleFunc("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		path := filepath.Join(dir, "endpoints")
+		list, err := os.ReadFile(path)
+		if err != nil {
+			http.NotFound(w, r)
+			return
+		}
+		if r.URL.Query().Get("watch") == "" {
+			_, _ = w.Write(list)
+			return
+		}
+		// A change ends the watch, and the client lists again.
+		_ = http.NewResponseController(w).Flush()
+		for r.Context().Err() == nil {
+			now, err := os.ReadFile(path)
+			if err == nil && !bytes.Contains(now, fmt.Appendf(nil, `"resourceVersion":%q`, r.URL.Query().Get("resourceVersion"))) {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
 		}
 	})
 	pool := x509.NewCertPool()
@@ -160,6 +188,7 @@ type cluster struct {
 	balancer   *Balancer
 	listener   net.Listener
 	log        *lockedBuffer
+	published  int // lists of endpoints so far
 }
 
 type lockedBuffer struct {
@@ -252,7 +281,58 @@ func newFiles(t *testing.T, maker pki.Maker, server string) (dir string, ca *x50
 	return dir, ca
 }
 
+// publish makes the endpoints that the servers tell of.
+func (c *cluster) publish(addresses []string) {
+	c.t.Helper()
+	var list discoveryv1.EndpointSliceList
+	list.TypeMeta = metav1.TypeMeta{Kind: "EndpointSliceList", APIVersion: "discovery.k8s.io/v1"}
+	c.published++
+	list.ResourceVersion = strconv.Itoa(c.published)
+	for i, a := range addresses {
+		ap := netip.MustParseAddrPort(a)
+		list.Items = append(list.Items, discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint(i)}, AddressType: discoveryv1.AddressTypeIPv4,
+			Endpoints: []discoveryv1.Endpoint{{Addresses: []string{ap.Addr().String()}}},
+			Ports:     []discoveryv1.EndpointPort{{Name: new("https"), Port: new(int32(ap.Port()))}},
+		})
+	}
+	data, err := json.Marshal(list)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if err := atomicfile.Write(filepath.Join(c.dir, "endpoints"), data, 0o600, nil); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// newCluster has a balancer in front of its servers.
 func newCluster(t *testing.T, n int, times Times) *cluster {
+	t.Helper()
+	c := newServers(t, n)
+	var addresses []string
+	for _, s := range c.servers {
+		addresses = append(addresses, s.address)
+	}
+	log := slog.New(slog.NewTextHandler(c.log, nil))
+	c.balancer = NewBalancer(NewReadyProber(c.kubeconfig, func(err error) { t.Error(err) }), times, log)
+	c.balancer.Set(addresses)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- c.balancer.Serve(ctx, c.listener, 1000) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		c.balancer.Close()
+		if t.Failed() {
+			t.Logf("the proxy's log:\n%s", c.log)
+		}
+	})
+	return c
+}
+
+func newServers(t *testing.T, n int) *cluster {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -268,22 +348,6 @@ func newCluster(t *testing.T, n int, times Times) *cluster {
 		t.Cleanup(s.kill)
 		c.servers = append(c.servers, s)
 	}
-	log := slog.New(slog.NewTextHandler(c.log, nil))
-	c.balancer = NewBalancer(NewReadyProber(c.kubeconfig, func(err error) { t.Error(err) }), times, log)
-	c.balancer.Set(addresses)
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- c.balancer.Serve(ctx, l, 1000) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Serve: %v", err)
-		}
-		c.balancer.Close()
-		if t.Failed() {
-			t.Logf("the proxy's log:\n%s", c.log)
-		}
-	})
 	return c
 }
 
