@@ -22,9 +22,10 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/dqlitetool"
-	"microk8s/internal/datastore/engine"
+	dslog "microk8s/internal/datastore/log"
 	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/replica"
 	"microk8s/internal/datastore/server"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -105,34 +106,30 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
+	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, NoBarrier: c.noBarrier})
+	defer r.Close()
+	e := r.Engine()
 	serving, stopServing := context.WithCancel(context.Background())
 	defer stopServing()
-	waitMembers, err := peers.Serve(serving, c.StorageDir, log, m.Members)
+	waitMembers, err := peers.Serve(serving, c.StorageDir, log, r.Members)
 	if err != nil {
 		return err
 	}
 	defer waitMembers()
 	begin := time.Now()
-	l, err := m.OpenLog(ctx)
-	if err != nil {
+	if err := r.Ready(ctx); err != nil {
 		return err
 	}
-	defer l.Close()
-	e, err := engine.Open(ctx, engine.Options{Log: l, Logger: log})
-	if err != nil {
-		return fmt.Errorf("cannot load the data of %s: %w", c.StorageDir, err)
-	}
-	defer e.Close()
-	if err := createHealthKey(ctx, e); err != nil {
+	if err := createHealthKey(ctx, r); err != nil {
 		return fmt.Errorf("the datastore takes no writes: %w", err)
 	}
 	log.Info("data loaded", "revision", e.Rev(), "keys", e.Keys(), "seconds", time.Since(begin).Seconds())
 
-	metrics := newMetrics(e, m)
+	metrics := newMetrics(r)
 	id := m.Node().ID
 	s := server.New(server.Options{
-		Engine: e, Logger: log, ClusterID: member.BootstrapID, MemberID: id, ClientURL: c.Listen,
-		ProgressInterval: c.ProgressInterval, Leader: m.HasLeader,
+		Engine: e, Backend: r, Logger: log, ClusterID: member.BootstrapID, MemberID: id, ClientURL: c.Listen,
+		ProgressInterval: c.ProgressInterval,
 	})
 	g := s.GRPC(grpc.ChainUnaryInterceptor(metrics.unary))
 	listener, err := listen(c.Listen)
@@ -166,6 +163,12 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 			g.Stop() // a client that does not read its stream
 		}
 		wg.Wait()
+		// Whoever can serve goes on without a pause.
+		give, cancel := context.WithTimeout(context.Background(), shutdownTimeout/2)
+		defer cancel()
+		if err := r.Handover(give); err != nil {
+			log.Warn("role and leadership stay with this member", "error", err)
+		}
 	}()
 	background("cannot serve the etcd API", func() error { return g.Serve(listener) })
 	if c.Metrics {
@@ -186,7 +189,7 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		}
 	}
 	if c.StorageInterval > 0 {
-		background("low storage", func() error { return watchStorage(run, c, log) })
+		background("low storage", func() error { return watchStorage(run, c, log, r) })
 	}
 	log.Info("serving", "listen", c.Listen, "member", m.Node().Address, "id", id)
 	if ready != nil {
@@ -196,6 +199,8 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	case <-ctx.Done():
 		log.Info("shutting down")
 		return nil
+	case err := <-r.Fatal():
+		return err
 	case err := <-fatal:
 		if errors.Is(err, errTerminate) {
 			log.Warn("stopping", "reason", err)
@@ -205,14 +210,26 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	}
 }
 
-func createHealthKey(ctx context.Context, e *engine.Engine) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	_, err := e.Txn(ctx, &pb.TxnRequest{
+// createHealthKey makes the key if it is missing. It waits for a leader as long as it takes.
+func createHealthKey(ctx context.Context, r *replica.Replica) error {
+	create := &pb.TxnRequest{
 		Compare: []*pb.Compare{{Key: []byte(HealthKey), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{}}},
 		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(HealthKey), Value: []byte(HealthValue)}}}},
-	}, 0)
-	return err
+	}
+	for {
+		attempt, cancel := context.WithTimeout(ctx, 10*time.Second)
+		_, err := r.Txn(attempt, create, 0)
+		cancel()
+		if err == nil || ctx.Err() != nil || errors.Is(err, dslog.ErrNoSpace) {
+			return err
+		}
+		select {
+		case err := <-r.Fatal():
+			return err
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond): // an outcome that is not known may be asked for again
+		}
+	}
 }
 
 // listen binds --listen. A stale socket is removed, one that answers is not.
@@ -270,7 +287,7 @@ func cpuProfile(dir string) (stop func(), err error) {
 var errTerminate = errors.New("free space is below --watch-storage-available-size-min-bytes")
 
 // watchStorage takes the chosen action when free space runs low, once each time.
-func watchStorage(ctx context.Context, c *Config, log *slog.Logger) error {
+func watchStorage(ctx context.Context, c *Config, log *slog.Logger, r *replica.Replica) error {
 	t := time.NewTicker(c.StorageInterval)
 	defer t.Stop()
 	low := false
@@ -286,9 +303,17 @@ func watchStorage(ctx context.Context, c *Config, log *slog.Logger) error {
 			case low && c.StorageAction == "terminate":
 				return errTerminate
 			case low && !was:
-				// A single member has nobody to hand over to.
+				r.LowDisk(true)
 				log.Error("the disk is nearly full; writes will fail", "directory", c.StorageDir, "free", free, "action", c.StorageAction)
+				if c.StorageAction == "handover" {
+					give, cancel := context.WithTimeout(ctx, shutdownTimeout/3)
+					if err := r.Yield(give); err != nil {
+						log.Warn("leadership stays here", "error", err)
+					}
+					cancel()
+				}
 			case was && !low:
+				r.LowDisk(false)
 				log.Info("the disk has space again", "directory", c.StorageDir, "free", free)
 			}
 		}

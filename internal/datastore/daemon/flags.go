@@ -36,6 +36,8 @@ type Config struct {
 
 	ProgressInterval time.Duration
 
+	noBarrier bool // a fault of tests that check the checker
+
 	socketName string // of the C node; tests run several in one network namespace
 
 	// Warnings are about flags that are accepted and have no effect.

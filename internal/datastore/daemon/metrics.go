@@ -5,8 +5,7 @@ import (
 	"strings"
 	"time"
 
-	"microk8s/internal/datastore/engine"
-	"microk8s/internal/datastore/member"
+	"microk8s/internal/datastore/replica"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -19,7 +18,8 @@ type metrics struct {
 	calls    *prometheus.HistogramVec
 }
 
-func newMetrics(e *engine.Engine, m *member.Member) *metrics {
+func newMetrics(rep *replica.Replica) *metrics {
+	e := rep.Engine()
 	r := prometheus.NewRegistry()
 	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	gauge := func(name, help string, fn func() float64) {
@@ -41,9 +41,9 @@ func newMetrics(e *engine.Engine, m *member.Member) *metrics {
 	gauge("compacted_revision", "Revision of the last compaction.", func() float64 { return float64(e.Compacted()) })
 	gauge("keys", "Live keys.", func() float64 { return float64(e.Keys()) })
 	gauge("watches", "Open watches.", func() float64 { return float64(e.Hub().Len()) })
-	gauge("db_size_bytes", "Size of the database.", func() float64 { n, _ := e.Size(); return float64(n) })
-	gauge("leads", "1 if this member leads.", truth(m.Leads))
-	gauge("has_leader", "1 if this member knows a leader.", truth(m.HasLeader))
+	gauge("db_size_bytes", "Size of the database.", func() float64 { n, _ := rep.Size(); return float64(n) })
+	gauge("leads", "1 if this member leads.", truth(e.Leads))
+	gauge("has_leader", "1 if this member knows a leader.", truth(rep.HasLeader))
 	counter("write_groups_total", "Statements that committed a group of transactions.", func() float64 { return float64(st.Groups.Load()) })
 	counter("write_rows_total", "Rows committed.", func() float64 { return float64(st.Rows.Load()) })
 	counter("write_bytes_total", "Bytes of keys and values committed.", func() float64 { return float64(st.Bytes.Load()) })

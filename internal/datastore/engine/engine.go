@@ -1,9 +1,13 @@
-// Package engine runs the datastore: it owns the state, takes transactions from many callers,
-// makes them durable in groups through the log, and only then shows and answers them. It
-// expires leases and compacts. It knows nothing of gRPC, files or dqlite.
+// Package engine owns the state of a datastore daemon. While the daemon leads, the engine takes
+// transactions from many callers, makes them durable in groups through the log, and only then
+// shows and answers them; it expires leases and compacts. While another daemon leads, it takes
+// over what that one has committed. It knows nothing of gRPC, files or dqlite, nor of who leads.
 //
 // One goroutine writes. While one statement runs, the next group forms in the queue, so there
 // is no timer: one caller gets the latency of one statement, many share it.
+//
+// What an engine shows is always what the log begins with: it takes over nothing that is not
+// committed. So it may begin to lead by reading what the log holds beyond its state.
 package engine
 
 import (
@@ -13,6 +17,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,19 +40,31 @@ const (
 var (
 	// ErrNotApplied says that the write failed and is known not to have happened.
 	ErrNotApplied = errors.New("the write was not applied")
-	// ErrStopped says that the engine ended before it answered: the outcome is unknown.
-	ErrStopped = errors.New("the datastore is shutting down")
+	// ErrUnknown says that leadership ended before the outcome of the write was known.
+	ErrUnknown = errors.New("leadership ended before the outcome of the write was known")
+	// ErrNotLeading says that the engine does not lead: the write did not happen.
+	ErrNotLeading = errors.New("this member does not lead")
 )
 
 // Options of an Engine. Zero values mean the defaults.
 type Options struct {
-	Log    dslog.Log
 	Logger *slog.Logger
 	Now    func() time.Time // time.Now
 
 	// CompactAfter is how long the engine waits for a client to compact before it does so
 	// itself, to the revision of CompactKeep ago. Defaults: 10 and 5 minutes.
 	CompactAfter, CompactKeep time.Duration
+
+	// Alone says that nobody else can have led since this engine began to lead. Only then a
+	// write of unknown outcome may be recognized by its rows; another leader may have written
+	// the same for somebody else. Nil means always.
+	Alone func() bool
+
+	// Compacted is called, and must not block, after a compaction.
+	Compacted func()
+
+	// NoSpace is called, and must not block, when an append failed because the disk is full.
+	NoSpace func()
 }
 
 // Engine is a running datastore. All methods may be called from any goroutine.
@@ -55,14 +72,18 @@ type Engine struct {
 	opt Options
 	hub *watch.Hub
 
-	mu sync.RWMutex
-	st *state.State
+	mu      sync.RWMutex
+	st      *state.State // nil until there is data
+	waiters []waiter     // by WaitRev
 
-	queue chan *job
-	done  chan struct{} // closed when the writer has ended
-	stop  context.CancelFunc
+	term      atomic.Pointer[term] // not nil while the engine leads
+	rereading atomic.Bool
+	epoch     atomic.Int64 // odd while the log is open and its end not read yet
 
+	// Of the writer.
+	log         dslog.Log
 	dead        []int64 // ids of rows that nobody can reach
+	sweep       bool    // rows that the last leader left may be dead as well
 	lastCompact time.Time
 	samples     []sample
 
@@ -86,6 +107,19 @@ type Stats struct {
 // Stats gives the counters.
 func (e *Engine) Stats() *Stats { return &e.stats }
 
+// term is one time of leadership.
+type term struct {
+	log   dslog.Log
+	queue chan *job
+	done  chan struct{} // closed when the writer has ended; what is still queued was not applied
+}
+
+type waiter struct {
+	rev     int64
+	compact bool // until it is compacted, not committed
+	done    chan struct{}
+}
+
 // job is one request to the writer: stage adds to a group, alone runs between groups.
 type job struct {
 	bytes int
@@ -95,8 +129,8 @@ type job struct {
 	done  chan struct{}
 }
 
-// Open loads the state from the log and starts the writer. The engine works until Close.
-func Open(ctx context.Context, opt Options) (*Engine, error) {
+// New makes an engine without data, which neither leads nor follows.
+func New(opt Options) *Engine {
 	if opt.Now == nil {
 		opt.Now = time.Now
 	}
@@ -106,29 +140,218 @@ func Open(ctx context.Context, opt Options) (*Engine, error) {
 	if opt.CompactKeep == 0 {
 		opt.CompactKeep = 5 * time.Minute
 	}
-	e := &Engine{
-		opt:        opt,
-		queue:      make(chan *job, 4096),
-		done:       make(chan struct{}),
-		wakeExpiry: make(chan struct{}, 1),
+	if opt.Alone == nil {
+		opt.Alone = func() bool { return true }
 	}
-	st, dead, err := load(ctx, opt.Log)
-	if err != nil {
-		return nil, err
+	if opt.Compacted == nil {
+		opt.Compacted = func() {}
 	}
-	now := opt.Now()
-	st.RestartLeases(now)
-	e.st, e.dead = st, dead
-	e.hub = watch.NewHub(e, st.Rev())
+	if opt.NoSpace == nil {
+		opt.NoSpace = func() {}
+	}
+	e := &Engine{opt: opt, wakeExpiry: make(chan struct{}, 1)}
+	e.hub = watch.NewHub(e, 0)
+	return e
+}
+
+// Lead makes the engine lead with a log that is open on the node that leads: it takes over
+// what the log holds, calls started, and writes until ctx ends. It returns nil then, and an
+// error when the log cannot be read. Apply and Load must not be called meanwhile.
+func (e *Engine) Lead(ctx context.Context, l dslog.Log, started func()) error {
+	e.log, e.dead, e.sweep = l, nil, false
+	if err := e.takeOver(ctx); err != nil {
+		return err
+	}
+	now := e.opt.Now()
 	e.lastCompact = now
-	e.samples = []sample{{now, st.Rev()}}
+	e.samples = []sample{{now, e.Rev()}}
 	if err := e.measure(ctx); err != nil {
-		return nil, fmt.Errorf("cannot measure the database: %w", err)
+		return fmt.Errorf("cannot measure the database: %w", err)
 	}
-	run, cancel := context.WithCancel(context.Background())
-	e.stop = cancel
-	go e.run(run)
-	return e, nil
+	e.epoch.Store(e.epoch.Load()&^1 + 2)
+	e.rereading.Store(false)
+	t := &term{log: l, queue: make(chan *job, 4096), done: make(chan struct{})}
+	e.term.Store(t)
+	started()
+	e.run(ctx, t)
+	e.term.Store(nil)
+	close(t.done)
+	return nil
+}
+
+// takeOver brings the state to what the log holds, and starts the leases anew.
+func (e *Engine) takeOver(ctx context.Context) error {
+	if e.Loaded() {
+		_, err := e.readTail(ctx)
+		if err == nil {
+			e.mu.Lock()
+			e.st.RestartLeases(e.opt.Now())
+			e.mu.Unlock()
+			e.sweep = true
+			return nil
+		}
+		if !errors.Is(err, errGap) {
+			return err
+		}
+		e.opt.Logger.Info("this member has fallen behind the last compaction; reading all data again")
+	}
+	st, dead, err := load(ctx, e.log)
+	if err != nil {
+		return err
+	}
+	st.RestartLeases(e.opt.Now())
+	e.dead = dead
+	return e.Load(st)
+}
+
+// Confirm asks, by round, whether the others take this member for the leader, and then the own
+// node whether it has led ever since the state was brought up to date. When it returns nil,
+// every write that anybody acknowledged before the call is in the state. round must ask a
+// majority of the voters after it was called. A nil round is right for a single voter.
+func (e *Engine) Confirm(ctx context.Context, round func(context.Context) error) error {
+	t, epoch := e.term.Load(), e.epoch.Load()
+	if t == nil {
+		return ErrNotLeading
+	}
+	if epoch&1 != 0 {
+		return fmt.Errorf("%w: the log is being read again", ErrNotLeading)
+	}
+	if round == nil {
+		return nil
+	}
+	if err := round(ctx); err != nil {
+		return err
+	}
+	// Not before the round: the node may have lost leadership and won it again until then.
+	if err := t.log.Check(ctx); err != nil {
+		e.reread(t, err)
+		return err
+	}
+	if e.epoch.Load() != epoch || e.term.Load() != t {
+		return fmt.Errorf("%w: leadership began anew", ErrNotLeading)
+	}
+	return nil
+}
+
+// reread makes the writer open the log again after a failed check: if the node leads, or leads
+// again, reads go on after that.
+func (e *Engine) reread(t *term, cause error) {
+	if !e.rereading.CompareAndSwap(false, true) {
+		return
+	}
+	j := &job{done: make(chan struct{}), alone: func(ctx context.Context) error {
+		e.rereading.Store(false)
+		return e.broken(ctx, cause)
+	}}
+	select {
+	case t.queue <- j:
+	default:
+		e.rereading.Store(false) // so many writes wait that one of them will fail
+	}
+}
+
+// Loaded says whether there is data.
+func (e *Engine) Loaded() bool {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	return e.st != nil
+}
+
+// Leads says whether the engine leads and takes writes.
+func (e *Engine) Leads() bool { return e.term.Load() != nil }
+
+// Load replaces all data by a newer state, which the engine owns from then on. Watches that
+// cannot be told every change between the two end as if compacted.
+func (e *Engine) Load(st *state.State) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.st != nil && st.Rev() < e.st.Rev() {
+		return fmt.Errorf("the data has revision %d, and this member had revision %d already", st.Rev(), e.st.Rev())
+	}
+	e.st = st
+	e.hub.Rewind(st.Rev())
+	e.reached(st.Rev())
+	return nil
+}
+
+// Apply takes over versions that the leader has committed: whole revisions in order. Those
+// that the state has already are skipped.
+func (e *Engine) Apply(versions []*state.Version) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, v := range versions {
+		if v.KV.ModRevision <= e.st.Rev() {
+			continue
+		}
+		if err := e.st.StageVersion(v); err != nil {
+			e.st.Rollback()
+			return err
+		}
+	}
+	e.commit()
+	return nil
+}
+
+// ApplyCompaction follows a compaction of the leader to a revision that the state has reached.
+func (e *Engine) ApplyCompaction(rev int64) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if rev <= e.st.Compacted() {
+		return nil
+	}
+	_, err := e.st.Compact(rev) // the leader deletes the rows
+	e.reached(e.st.Rev())
+	return err
+}
+
+// commit shows what is staged, in one step with the watchers. The caller holds the lock.
+func (e *Engine) commit() {
+	changes := e.st.Commit(e.opt.Now())
+	rev := e.st.Rev()
+	e.hub.Publish(changes, rev)
+	e.reached(rev)
+}
+
+// reached wakes who waits for a revision. The caller holds the lock.
+func (e *Engine) reached(rev int64) {
+	kept := e.waiters[:0]
+	for _, w := range e.waiters {
+		if !w.compact && w.rev <= rev || w.compact && w.rev <= e.st.Compacted() {
+			close(w.done)
+		} else {
+			kept = append(kept, w)
+		}
+	}
+	e.waiters = kept
+}
+
+// WaitRev waits until a revision is committed here.
+func (e *Engine) WaitRev(ctx context.Context, rev int64) error {
+	return e.wait(ctx, waiter{rev: rev})
+}
+
+// WaitCompacted waits until a compaction to a revision is known here.
+func (e *Engine) WaitCompacted(ctx context.Context, rev int64) error {
+	return e.wait(ctx, waiter{rev: rev, compact: true})
+}
+
+func (e *Engine) wait(ctx context.Context, w waiter) error {
+	w.done = make(chan struct{})
+	e.mu.Lock()
+	e.waiters = append(e.waiters, w)
+	if e.st != nil {
+		e.reached(e.st.Rev())
+	}
+	e.mu.Unlock()
+	select {
+	case <-w.done:
+		return nil
+	case <-ctx.Done():
+		e.mu.Lock()
+		e.waiters = slices.DeleteFunc(e.waiters, func(o waiter) bool { return o.done == w.done })
+		e.mu.Unlock()
+		return ctx.Err()
+	}
 }
 
 func load(ctx context.Context, l dslog.Log) (*state.State, []int64, error) {
@@ -163,15 +386,6 @@ func ids(versions []*state.Version) []int64 {
 	return out
 }
 
-// Close stops the writer. Waiting writes fail with ErrStopped. It does not close the log.
-func (e *Engine) Close() {
-	e.stop()
-	<-e.done
-}
-
-// Done is closed when the writer has ended.
-func (e *Engine) Done() <-chan struct{} { return e.done }
-
 // Hub is where watches are made.
 func (e *Engine) Hub() *watch.Hub { return e.hub }
 
@@ -186,6 +400,9 @@ func (e *Engine) History(rev int64) ([]state.Change, error) {
 func (e *Engine) Rev() int64 {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
+	if e.st == nil {
+		return 0
+	}
 	return e.st.Rev()
 }
 
@@ -193,6 +410,9 @@ func (e *Engine) Rev() int64 {
 func (e *Engine) Compacted() int64 {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
+	if e.st == nil {
+		return 0
+	}
 	return e.st.Compacted()
 }
 
@@ -200,6 +420,9 @@ func (e *Engine) Compacted() int64 {
 func (e *Engine) Keys() int {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
+	if e.st == nil {
+		return 0
+	}
 	return e.st.Keys()
 }
 
@@ -217,25 +440,29 @@ func (e *Engine) Size() (total, used int64) { return e.size.Load(), e.sizeInUse.
 // do gives a job to the writer and waits for its answer. When ctx ends first, the job may
 // still be done.
 func (e *Engine) do(ctx context.Context, j *job) error {
+	t := e.term.Load()
+	if t == nil {
+		return ErrNotLeading
+	}
 	j.done = make(chan struct{})
 	select {
-	case e.queue <- j:
+	case t.queue <- j:
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-e.done:
-		return ErrStopped
+	case <-t.done:
+		return ErrNotLeading
 	}
 	select {
 	case <-j.done:
 		return j.err
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-e.done:
+	case <-t.done:
 		select {
 		case <-j.done:
 			return j.err
 		default:
-			return ErrStopped
+			return ErrNotLeading // it was never taken from the queue
 		}
 	}
 }
@@ -281,6 +508,9 @@ func (e *Engine) Revoke(ctx context.Context, id int64) error {
 
 // Renew starts the countdown of a lease anew.
 func (e *Engine) Renew(id int64) (state.Lease, error) {
+	if !e.Leads() {
+		return state.Lease{}, ErrNotLeading
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	l, ok := e.st.RenewLease(id, e.opt.Now())
@@ -290,8 +520,35 @@ func (e *Engine) Renew(id int64) (state.Lease, error) {
 	return l, nil
 }
 
-// Now is the engine's time, which deadlines of leases refer to.
-func (e *Engine) Now() time.Time { return e.opt.Now() }
+// TimeToLive says how long a lease lives. Only the leader knows.
+func (e *Engine) TimeToLive(r *pb.LeaseTimeToLiveRequest) *pb.LeaseTimeToLiveResponse {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	resp := &pb.LeaseTimeToLiveResponse{Header: &pb.ResponseHeader{Revision: e.st.Rev()}, ID: r.ID, TTL: -1}
+	l, ok := e.st.Lease(r.ID)
+	if !ok || l.Deadline.IsZero() {
+		return resp
+	}
+	resp.GrantedTTL = l.TTL
+	resp.TTL = max(int64(l.Deadline.Sub(e.opt.Now())/time.Second), 0)
+	if r.Keys {
+		for _, k := range e.st.LeaseKeys(r.ID) {
+			resp.Keys = append(resp.Keys, []byte(k))
+		}
+	}
+	return resp
+}
+
+// LeaseList gives all leases. Only the leader knows.
+func (e *Engine) LeaseList() *pb.LeaseLeasesResponse {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	resp := &pb.LeaseLeasesResponse{Header: &pb.ResponseHeader{Revision: e.st.Rev()}}
+	for _, id := range e.st.Leases() {
+		resp.Leases = append(resp.Leases, &pb.LeaseStatus{ID: id})
+	}
+	return resp
+}
 
 // Compact makes revisions below rev unreadable.
 func (e *Engine) Compact(ctx context.Context, rev int64) error {
@@ -299,8 +556,7 @@ func (e *Engine) Compact(ctx context.Context, rev int64) error {
 }
 
 // run is the writer.
-func (e *Engine) run(ctx context.Context) {
-	defer close(e.done)
+func (e *Engine) run(ctx context.Context, t *term) {
 	expiry := time.NewTimer(0)
 	defer expiry.Stop()
 	minute := time.NewTicker(min(time.Minute, e.opt.CompactKeep))
@@ -312,16 +568,16 @@ func (e *Engine) run(ctx context.Context) {
 		held = nil
 		if j == nil {
 			var idle chan struct{}
-			if len(e.dead) > 0 {
+			if len(e.dead) > 0 || e.sweep {
 				idle = closed // nothing else to do: delete dead rows
 			}
 			select {
-			case j = <-e.queue:
+			case j = <-t.queue:
 			default:
 				select {
 				case <-ctx.Done():
 					return
-				case j = <-e.queue:
+				case j = <-t.queue:
 				case <-expiry.C:
 					e.expire(ctx, expiry)
 					continue
@@ -338,6 +594,8 @@ func (e *Engine) run(ctx context.Context) {
 			}
 		}
 		if ctx.Err() != nil {
+			j.err = ErrNotLeading
+			close(j.done)
 			return
 		}
 		if j.alone != nil {
@@ -349,7 +607,7 @@ func (e *Engine) run(ctx context.Context) {
 	fill:
 		for len(group) < groupJobs && bytes < groupBytes {
 			select {
-			case j := <-e.queue:
+			case j := <-t.queue:
 				if j.alone != nil {
 					held = j
 					break fill
@@ -407,7 +665,7 @@ func (e *Engine) flush(ctx context.Context) error {
 		rows = append(rows, dslog.LeaseRow(id, l.TTL))
 	}
 	start := time.Now()
-	err := e.opt.Log.Append(ctx, rows)
+	err := e.log.Append(ctx, rows)
 	e.stats.GroupSeconds.Add(int64(time.Since(start)))
 	if err != nil {
 		e.stats.Failures.Add(1)
@@ -430,8 +688,7 @@ func (e *Engine) flush(ctx context.Context) error {
 func (e *Engine) publish() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	changes := e.st.Commit(e.opt.Now())
-	e.hub.Publish(changes, e.st.Rev())
+	e.commit()
 }
 
 // resolve finds out what became of an append that failed: it takes back what is staged,
@@ -440,6 +697,10 @@ func (e *Engine) resolve(ctx context.Context, rows []dslog.Row, cause error) err
 	e.mu.Lock()
 	e.st.Rollback()
 	e.mu.Unlock()
+	if errors.Is(cause, dslog.ErrNoSpace) {
+		e.opt.NoSpace()
+	}
+	alone := e.opt.Alone()
 	e.opt.Logger.Warn("a write has an unknown outcome; reading the log again", "error", cause)
 	if err := e.reopen(ctx); err != nil {
 		return err
@@ -454,6 +715,9 @@ func (e *Engine) resolve(ctx context.Context, rows []dslog.Row, cause error) err
 			return fmt.Errorf("%w: %w", ErrNotApplied, cause)
 		}
 	}
+	if !alone || !e.opt.Alone() {
+		return ErrUnknown
+	}
 	e.opt.Logger.Info("the write was applied", "revision", e.Rev())
 	return nil
 }
@@ -465,11 +729,12 @@ func sameRow(a, b dslog.Row) bool {
 
 // reopen tries until the log is open again; that takes as long as the node does not lead.
 func (e *Engine) reopen(ctx context.Context) error {
+	e.epoch.Store(e.epoch.Load() | 1)
 	const pause, report = 100 * time.Millisecond, 10 * time.Second
 	lastReport := time.Now()
 	for {
 		attempt, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := e.opt.Log.Reopen(attempt)
+		err := e.log.Reopen(attempt)
 		cancel()
 		if err == nil {
 			return nil
@@ -480,7 +745,7 @@ func (e *Engine) reopen(ctx context.Context) error {
 		}
 		select {
 		case <-ctx.Done():
-			return ErrStopped
+			return ErrUnknown
 		case <-time.After(pause):
 		}
 	}
@@ -491,7 +756,18 @@ func (e *Engine) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 	for {
 		found, err := e.readTail(ctx)
 		if err == nil {
+			if !e.opt.Alone() {
+				// Others may have led meanwhile, and renewed leases.
+				e.mu.Lock()
+				e.st.RestartLeases(e.opt.Now())
+				e.mu.Unlock()
+			}
+			e.epoch.Add(1)
 			return found, nil
+		}
+		if errors.Is(err, errGap) {
+			// Others have led for a long time. Leadership that begins anew reads everything.
+			return nil, ErrUnknown
 		}
 		e.opt.Logger.Error("cannot read the end of the log, trying again", "error", err)
 		if err := e.reopen(ctx); err != nil {
@@ -500,22 +776,30 @@ func (e *Engine) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 	}
 }
 
+// errGap says that rows beyond the state have been compacted away already.
+var errGap = errors.New("the log has been compacted beyond this member's data")
+
+// readTail takes over what the log holds beyond the state: versions, leases, compaction. It
+// gives the rows by id.
 func (e *Engine) readTail(ctx context.Context) (map[int64]dslog.Row, error) {
 	var tail []dslog.Row
-	_, err := e.opt.Log.Load(ctx, dslog.LastID(e.Rev()), func(r dslog.Row) error {
+	compacted, err := e.log.Load(ctx, dslog.LastID(e.Rev()), func(r dslog.Row) error {
 		tail = append(tail, r)
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	leases, err := e.opt.Log.Leases(ctx)
+	leases, err := e.log.Leases(ctx)
 	if err != nil {
 		return nil, err
 	}
 	found := make(map[int64]dslog.Row, len(tail)+len(leases))
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if compacted > e.st.Rev() {
+		return nil, errGap
+	}
 	for _, r := range tail {
 		if err := e.st.StageVersion(r.VersionOf()); err != nil {
 			e.st.Rollback()
@@ -523,14 +807,28 @@ func (e *Engine) readTail(ctx context.Context) (map[int64]dslog.Row, error) {
 		}
 		found[r.ID] = r
 	}
+	kept := make(map[int64]bool, len(leases))
 	for _, r := range leases {
 		found[r.ID] = r
 		id, ttl, _ := r.LeaseOf()
+		kept[id] = true
 		if err := e.st.StageGrant(id, ttl); err != nil && !errors.Is(err, state.ErrLeaseExists) {
+			e.st.Rollback()
 			return nil, err
 		}
 	}
-	changes := e.st.Commit(e.opt.Now())
-	e.hub.Publish(changes, e.st.Rev())
+	e.commit()
+	for _, id := range e.st.Leases() {
+		if !kept[id] {
+			e.st.DropLease(id)
+		}
+	}
+	if compacted > e.st.Compacted() {
+		dead, err := e.st.Compact(compacted)
+		if err != nil {
+			return nil, err
+		}
+		e.dead = append(e.dead, ids(dead)...)
+	}
 	return found, nil
 }

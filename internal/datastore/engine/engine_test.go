@@ -110,25 +110,59 @@ func (m *memory) Reopen(context.Context) error {
 
 func (m *memory) Close() error { return nil }
 
-func open(t *testing.T, m *memory, opt Options) *Engine {
+func (m *memory) IDs(_ context.Context, upTo int64, fn func(int64) error) error {
+	_, err := m.Load(context.Background(), -1, func(r dslog.Row) error {
+		if r.ID > upTo {
+			return nil
+		}
+		return fn(r.ID)
+	})
+	return err
+}
+
+func (m *memory) Check(context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.usable()
+}
+
+// leading is an engine that leads until Close.
+type leading struct {
+	*Engine
+	Close func()
+}
+
+func open(t *testing.T, m *memory, opt Options) *leading {
 	t.Helper()
 	if m.rows == nil {
 		m.rows = map[int64]dslog.Row{}
 	}
-	opt.Log, opt.Logger = m, slog.New(slog.DiscardHandler)
-	e, err := Open(context.Background(), opt)
-	if err != nil {
+	opt.Logger = slog.New(slog.DiscardHandler)
+	return lead(t, New(opt), m)
+}
+
+// lead makes an engine lead.
+func lead(t *testing.T, e *Engine, m *memory) *leading {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	started, done := make(chan struct{}), make(chan error, 1)
+	go func() { done <- e.Lead(ctx, m, func() { close(started) }) }()
+	select {
+	case <-started:
+	case err := <-done:
+		cancel()
 		t.Fatal(err)
 	}
-	t.Cleanup(e.Close)
-	return e
+	l := &leading{Engine: e, Close: sync.OnceFunc(func() { cancel(); <-done })}
+	t.Cleanup(l.Close)
+	return l
 }
 
 func put(key, value string) *pb.TxnRequest {
 	return &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(key), Value: []byte(value)}}}}}
 }
 
-func read(t *testing.T, e *Engine, key string) (value string, rev int64) {
+func read(t *testing.T, e *leading, key string) (value string, rev int64) {
 	t.Helper()
 	err := e.View(func(s *state.State) error {
 		r, err := s.Range(&pb.RangeRequest{Key: []byte(key)})
@@ -224,7 +258,7 @@ func TestWritesInParallelShareStatements(t *testing.T) {
 	for i := 1; i < n; i++ {
 		go write(i)
 	}
-	for len(e.queue) < n-1 {
+	for len(e.term.Load().queue) < n-1 {
 		time.Sleep(time.Millisecond) // the others have no other way to say that they wait
 	}
 	close(release)
@@ -274,7 +308,7 @@ func TestCompactsByItself(t *testing.T) {
 func TestClosedEngineRefuses(t *testing.T) {
 	e := open(t, &memory{}, Options{})
 	e.Close()
-	if _, err := e.Txn(context.Background(), put("a", "1"), 0); !errors.Is(err, ErrStopped) {
+	if _, err := e.Txn(context.Background(), put("a", "1"), 0); !errors.Is(err, ErrNotLeading) {
 		t.Error(err)
 	}
 }

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"slices"
 	"strconv"
 	"time"
 
@@ -62,7 +63,7 @@ func (e *Engine) end(ctx context.Context, leases []int64) error {
 			rows[i] = dslog.LeaseRow(id, 1).ID
 		}
 		if n > 0 {
-			if err := e.opt.Log.Delete(ctx, rows); err != nil {
+			if err := e.log.Delete(ctx, rows); err != nil {
 				return e.broken(ctx, err)
 			}
 		}
@@ -92,7 +93,7 @@ func (e *Engine) compact(ctx context.Context, rev int64) error {
 	if err := e.st.CheckCompact(rev); err != nil {
 		return err
 	}
-	if err := e.opt.Log.SetCompacted(ctx, rev); err != nil {
+	if err := e.log.SetCompacted(ctx, rev); err != nil {
 		return e.broken(ctx, err) // it may be remembered, and the next try or start finds it
 	}
 	e.mu.Lock()
@@ -103,17 +104,26 @@ func (e *Engine) compact(ctx context.Context, rev int64) error {
 	}
 	e.dead = append(e.dead, ids(dead)...)
 	e.lastCompact = e.opt.Now()
+	e.opt.Compacted()
 	e.opt.Logger.Info("compacted", "revision", rev, "rows", len(dead))
 	return nil
 }
 
 // bury deletes some dead rows. What fails is tried again: they do no harm.
 func (e *Engine) bury(ctx context.Context) {
+	if e.sweep {
+		e.sweep = false
+		if err := e.findDead(ctx); err != nil {
+			e.sweep = true
+			e.opt.Logger.Warn("old rows could not be looked for, trying again", "error", e.broken(ctx, err))
+			return
+		}
+	}
 	if len(e.dead) == 0 {
 		return
 	}
 	n := min(len(e.dead), buryRows)
-	if err := e.opt.Log.Delete(ctx, e.dead[:n]); err != nil {
+	if err := e.log.Delete(ctx, e.dead[:n]); err != nil {
 		e.opt.Logger.Warn("old rows could not be deleted, trying again", "error", e.broken(ctx, err))
 		return
 	}
@@ -125,8 +135,35 @@ func (e *Engine) bury(ctx context.Context) {
 	}
 }
 
+// findDead looks for rows that the last leader has not deleted after a compaction.
+func (e *Engine) findDead(ctx context.Context) error {
+	live := map[int64]struct{}{}
+	e.mu.RLock()
+	compacted := e.st.Compacted()
+	for _, v := range e.st.Versions() {
+		if v.KV.ModRevision <= compacted {
+			live[dslog.VersionID(v)] = struct{}{}
+		}
+	}
+	e.mu.RUnlock()
+	var dead []int64
+	err := e.log.IDs(ctx, dslog.LastID(compacted), func(id int64) error {
+		if _, ok := live[id]; !ok {
+			dead = append(dead, id)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	e.dead = append(e.dead, dead...)
+	slices.Sort(e.dead)
+	e.dead = slices.Compact(e.dead)
+	return nil
+}
+
 func (e *Engine) measure(ctx context.Context) error {
-	total, used, err := e.opt.Log.Size(ctx)
+	total, used, err := e.log.Size(ctx)
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/canonical/go-dqlite/v3/client"
@@ -36,6 +37,8 @@ type Dqlite struct {
 	dial    client.DialFunc
 	logf    client.LogFunc
 
+	own   func(context.Context) (net.Conn, error)
+	token atomic.Pointer[token]
 	conn  *dqdriver.Conn
 	stmts map[int]driver.Stmt // by number of rows
 
@@ -56,6 +59,7 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 	l := &Dqlite{
 		address: address,
 		logf:    logf,
+		own:     dial,
 		dial: func(ctx context.Context, a string) (net.Conn, error) {
 			// The driver follows the leader that a node reports. Writing there would be
 			// writing behind the back of that leader's daemon.
@@ -98,7 +102,24 @@ func (l *Dqlite) Reopen(ctx context.Context) error {
 		return fmt.Errorf("cannot open the database on the own node: %w", err)
 	}
 	l.conn, l.stmts = conn.(*dqdriver.Conn), map[int]driver.Stmt{}
+	// After the connection, and before anything is read through it: if the reading succeeds,
+	// both are of one leadership.
+	t, err := newToken(ctx, l.own)
+	if err != nil {
+		l.drop()
+		return fmt.Errorf("cannot open the database on the own node: %w", err)
+	}
+	l.token.Store(t)
 	return nil
+}
+
+// Check is part of Log.
+func (l *Dqlite) Check(ctx context.Context) error {
+	t := l.token.Load()
+	if t == nil {
+		return ErrDeposed
+	}
+	return t.check(ctx)
 }
 
 func (l *Dqlite) drop() {
@@ -106,6 +127,7 @@ func (l *Dqlite) drop() {
 		l.conn.Close()
 		l.conn, l.stmts = nil, nil
 	}
+	l.token.Swap(nil).close()
 }
 
 // Close is part of Log.
@@ -275,6 +297,17 @@ func (l *Dqlite) Load(ctx context.Context, after int64, fn func(Row) error) (com
 		return 0, fmt.Errorf("cannot read the log: %w", err)
 	}
 	return compacted, nil
+}
+
+// IDs is part of Log.
+func (l *Dqlite) IDs(ctx context.Context, upTo int64, fn func(int64) error) error {
+	return l.query(ctx, "SELECT id FROM log WHERE id BETWEEN 0 AND ? ORDER BY id", named(upTo), func(v []driver.Value) error {
+		id, err := number(v[0])
+		if err != nil {
+			return err
+		}
+		return fn(id)
+	})
 }
 
 // Leases is part of Log.

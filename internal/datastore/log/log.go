@@ -2,8 +2,8 @@
 // database. A row is one version of a key or one lease; one statement appends all rows of a
 // group of transactions, so that they are committed together or not at all.
 //
-// What the rows mean is decided elsewhere (packages state and engine). Peers will bring a
-// second implementation of Log, on a node that does not lead.
+// What the rows mean is decided elsewhere (packages state and engine). Only the node that leads
+// can be asked.
 package log
 
 import (
@@ -72,6 +72,8 @@ type Log interface {
 	// Load calls fn for every row with a larger id, by rising id, and for all leases when
 	// after is negative. It also gives the revision of the last compaction.
 	Load(ctx context.Context, after int64, fn func(Row) error) (compacted int64, err error)
+	// IDs calls fn for the id of every version up to an id, by rising id.
+	IDs(ctx context.Context, upTo int64, fn func(int64) error) error
 	// Leases gives the lease rows.
 	Leases(ctx context.Context) ([]Row, error)
 	// SetCompacted remembers the revision of a compaction.
@@ -80,6 +82,9 @@ type Log interface {
 	Delete(ctx context.Context, ids []int64) error
 	// Size is the size of the live database in bytes, and how much of it is in use.
 	Size(ctx context.Context) (total, used int64, err error)
+	// Check is nil when the node has led without a break since the last Reopen, until now. It
+	// may be called from any goroutine.
+	Check(ctx context.Context) error
 	// Reopen begins a new connection, on the own node and only if it leads.
 	Reopen(ctx context.Context) error
 	Close() error

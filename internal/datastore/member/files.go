@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -244,10 +245,7 @@ func (d directory) prepare(reconfigure func(Node) error) (Node, error) {
 	case hasInfo != hasCluster:
 		return Node{}, fmt.Errorf("inconsistent %s and %s in %s: one of them is missing; restore it from a backup", infoFile, clusterFile, d.path)
 	}
-	if d.has(joinFile) || len(cluster) > 1 {
-		return Node{}, fmt.Errorf("%s lists %d members: clusters of several members cannot be opened by this version; start it with the version that made the cluster", d.file(clusterFile), len(cluster))
-	}
-	if cluster[0].Address != info.Address || cluster[0].ID != 0 && cluster[0].ID != info.ID {
+	if !d.has(joinFile) && len(cluster) == 1 && (cluster[0].Address != info.Address || cluster[0].ID != 0 && cluster[0].ID != info.ID) {
 		if !d.has(updateFile) { // an address change that was interrupted half-way is completed below
 			return Node{}, fmt.Errorf("%s and %s disagree about this node (%s and %s); correct the wrong one", d.file(infoFile), d.file(clusterFile), info.Address, cluster[0].Address)
 		}
@@ -255,6 +253,10 @@ func (d directory) prepare(reconfigure func(Node) error) (Node, error) {
 	update, hasUpdate, err := read(d, updateFile, parseInit)
 	if err != nil {
 		return Node{}, err
+	}
+	if hasUpdate && (len(cluster) > 1 || d.has(joinFile)) {
+		return Node{}, fmt.Errorf("%s asks for another address, but %s lists %d members: this node would leave them and go on alone; remove %s, and change the address by leaving the cluster and joining it again",
+			d.file(updateFile), d.file(clusterFile), len(cluster), d.file(updateFile))
 	}
 	if hasUpdate {
 		// Each step can be repeated; the request goes last.
@@ -272,21 +274,26 @@ func (d directory) prepare(reconfigure func(Node) error) (Node, error) {
 	return info, nil
 }
 
-// initialize turns a directory with init.yaml into that of a first member. The file goes
-// last, so that an interrupted start is repeated.
+// initialize turns a directory with init.yaml into that of a first member, or of a node that
+// is to join a cluster. The file goes last, so that an interrupted start is repeated.
 func (d directory) initialize(ini initConfig) error {
-	if len(ini.Cluster) > 0 {
-		return fmt.Errorf("%s names a cluster to join (%s): this version runs single members only; remove Cluster from the file to start a cluster of its own", d.file(initFile), strings.Join(ini.Cluster, ", "))
-	}
 	node := Node{ID: BootstrapID, Address: ini.Address}
-	// info.yaml and cluster.yaml may be there from an interrupted start, if they say the same.
-	interrupted := true
-	for name, want := range d.identity(node) {
-		data, err := os.ReadFile(d.file(name))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("cannot read %s: %w", d.file(name), err)
+	if len(ini.Cluster) > 0 {
+		node = Node{ID: newID(), Address: ini.Address, Role: int(peers.Spare)}
+		// The id of an interrupted start may be known to the cluster already.
+		if old, ok, err := read(d, infoFile, parseInfo); err == nil && ok && old.Address == ini.Address && d.has(joinFile) {
+			node.ID = old.ID
 		}
-		interrupted = interrupted && (err != nil || string(data) == want)
+	}
+	files := d.identity(node, ini.Cluster)
+	// They may be there from an interrupted start, if they say the same.
+	interrupted := true
+	for _, f := range files {
+		data, err := os.ReadFile(d.file(f.name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("cannot read %s: %w", d.file(f.name), err)
+		}
+		interrupted = interrupted && (err != nil || string(data) == f.content)
 	}
 	entries, err := os.ReadDir(d.path)
 	if err != nil {
@@ -296,7 +303,7 @@ func (d directory) initialize(ini initConfig) error {
 		switch name := e.Name(); name {
 		case initFile, peers.CertFile, peers.KeyFile, failureDomainFile, tuningFile:
 			continue
-		case infoFile, clusterFile:
+		case infoFile, clusterFile, joinFile:
 			if interrupted {
 				continue
 			}
@@ -308,8 +315,10 @@ func (d directory) initialize(ini initConfig) error {
 			return foreign(d, name)
 		}
 	}
-	if err := d.identify(node); err != nil {
-		return err
+	for _, f := range files {
+		if err := d.write(f.name, f.content); err != nil {
+			return err
+		}
 	}
 	if err := os.Remove(d.file(initFile)); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", d.file(initFile), err)
@@ -321,15 +330,35 @@ func foreign(d directory, name string) error {
 	return fmt.Errorf("%s asks for a new node, but %s already has %s: if its data is wanted remove %s, otherwise move the other files away", d.file(initFile), d.path, name, initFile)
 }
 
-func (d directory) identity(n Node) map[string]string {
-	return map[string]string{infoFile: n.yaml(""), clusterFile: "- " + n.yaml("  ")}
+// newID makes the id of a node that joins. A node that leaves and joins again is another one,
+// because it has forgotten what it voted.
+func newID() uint64 {
+	for {
+		if id := rand.Uint64(); id != 0 && id != BootstrapID {
+			return id
+		}
+	}
+}
+
+type identityFile struct{ name, content string }
+
+// identity gives the files of a single member, or of one that joins the members with these
+// addresses, in the order in which they are written.
+func (d directory) identity(n Node, cluster []string) []identityFile {
+	if len(cluster) == 0 {
+		return []identityFile{{infoFile, n.yaml("")}, {clusterFile, "- " + n.yaml("  ")}}
+	}
+	var list strings.Builder
+	for _, a := range cluster {
+		list.WriteString("- " + Node{Address: a}.yaml("  "))
+	}
+	return []identityFile{{joinFile, ""}, {infoFile, n.yaml("")}, {clusterFile, list.String()}}
 }
 
 // identify writes info.yaml and cluster.yaml of a single member.
 func (d directory) identify(n Node) error {
-	files := d.identity(n)
-	for _, name := range []string{infoFile, clusterFile} {
-		if err := d.write(name, files[name]); err != nil {
+	for _, f := range d.identity(n, nil) {
+		if err := d.write(f.name, f.content); err != nil {
 			return err
 		}
 	}

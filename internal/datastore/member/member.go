@@ -25,7 +25,8 @@ import (
 )
 
 // PeerProtocol is the ALPN name under which datastore daemons talk to each other on the port
-// that they share with dqlite. Connections without it are dqlite's.
+// that they share with dqlite. Connections without it are dqlite's. Without TLS, what speaks
+// HTTP/2 is theirs.
 const PeerProtocol = "microk8s-datastore-1"
 
 const (
@@ -56,13 +57,16 @@ type Member struct {
 	dqlite *dqlite.Node
 	listen net.Listener
 
-	leads  atomic.Bool // this node leads, as of the last poll
-	leader atomic.Bool // some node leads
+	leader  atomic.Pointer[client.NodeInfo] // who leads as of the last poll; nil: nobody
+	changed chan struct{}                   // has a value after leader changed
+	peers   *peerListener
+	dialTLS *tls.Config // nil without TLS
+	domain  uint64
+
+	asking, listing ownClient
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup
-
-	conns map[net.Conn]struct{} // both ends of proxied connections
 }
 
 // Start prepares the directory, starts the node and begins to listen on its address. It does
@@ -107,7 +111,10 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 
-	m := &Member{opt: opt, node: node, dir: d, conns: map[net.Conn]struct{}{}}
+	m := &Member{opt: opt, node: node, dir: d, domain: domain, changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
+	for _, c := range []*ownClient{&m.asking, &m.listing} {
+		c.m = m
+	}
 	if m.opt.SocketName == "" {
 		m.opt.SocketName = fmt.Sprintf("@dqlite-%d", node.ID)
 		if opt.SnapInstance != "" {
@@ -134,6 +141,10 @@ func Start(opt Options) (_ *Member, err error) {
 	}()
 	if m.opt.DisableTLS {
 		listenTLS, dialTLS = nil, nil
+	} else {
+		listenTLS.NextProtos = []string{PeerProtocol}
+		m.dialTLS = dialTLS.Clone()
+		m.dialTLS.NextProtos = []string{PeerProtocol}
 	}
 	strategy := dqlite.TrailingStrategyStatic
 	if tuning.Dynamic {
@@ -185,20 +196,6 @@ func (d directory) tuning() (Tuning, []string, error) {
 
 // Node is who this member is.
 func (m *Member) Node() Node { return m.node }
-
-// Members gives the members of the cluster as this node sees them.
-func (m *Member) Members() []peers.Member {
-	return []peers.Member{{
-		ID: m.node.ID, Address: m.node.Address, Role: peers.Role(m.node.Role),
-		Online: true, Leader: m.leads.Load(), Self: true, LastSeen: time.Now(),
-	}}
-}
-
-// HasLeader says whether this node knew of a leader when it was last asked, 100 ms ago at most.
-func (m *Member) HasLeader() bool { return m.leader.Load() }
-
-// Leads says whether this node led when it was last asked.
-func (m *Member) Leads() bool { return m.leads.Load() }
 
 // dialOwn connects to the own node.
 func (m *Member) dialOwn(ctx context.Context) (net.Conn, error) {
@@ -258,33 +255,28 @@ func (m *Member) watchLeader(ctx context.Context) {
 	defer m.wg.Done()
 	t := time.NewTicker(leaderPoll)
 	defer t.Stop()
-	var c *client.Client
 	for {
-		if c == nil {
-			c, _ = m.Client(ctx)
+		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
+		now, err := m.AskLeader(ask)
+		cancel()
+		if err != nil {
+			now = nil
 		}
-		known, own := false, false
-		if c != nil {
-			ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-			info, err := c.Leader(ask)
-			cancel()
-			if err != nil {
-				c.Close()
-				c = nil
-			} else if info != nil {
-				known, own = info.ID != 0, info.ID == m.node.ID
+		was := m.leader.Swap(now)
+		if (was == nil) != (now == nil) || now != nil && was.ID != now.ID {
+			if now != nil {
+				m.opt.Logger.Info("who leads has changed", "leader", now.Address, "self", now.ID == m.node.ID)
+			} else if ctx.Err() == nil {
+				m.opt.Logger.Info("nobody leads, as far as this member knows")
 			}
-		}
-		if was := m.leads.Swap(own); was != own {
-			m.opt.Logger.Info("leadership changed", "leads", own)
+			select {
+			case m.changed <- struct{}{}:
+			default:
+			}
 			m.rememberTerm()
 		}
-		m.leader.Store(known)
 		select {
 		case <-ctx.Done():
-			if c != nil {
-				c.Close()
-			}
 			return
 		case <-t.C:
 		}
@@ -317,7 +309,12 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 		m.wg.Add(1)
 		go func() {
 			defer m.wg.Done()
-			defer conn.Close()
+			given := false
+			defer func() {
+				if !given {
+					conn.Close()
+				}
+			}()
 			remote := conn
 			if config != nil {
 				t := tls.Server(conn, config)
@@ -329,6 +326,15 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 					return
 				}
 				remote = t
+				if t.ConnectionState().NegotiatedProtocol == PeerProtocol {
+					given = m.peers.give(ctx, t)
+					return
+				}
+			} else if p, http2 := peek(conn); http2 {
+				given = m.peers.give(ctx, p)
+				return
+			} else {
+				remote = p
 			}
 			local, err := m.dialOwn(ctx)
 			if err != nil {
@@ -385,6 +391,10 @@ func (m *Member) dialPeer(ctx context.Context, config *tls.Config) client.DialFu
 func (m *Member) Close() error {
 	m.stop()
 	m.listen.Close()
+	m.peers.Close()
+	for _, c := range []*ownClient{&m.asking, &m.listing} {
+		c.close()
+	}
 	err := m.dqlite.Close()
 	m.wg.Wait()
 	m.rememberTerm()

@@ -60,22 +60,33 @@ func TestIdentityRoundTrip(t *testing.T) {
 
 // A start that was interrupted after any of its steps is completed by the next.
 func TestInitializeIsRepeatable(t *testing.T) {
-	node := Node{ID: BootstrapID, Address: "127.0.0.1:19001"}
-	for _, done := range []string{"", infoFile, clusterFile} {
-		d := directory{t.TempDir()}
-		for name, text := range d.identity(node) {
-			if name == done || done == clusterFile {
-				if err := d.write(name, text); err != nil {
+	for _, tc := range []struct {
+		name, init string
+		cluster    []string
+		node       Node
+	}{
+		{"first", "Address: 127.0.0.1:19001\n", nil, Node{ID: BootstrapID, Address: "127.0.0.1:19001"}},
+		{"joining", "Address: 127.0.0.1:19001\nCluster: [10.0.0.1:19001]\n", []string{"10.0.0.1:19001"}, Node{ID: 7, Address: "127.0.0.1:19001", Role: 2}},
+	} {
+		files := directory{}.identity(tc.node, tc.cluster)
+		for done := range len(files) + 1 {
+			d := directory{t.TempDir()}
+			for _, f := range files[:done] {
+				if err := d.write(f.name, f.content); err != nil {
 					t.Fatal(err)
 				}
 			}
-		}
-		if err := d.write(initFile, "Address: 127.0.0.1:19001\n"); err != nil {
-			t.Fatal(err)
-		}
-		got, err := d.prepare(nil)
-		if err != nil || got != node || d.has(initFile) {
-			t.Errorf("after %q: %v, %v, %t", done, got, err, d.has(initFile))
+			if err := d.write(initFile, tc.init); err != nil {
+				t.Fatal(err)
+			}
+			got, err := d.prepare(nil)
+			known := tc.cluster == nil || done >= 2 // with info.yaml the id is known
+			if err != nil || got.Address != tc.node.Address || got.Role != tc.node.Role || got.ID == 0 || known && got != tc.node || d.has(initFile) {
+				t.Errorf("%s, after %d files: %v, %v, %t", tc.name, done, got, err, d.has(initFile))
+			}
+			if d.has(joinFile) != (tc.cluster != nil) {
+				t.Errorf("%s: the mark of a joining node: %t", tc.name, d.has(joinFile))
+			}
 		}
 	}
 }

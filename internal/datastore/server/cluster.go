@@ -16,13 +16,13 @@ func (s *Server) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberL
 
 // Status is part of the Maintenance service.
 func (s *Server) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
-	total, used := s.opt.Engine.Size()
+	total, used := s.opt.Backend.Size()
 	h := s.now()
 	resp := &pb.StatusResponse{
 		Header: h, Version: Version, StorageVersion: "3.7.0", DbSize: total, DbSizeInUse: used,
 		RaftIndex: uint64(h.Revision), RaftAppliedIndex: uint64(h.Revision), RaftTerm: h.RaftTerm,
 	}
-	if s.opt.Leader() {
+	if s.opt.Backend.HasLeader() {
 		resp.Leader = s.opt.MemberID
 	} else {
 		resp.Errors = []string{"etcdserver: no leader"}

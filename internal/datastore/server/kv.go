@@ -26,7 +26,7 @@ func (s *Server) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeRespon
 	if err := checkRange(r); err != nil {
 		return nil, err
 	}
-	if err := s.opt.Barrier(ctx); err != nil {
+	if err := s.barrier(ctx); err != nil {
 		return nil, toGRPC(err)
 	}
 	var resp *pb.RangeResponse
@@ -50,7 +50,7 @@ func (s *Server) RangeStream(r *pb.RangeRequest, stream grpc.ServerStreamingServ
 		r.MinModRevision != 0 || r.MaxModRevision != 0 || r.MinCreateRevision != 0 || r.MaxCreateRevision != 0 {
 		return status.Error(codes.Unimplemented, "etcdserver: RangeStream does not offer sort orders nor revision filters")
 	}
-	if err := s.opt.Barrier(stream.Context()); err != nil {
+	if err := s.barrier(stream.Context()); err != nil {
 		return toGRPC(err)
 	}
 	// The first look pins the revision and counts.
@@ -127,7 +127,7 @@ func (s *Server) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, er
 		return nil, err
 	}
 	if !writes(r) {
-		if err := s.opt.Barrier(ctx); err != nil {
+		if err := s.barrier(ctx); err != nil {
 			return nil, toGRPC(err)
 		}
 		var resp *pb.TxnResponse
@@ -151,7 +151,7 @@ func (s *Server) write(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, 
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	resp, err := s.opt.Engine.Txn(ctx, r, size)
+	resp, err := s.opt.Backend.Txn(ctx, r, size)
 	if err != nil {
 		return nil, toGRPC(err)
 	}
@@ -169,7 +169,7 @@ func (s *Server) sign(resp *pb.TxnResponse) {
 func (s *Server) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	if err := s.opt.Engine.Compact(ctx, r.Revision); err != nil {
+	if err := s.opt.Backend.Compact(ctx, r.Revision); err != nil {
 		return nil, toGRPC(err)
 	}
 	return &pb.CompactionResponse{Header: s.now()}, nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"time"
 
 	"microk8s/internal/datastore/state"
 
@@ -23,7 +22,7 @@ func (s *Server) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.L
 	ttl := max(r.TTL, 1)
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	id, err := s.opt.Engine.Grant(ctx, max(r.ID, 0), ttl)
+	id, err := s.opt.Backend.Grant(ctx, max(r.ID, 0), ttl)
 	if err != nil {
 		return nil, toGRPC(err)
 	}
@@ -34,7 +33,7 @@ func (s *Server) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.L
 func (s *Server) LeaseRevoke(ctx context.Context, r *pb.LeaseRevokeRequest) (*pb.LeaseRevokeResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	if err := s.opt.Engine.Revoke(ctx, r.ID); err != nil {
+	if err := s.opt.Backend.Revoke(ctx, r.ID); err != nil {
 		return nil, toGRPC(err)
 	}
 	return &pb.LeaseRevokeResponse{Header: s.now()}, nil
@@ -50,12 +49,16 @@ func (s *Server) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error {
 		if err != nil {
 			return err
 		}
-		resp := &pb.LeaseKeepAliveResponse{Header: s.now(), ID: r.ID}
-		if l, err := s.opt.Engine.Renew(r.ID); err == nil {
-			resp.TTL = l.TTL
-		} else if !errors.Is(err, state.ErrLeaseNotFound) {
+		resp := &pb.LeaseKeepAliveResponse{ID: r.ID}
+		ctx, cancel := context.WithTimeout(stream.Context(), requestTimeout)
+		resp.TTL, err = s.opt.Backend.Renew(ctx, r.ID)
+		cancel()
+		if errors.Is(err, state.ErrLeaseNotFound) {
+			resp.TTL = 0
+		} else if err != nil {
 			return toGRPC(err)
 		}
+		resp.Header = s.now()
 		if err := stream.Send(resp); err != nil {
 			return err
 		}
@@ -63,36 +66,25 @@ func (s *Server) LeaseKeepAlive(stream pb.Lease_LeaseKeepAliveServer) error {
 }
 
 // LeaseTimeToLive is part of the Lease service.
-func (s *Server) LeaseTimeToLive(_ context.Context, r *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
-	resp := &pb.LeaseTimeToLiveResponse{ID: r.ID, TTL: -1}
-	now := s.opt.Engine.Now()
-	_ = s.opt.Engine.View(func(st *state.State) error {
-		resp.Header = s.header(st.Rev())
-		l, ok := st.Lease(r.ID)
-		if !ok || l.Deadline.IsZero() {
-			return nil
-		}
-		resp.GrantedTTL = l.TTL
-		resp.TTL = max(int64(l.Deadline.Sub(now)/time.Second), 0)
-		if r.Keys {
-			for _, k := range st.LeaseKeys(r.ID) {
-				resp.Keys = append(resp.Keys, []byte(k))
-			}
-		}
-		return nil
-	})
+func (s *Server) LeaseTimeToLive(ctx context.Context, r *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	resp, err := s.opt.Backend.TimeToLive(ctx, r)
+	if err != nil {
+		return nil, toGRPC(err)
+	}
+	resp.Header = s.header(resp.Header.GetRevision())
 	return resp, nil
 }
 
 // LeaseLeases is part of the Lease service.
-func (s *Server) LeaseLeases(context.Context, *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
-	resp := &pb.LeaseLeasesResponse{}
-	_ = s.opt.Engine.View(func(st *state.State) error {
-		resp.Header = s.header(st.Rev())
-		for _, id := range st.Leases() {
-			resp.Leases = append(resp.Leases, &pb.LeaseStatus{ID: id})
-		}
-		return nil
-	})
+func (s *Server) LeaseLeases(ctx context.Context, _ *pb.LeaseLeasesRequest) (*pb.LeaseLeasesResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	resp, err := s.opt.Backend.Leases(ctx)
+	if err != nil {
+		return nil, toGRPC(err)
+	}
+	resp.Header = s.header(resp.Header.GetRevision())
 	return resp, nil
 }

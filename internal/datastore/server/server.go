@@ -32,7 +32,7 @@ const (
 	maxRequestBytes = 1536 * 1024
 	maxReceiveBytes = 16 << 20 // read at all, to answer "request is too large" by name
 	maxTxnOps       = 128
-	requestTimeout  = 7 * time.Second // for a write to become durable
+	requestTimeout  = 7 * time.Second // for a write to become durable, and for a read to be confirmed
 )
 
 // Options of a Server.
@@ -46,14 +46,31 @@ type Options struct {
 	// ProgressInterval is the period of progress notifications of idle watches that asked for them.
 	ProgressInterval time.Duration
 
-	// Leader says whether the node has a leader. Streams that require one end when it has
-	// had none for NoLeaderAfter. Nil means always.
-	Leader        func() bool
-	NoLeaderAfter time.Duration
+	// Backend is where the leader is.
+	Backend Backend
 
-	// Barrier returns when every write acknowledged before the call is in the engine. Nil
-	// is right with a single voter.
-	Barrier func(context.Context) error
+	// Streams that require a leader end when there has been none for NoLeaderAfter.
+	NoLeaderAfter time.Duration
+}
+
+// Backend carries out what only the leader can.
+type Backend interface {
+	// Txn evaluates a transaction of about size bytes and makes it durable.
+	Txn(ctx context.Context, r *pb.TxnRequest, size int) (*pb.TxnResponse, error)
+	Compact(ctx context.Context, rev int64) error
+	// Grant makes a lease of ttl seconds; an id of 0 is chosen.
+	Grant(ctx context.Context, id, ttl int64) (int64, error)
+	Revoke(ctx context.Context, id int64) error
+	// Renew starts the countdown of a lease anew and gives its seconds.
+	Renew(ctx context.Context, id int64) (int64, error)
+	TimeToLive(ctx context.Context, r *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error)
+	Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error)
+	// Barrier returns nil when every write acknowledged before the call is in the engine.
+	Barrier(ctx context.Context) error
+	// HasLeader says whether a leader is known.
+	HasLeader() bool
+	// Size is the size of the database in bytes, and how much of it is in use.
+	Size() (total, used int64)
 }
 
 // Server is the etcd API. Make it with New.
@@ -76,14 +93,8 @@ func New(opt Options) *Server {
 	if opt.ProgressInterval <= 0 {
 		opt.ProgressInterval = 5 * time.Second
 	}
-	if opt.Leader == nil {
-		opt.Leader = func() bool { return true }
-	}
 	if opt.NoLeaderAfter <= 0 {
 		opt.NoLeaderAfter = 3 * time.Second
-	}
-	if opt.Barrier == nil {
-		opt.Barrier = func(context.Context) error { return nil }
 	}
 	s := &Server{opt: opt, health: health.NewServer()}
 	s.stop, s.cancel = context.WithCancel(context.Background())
@@ -117,6 +128,13 @@ func (s *Server) Close() {
 	s.cancel()
 }
 
+// barrier waits until the engine has everything that was acknowledged before the call.
+func (s *Server) barrier(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	return s.opt.Backend.Barrier(ctx)
+}
+
 func (s *Server) header(rev int64) *pb.ResponseHeader {
 	return &pb.ResponseHeader{ClusterId: s.opt.ClusterID, MemberId: s.opt.MemberID, Revision: rev, RaftTerm: 1}
 }
@@ -144,8 +162,10 @@ func toGRPC(err error) error {
 		return rpctypes.ErrGRPCNoSpace
 	case errors.Is(err, engine.ErrNotApplied):
 		return rpctypes.ErrGRPCLeaderChanged
-	case errors.Is(err, engine.ErrStopped):
-		return rpctypes.ErrGRPCStopped
+	case errors.Is(err, engine.ErrUnknown):
+		return rpctypes.ErrGRPCTimeoutDueToLeaderFail
+	case errors.Is(err, engine.ErrNotLeading):
+		return rpctypes.ErrGRPCLeaderChanged
 	case errors.Is(err, context.DeadlineExceeded):
 		return rpctypes.ErrGRPCTimeout
 	case errors.Is(err, context.Canceled):

@@ -73,8 +73,6 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 			return toGRPC(ctx.Err())
 		case <-s.stop.Done():
 			return rpctypes.ErrGRPCStopped
-		case <-s.opt.Engine.Done():
-			return rpctypes.ErrGRPCStopped
 		case <-leaderless:
 			return rpctypes.ErrGRPCNoLeader
 		case <-received: //nolint:errcheck // how it ended makes no difference
@@ -110,7 +108,7 @@ func (s *Server) leaderless(ctx context.Context) <-chan struct{} {
 				return
 			case <-t.C:
 			}
-			if s.opt.Leader() {
+			if s.opt.Backend.HasLeader() {
 				last = time.Now()
 			} else if time.Since(last) >= s.opt.NoLeaderAfter {
 				close(lost)
@@ -260,7 +258,7 @@ func events(changes []state.Change, prev bool) []*mvccpb.Event {
 
 // progress answers a progress request: after all events up to the revision that it names.
 func (st *stream) progress() error {
-	if err := st.s.opt.Barrier(st.Context()); err != nil {
+	if err := st.s.barrier(st.Context()); err != nil {
 		return toGRPC(err)
 	}
 	rev := st.s.opt.Engine.Hub().Rev()

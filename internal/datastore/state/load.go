@@ -2,6 +2,7 @@ package state
 
 import (
 	"fmt"
+	"slices"
 )
 
 // Loader rebuilds a State from the versions that a log holds.
@@ -83,6 +84,23 @@ func (l *Loader) Done() (*State, []*Version) {
 	})
 	s.stagedRev = s.rev
 	return s, dead
+}
+
+// Versions gives all versions by rising revision and position, so that a Loader that begins
+// with the same compaction rebuilds the state from them. Nothing may be staged.
+func (s *State) Versions() []*Version {
+	var all []*Version
+	s.keys.Ascend(func(e *entry) bool {
+		all = append(all, e.vers...)
+		return true
+	})
+	slices.SortFunc(all, func(a, b *Version) int {
+		if d := cmp(a.KV.ModRevision, b.KV.ModRevision); d != 0 {
+			return d
+		}
+		return a.Sub - b.Sub
+	})
+	return all
 }
 
 // StageVersion stages a version that the log already holds: what another writer, or a write

@@ -6,6 +6,8 @@ package watch
 
 import (
 	"bytes"
+	"maps"
+	"slices"
 	"sync"
 
 	"microk8s/internal/datastore/state"
@@ -136,6 +138,27 @@ func (w *Watcher) note(c *state.Change) {
 	if w.mark == 0 && c.Rev() >= w.next && w.filter.matches(c) {
 		w.mark = c.Rev()
 		w.wake()
+	}
+}
+
+// Rewind tells the watchers to read the history up to a revision by themselves, because the
+// changes between are not known one by one. The source must hold them already, or know that
+// they have been compacted.
+func (h *Hub) Rewind(rev int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	from := h.rev + 1
+	h.rev = rev
+	if from > rev {
+		return
+	}
+	for _, m := range append(slices.Collect(maps.Values(h.exact)), h.ranges) {
+		for w := range m {
+			if w.mark == 0 && w.next <= rev {
+				w.mark = max(from, w.next)
+				w.wake()
+			}
+		}
 	}
 }
 

@@ -1,0 +1,262 @@
+package member
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/canonical/go-dqlite/v3/client"
+)
+
+// Leader gives who led when the own node was last asked, 100 ms ago at most; nil means that
+// it knew of nobody. A spare never knows: the leader sends it nothing.
+func (m *Member) Leader() *client.NodeInfo { return m.leader.Load() }
+
+// Changed has a value after Leader has changed.
+func (m *Member) Changed() <-chan struct{} { return m.changed }
+
+// Leads says whether this node led when it was last asked.
+func (m *Member) Leads() bool {
+	l := m.leader.Load()
+	return l != nil && l.ID == m.node.ID
+}
+
+// FailureDomain is what the file of this name said at the start.
+func (m *Member) FailureDomain() uint64 { return m.domain }
+
+// AskLeader asks the own node who leads, now. Nil means that it knows of nobody.
+func (m *Member) AskLeader(ctx context.Context) (who *client.NodeInfo, err error) {
+	err = m.asking.do(ctx, func(c *client.Client) error {
+		info, err := c.Leader(ctx)
+		if err == nil && info != nil && info.ID != 0 {
+			who = info
+		}
+		return err
+	})
+	return who, err
+}
+
+// Cluster asks the own node for the members. Only that of a leader is sure to be the latest.
+func (m *Member) Cluster(ctx context.Context) (nodes []client.NodeInfo, err error) {
+	err = m.listing.do(ctx, func(c *client.Client) error {
+		nodes, err = c.Cluster(ctx)
+		return err
+	})
+	return nodes, err
+}
+
+// Change asks the own node, which must lead, for a change of membership, role or leadership.
+func (m *Member) Change(ctx context.Context, fn func(*client.Client) error) error {
+	c, err := m.Client(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	return fn(c)
+}
+
+// Weight asks the own node for its weight.
+func (m *Member) Weight(ctx context.Context) (weight uint64, err error) {
+	err = m.listing.do(ctx, func(c *client.Client) error {
+		d, err := c.Describe(ctx)
+		if err == nil {
+			weight = d.Weight
+		}
+		return err
+	})
+	return weight, err
+}
+
+// ownClient is a connection to the own node for one question at a time. After an error it is
+// made anew: answers must not be taken for those of other questions.
+type ownClient struct {
+	m  *Member
+	mu sync.Mutex
+	c  *client.Client
+}
+
+func (o *ownClient) do(ctx context.Context, fn func(*client.Client) error) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if o.c == nil {
+		c, err := o.m.Client(ctx)
+		if err != nil {
+			return err
+		}
+		o.c = c
+	}
+	err := fn(o.c)
+	if err != nil {
+		o.c.Close()
+		o.c = nil
+	}
+	return err
+}
+
+func (o *ownClient) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.c != nil {
+		o.c.Close()
+		o.c = nil
+	}
+}
+
+// DialPeer connects to the daemon of another member.
+func (m *Member) DialPeer(ctx context.Context, address string) (net.Conn, error) {
+	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 3}}
+	conn, err := d.DialContext(ctx, "tcp", address)
+	if err != nil || m.dialTLS == nil {
+		return conn, err
+	}
+	t := tls.Client(conn, m.dialTLS)
+	if err := t.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("cannot agree on TLS with %s: %w; is its %s the same?", address, err, "cluster.crt")
+	}
+	if t.ConnectionState().NegotiatedProtocol != PeerProtocol {
+		conn.Close()
+		return nil, fmt.Errorf("%s is not a datastore of this version; members with upstream's k8s-dqlite cannot be in the same cluster", address)
+	}
+	return t, nil
+}
+
+// Peers listens for the daemons of other members.
+func (m *Member) Peers() net.Listener { return m.peers }
+
+// peerListener gives out connections that have been accepted elsewhere.
+type peerListener struct {
+	address string
+	conns   chan net.Conn
+	done    chan struct{}
+	once    sync.Once
+}
+
+func newPeerListener(address string) *peerListener {
+	return &peerListener{address: address, conns: make(chan net.Conn), done: make(chan struct{})}
+}
+
+// give hands a connection over; false means that nobody takes it.
+func (l *peerListener) give(ctx context.Context, c net.Conn) bool {
+	select {
+	case l.conns <- c:
+		return true
+	case <-l.done:
+	case <-ctx.Done():
+	case <-time.After(handshakeTimeout): // the daemon does not listen yet
+	}
+	return false
+}
+
+func (l *peerListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *peerListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return nil
+}
+
+type peerAddr string
+
+func (peerAddr) Network() string  { return "tcp" }
+func (a peerAddr) String() string { return string(a) }
+
+func (l *peerListener) Addr() net.Addr { return peerAddr(l.address) }
+
+// peeked is a connection whose first bytes have been read already.
+type peeked struct {
+	net.Conn
+	first []byte
+}
+
+func (p *peeked) Read(b []byte) (int, error) {
+	if len(p.first) > 0 {
+		n := copy(b, p.first)
+		p.first = p.first[n:]
+		return n, nil
+	}
+	return p.Conn.Read(b)
+}
+
+// peek looks whether a connection without TLS begins as HTTP/2 does. dqlite's protocol begins
+// with a small number.
+func peek(conn net.Conn) (net.Conn, bool) {
+	_ = conn.SetReadDeadline(time.Now().Add(handshakeTimeout))
+	first := make([]byte, 3)
+	n := 0
+	for n < len(first) {
+		k, err := conn.Read(first[n:])
+		n += k
+		if err != nil {
+			break
+		}
+	}
+	_ = conn.SetReadDeadline(time.Time{})
+	return &peeked{Conn: conn, first: first[:n]}, bytes.Equal(first, []byte("PRI"))
+}
+
+// Joining says whether this node has still to be added to the cluster.
+func (m *Member) Joining() bool { return m.dir.has(joinFile) }
+
+// Known gives the members of cluster.yaml. Of a node that is joining only the addresses are known.
+func (m *Member) Known() []Node {
+	nodes, _, err := read(m.dir, clusterFile, parseCluster)
+	if err != nil {
+		m.opt.Logger.Warn("cannot read the list of members", "error", err)
+	}
+	return nodes
+}
+
+// Remember writes the list of members, and this node's role, where tools and the next start
+// find them. The list must come from a leader.
+func (m *Member) Remember(members []Node) error {
+	if len(members) == 0 {
+		return errors.New("a list without members")
+	}
+	var list strings.Builder
+	for _, n := range members {
+		list.WriteString("- " + n.yaml("  "))
+		if n.ID == m.node.ID {
+			own := m.node
+			own.Role = n.Role
+			if err := m.dir.writeChanged(infoFile, own.yaml("")); err != nil {
+				return err
+			}
+		}
+	}
+	return m.dir.writeChanged(clusterFile, list.String())
+}
+
+// Joined ends the joining: the node is one of these members.
+func (m *Member) Joined(members []Node) error {
+	if err := m.Remember(members); err != nil {
+		return err
+	}
+	if err := os.Remove(m.dir.file(joinFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot remove %s: %w", m.dir.file(joinFile), err)
+	}
+	return nil
+}
+
+func (d directory) writeChanged(name, content string) error {
+	if old, err := os.ReadFile(d.file(name)); err == nil && string(old) == content {
+		return nil
+	}
+	return d.write(name, content)
+}

@@ -1,0 +1,352 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"microk8s/internal/datastore/engine"
+	"microk8s/internal/datastore/state"
+
+	"github.com/canonical/go-dqlite/v3/client"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+)
+
+// retryEvery is how long a call waits for a leader before it looks again by itself.
+const retryEvery = 50 * time.Millisecond
+
+// onLeader carries something out where the leader is: here, or there. It is tried again only
+// when it is known not to have happened.
+func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), there func(*grpc.ClientConn) (T, error)) (v T, err error) {
+	for {
+		turn := r.now()
+		if r.e.Leads() {
+			v, err = here()
+			if !errors.Is(err, engine.ErrNotLeading) {
+				return v, err
+			}
+		} else if f := r.following.Load(); f != nil {
+			v, err = there(f.conn)
+			if err == nil {
+				return v, nil
+			}
+			if !isNotLeading(err) {
+				return v, outcome(ctx, err)
+			}
+		}
+		wait := time.NewTimer(retryEvery)
+		select {
+		case <-turn:
+		case <-wait.C:
+		case <-ctx.Done():
+			wait.Stop()
+			return v, ctx.Err()
+		}
+		wait.Stop()
+	}
+}
+
+// outcome tells etcd's errors from those of the way there, after which nothing is known.
+func outcome(ctx context.Context, err error) error {
+	if s, ok := status.FromError(err); ok && strings.HasPrefix(s.Message(), "etcdserver: ") {
+		return err
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return engine.ErrUnknown
+}
+
+// Txn is part of server.Backend.
+func (r *Replica) Txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
+	return onLeader(r, ctx,
+		func() (*pb.TxnResponse, error) { return r.e.Txn(ctx, q, size) },
+		func(c *grpc.ClientConn) (*pb.TxnResponse, error) { return pb.NewKVClient(c).Txn(ctx, q) })
+}
+
+// Compact is part of server.Backend.
+func (r *Replica) Compact(ctx context.Context, rev int64) error {
+	_, err := onLeader(r, ctx,
+		func() (*empty, error) { return nil, r.e.Compact(ctx, rev) },
+		func(c *grpc.ClientConn) (*empty, error) {
+			_, err := pb.NewKVClient(c).Compact(ctx, &pb.CompactionRequest{Revision: rev})
+			if err == nil {
+				err = r.e.WaitCompacted(ctx, rev)
+			}
+			return nil, err
+		})
+	return err
+}
+
+// Grant is part of server.Backend.
+func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
+	return onLeader(r, ctx,
+		func() (int64, error) { return r.e.Grant(ctx, id, ttl) },
+		func(c *grpc.ClientConn) (int64, error) {
+			a, err := pb.NewLeaseClient(c).LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: ttl})
+			return a.GetID(), err
+		})
+}
+
+// Revoke is part of server.Backend.
+func (r *Replica) Revoke(ctx context.Context, id int64) error {
+	_, err := onLeader(r, ctx,
+		func() (*empty, error) { return nil, r.e.Revoke(ctx, id) },
+		func(c *grpc.ClientConn) (*empty, error) {
+			_, err := pb.NewLeaseClient(c).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+			return nil, err
+		})
+	return err
+}
+
+// Renew is part of server.Backend.
+func (r *Replica) Renew(ctx context.Context, id int64) (int64, error) {
+	return onLeader(r, ctx,
+		func() (int64, error) { return r.renewHere(ctx, id) },
+		func(c *grpc.ClientConn) (int64, error) {
+			ctx, cancel := context.WithCancel(ctx)
+			defer cancel()
+			s, err := pb.NewLeaseClient(c).LeaseKeepAlive(ctx)
+			if err != nil {
+				return 0, err
+			}
+			if err := s.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil {
+				return 0, err
+			}
+			a, err := s.Recv()
+			if err == nil && a.TTL == 0 {
+				err = state.ErrLeaseNotFound
+			}
+			return a.GetTTL(), err
+		})
+}
+
+// renewHere renews a lease if this daemon really leads: one that was deposed must not promise.
+func (r *Replica) renewHere(ctx context.Context, id int64) (int64, error) {
+	if err := r.confirm(ctx); err != nil {
+		return 0, engine.ErrNotLeading
+	}
+	l, err := r.e.Renew(id)
+	return l.TTL, err
+}
+
+// TimeToLive is part of server.Backend.
+func (r *Replica) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	return onLeader(r, ctx,
+		func() (*pb.LeaseTimeToLiveResponse, error) {
+			if err := r.confirm(ctx); err != nil {
+				return nil, engine.ErrNotLeading
+			}
+			return r.e.TimeToLive(q), nil
+		},
+		func(c *grpc.ClientConn) (*pb.LeaseTimeToLiveResponse, error) {
+			return pb.NewLeaseClient(c).LeaseTimeToLive(ctx, q)
+		})
+}
+
+// Leases is part of server.Backend.
+func (r *Replica) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
+	return onLeader(r, ctx,
+		func() (*pb.LeaseLeasesResponse, error) {
+			if err := r.confirm(ctx); err != nil {
+				return nil, engine.ErrNotLeading
+			}
+			return r.e.LeaseList(), nil
+		},
+		func(c *grpc.ClientConn) (*pb.LeaseLeasesResponse, error) {
+			return pb.NewLeaseClient(c).LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
+		})
+}
+
+// HasLeader is part of server.Backend.
+func (r *Replica) HasLeader() bool { return r.e.Leads() || r.following.Load() != nil }
+
+// Size is part of server.Backend: the leader's, as it said last.
+func (r *Replica) Size() (total, used int64) {
+	if r.e.Leads() {
+		return r.e.Size()
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.peers {
+		if p.last.Leads {
+			total, used = p.last.Size, p.last.InUse
+		}
+	}
+	return total, used
+}
+
+// Barrier is part of server.Backend: when it returns nil, the state has every write that
+// anybody acknowledged before the call.
+func (r *Replica) Barrier(ctx context.Context) error {
+	if r.opt.NoBarrier {
+		return nil
+	}
+	for {
+		turn := r.now()
+		if r.e.Leads() {
+			if r.confirm(ctx) == nil {
+				return nil
+			}
+		} else if f := r.following.Load(); f != nil {
+			if rev, err := f.barrier.wait(ctx, f.ctx); err == nil {
+				return r.e.WaitRev(ctx, rev)
+			}
+		}
+		wait := time.NewTimer(retryEvery)
+		select {
+		case <-turn:
+		case <-wait.C:
+		case <-ctx.Done():
+			wait.Stop()
+			return ctx.Err()
+		}
+		wait.Stop()
+	}
+}
+
+// confirm is the leader's half of Barrier.
+func (r *Replica) confirm(ctx context.Context) error {
+	if r.alone.Load() {
+		if !r.e.Leads() {
+			return engine.ErrNotLeading
+		}
+		return nil
+	}
+	_, err := r.confirms.wait(ctx, r.ctx)
+	return err
+}
+
+func (r *Replica) serveBarrier(ctx context.Context, _ *empty) (*barrierAnswer, error) {
+	if !r.e.Leads() || r.confirm(ctx) != nil {
+		return nil, notLeading
+	}
+	return &barrierAnswer{Rev: r.e.Rev()}, nil
+}
+
+var errNoMajority = errors.New("no majority of the voters names this member as the leader")
+
+// askVoters is nil when a majority of the voters, this node included, say after the call that
+// this node leads. Whether this node itself still does is checked after it.
+func (r *Replica) askVoters(ctx context.Context) error {
+	own := r.m.Node()
+	r.mu.Lock()
+	var ask []string
+	for _, n := range r.members {
+		if n.Role == int(client.Voter) && n.ID != own.ID {
+			ask = append(ask, n.Address)
+		}
+	}
+	r.mu.Unlock()
+	type vote struct {
+		id uint64
+		ok bool
+	}
+	votes := make(chan vote, len(ask))
+	round, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for _, address := range ask {
+		conn := r.connTo(address)
+		if conn == nil {
+			votes <- vote{}
+			continue
+		}
+		go func() {
+			a, err := call[whoAnswer](round, conn, "Who", &empty{})
+			if err != nil {
+				votes <- vote{}
+				return
+			}
+			votes <- vote{a.ID, a.LeaderID == own.ID}
+		}()
+	}
+	yes := map[uint64]bool{own.ID: true}
+	for n := 0; ; n++ {
+		if len(yes) > (len(ask)+1)/2 {
+			// The members may have changed since the list was made; the own node knows.
+			now, err := r.m.Cluster(ctx)
+			if err != nil {
+				return err
+			}
+			if majority(now, yes) {
+				return nil
+			}
+			r.wake()
+		}
+		if n == len(ask) {
+			return errNoMajority
+		}
+		select {
+		case v := <-votes:
+			if v.ok {
+				yes[v.id] = true
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// majority says whether more than half of the voters are in a set.
+func majority(members []client.NodeInfo, set map[uint64]bool) bool {
+	voters, in := 0, 0
+	for _, n := range members {
+		if n.Role == client.Voter {
+			voters++
+			if set[n.ID] {
+				in++
+			}
+		}
+	}
+	return in > voters/2
+}
+
+// leader is the Backend of what other daemons forward: it never forwards again.
+type leader struct{ r *Replica }
+
+func (l leader) Txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
+	v, err := l.r.e.Txn(ctx, q, size)
+	return v, refuse(err)
+}
+func (l leader) Compact(ctx context.Context, rev int64) error {
+	return refuse(l.r.e.Compact(ctx, rev))
+}
+func (l leader) Grant(ctx context.Context, id, ttl int64) (int64, error) {
+	v, err := l.r.e.Grant(ctx, id, ttl)
+	return v, refuse(err)
+}
+func (l leader) Revoke(ctx context.Context, id int64) error { return refuse(l.r.e.Revoke(ctx, id)) }
+func (l leader) Renew(ctx context.Context, id int64) (int64, error) {
+	v, err := l.r.renewHere(ctx, id)
+	return v, refuse(err)
+}
+func (l leader) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
+	if l.r.confirm(ctx) != nil {
+		return nil, notLeading
+	}
+	return l.r.e.TimeToLive(q), nil
+}
+func (l leader) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
+	if l.r.confirm(ctx) != nil {
+		return nil, notLeading
+	}
+	return l.r.e.LeaseList(), nil
+}
+func (l leader) Barrier(ctx context.Context) error {
+	if err := l.r.confirm(ctx); err != nil {
+		return notLeading
+	}
+	return nil
+}
+func (l leader) HasLeader() bool           { return l.r.e.Leads() }
+func (l leader) Size() (total, used int64) { return l.r.e.Size() }
+
+func refuse(err error) error {
+	if errors.Is(err, engine.ErrNotLeading) {
+		return notLeading
+	}
+	return err
+}
