@@ -211,7 +211,7 @@ func (b *Broker) hostnameProblem(ctx context.Context, j *joining) error {
 
 // clientProblem is about what a control-plane node must be able to do.
 func (b *Broker) clientProblem(req api.JoinRequest) error {
-	yes := func(p *bool) bool { return p != nil && *p }
+	yes := func(p *bool) bool { return p != nil && *p || req.Product == api.Product }
 	if b.external() {
 		if !yes(req.CanHandleCustomEtcd) {
 			return fail(http.StatusInternalServerError, api.CodeOldClient,

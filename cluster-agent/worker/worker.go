@@ -37,7 +37,8 @@ import (
 )
 
 const (
-	retry       = 5 * time.Minute  // after a failure
+	firstRetry  = 10 * time.Second // after a failure, then twice as long each time
+	lastRetry   = 5 * time.Minute  // up to this; a node that just joins is known to the cluster soon
 	longest     = 12 * time.Hour   // between two looks
 	callTimeout = 30 * time.Second // of one control-plane node
 	pause       = 5 * time.Second  // between two questions about the callback secret
@@ -70,6 +71,7 @@ func (k *Keeper) now() time.Time {
 func (k *Keeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	retry := firstRetry
 	for {
 		select {
 		case <-ctx.Done():
@@ -78,8 +80,10 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		next, err := k.Look(ctx)
 		if err != nil && ctx.Err() == nil {
-			k.Log.Error("cannot renew what the control plane gave to this node; trying again", "err", err, "in", retry)
-			next = retry
+			k.Log.Warn("cannot renew what the control plane gave to this node; trying again", "err", err, "in", retry)
+			next, retry = retry, min(2*retry, lastRetry)
+		} else {
+			retry = firstRetry
 		}
 		timer.Reset(next)
 	}
