@@ -65,7 +65,8 @@ build/components/coredns.stamp: scripts/components/coredns/main.go
 
 PEERS := etcd kine
 .PHONY: peers
-peers: $(PEERS:%=build/peers/%.stamp) ## Build what the datastore is compared with: etcd, and kine on SQLite
+peers: $(PEERS:%=build/peers/%.stamp) ## Get what we are compared with: etcd, kine on SQLite, HAProxy
+	scripts/components/haproxy/build build/haproxy
 
 build/peers/%.stamp: scripts/components/%/go.mod scripts/components/%/go.sum | deps
 	@mkdir -p build/peers
