@@ -19,6 +19,7 @@ import (
 
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/launchconf"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/node"
 	"microk8s/cluster-agent/renewal"
@@ -38,6 +39,7 @@ type Flags struct {
 	Timeout                 time.Duration
 	Metrics                 bool
 	MinTLS                  uint16
+	Launch                  bool // watch for launch configurations
 }
 
 // Parse reads the command line. Help goes to out, and gives pflag.ErrHelp.
@@ -53,6 +55,8 @@ func Parse(argv []string, out io.Writer) (Flags, error) {
 	set.IntVar(&seconds, "timeout", 240, "seconds that one call may take")
 	set.BoolVar(&f.Metrics, "enable-metrics", false, "serve /metrics")
 	set.StringVar(&minTLS, "min-tls-version", "tls12", "tls12 or tls13")
+	set.BoolVar(&f.Launch, "launch-configurations-enable", true, "apply the launch configurations that appear in $SNAP_COMMON/etc/launcher")
+	set.Duration("launch-configurations-interval", 5*time.Second, "has no effect: new launch configurations are noticed at once")
 	if err := set.Parse(argv); err != nil {
 		return f, err
 	}
@@ -129,11 +133,20 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		keeper := &renewal.Keeper{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
 		return keeper.Run(ctx)
 	})
+	if f.Launch {
+		group.Go(func() error {
+			return (&launchconf.Applier{Env: env, Services: services, Run: node.Runner(env), Log: log}).Watch(ctx)
+		})
+	}
 	if isWorker {
 		group.Go(func() error { return remote.Run(ctx) })
 	} else {
 		group.Go(func() error {
-			return (&callback.Keeper{Env: env, Keys: callback.Keys{Core: core}, Node: name, Log: log}).Run(ctx)
+			keeper := &callback.Keeper{Env: env, Keys: callback.Keys{Core: core}, Node: name, Log: log}
+			keeper.Connected = func(ctx context.Context) error {
+				return tokenstore.Adopt(ctx, env, tokenstore.Secret{Core: core}, time.Now().UTC())
+			}
+			return keeper.Run(ctx)
 		})
 	}
 	return group.Wait()

@@ -115,6 +115,8 @@ type Keeper struct {
 	Keys Keys
 	Node string
 	Log  *slog.Logger
+	// Connected is called each time the API server answers again; it may be nil.
+	Connected func(ctx context.Context) error
 }
 
 // Run goes on until ctx ends.
@@ -146,6 +148,11 @@ func (k *Keeper) watch(ctx context.Context) error {
 		return err
 	}
 	defer w.Stop()
+	if k.Connected != nil {
+		if err := k.Connected(ctx); err != nil {
+			return err
+		}
+	}
 	for e := range w.ResultChan() {
 		secret, ok := e.Object.(*corev1.Secret)
 		if !ok || len(secret.Data[keyName]) != token.CallbackKeySize {

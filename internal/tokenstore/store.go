@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +39,65 @@ const PersistentFile = "persistent-join-tokens.json"
 // Open gives the tokens as a control-plane node sees them: the cluster's, then its own file's.
 func Open(env snapenv.Env, core func() (*kube.Core, error)) *Store {
 	return &Store{Backends: []Backend{Secret{Core: core}, File{Path: env.Credential(PersistentFile)}}}
+}
+
+// upstreamFile, in credentials/, is where upstream's launch configurations leave persistent
+// tokens, one on a line. Appliances write it themselves.
+const upstreamFile = "persistent-cluster-tokens.txt"
+
+// Adopt hands the tokens that were written down on this node over to the cluster, so that every
+// control-plane node knows them, and no file holds them any more.
+func Adopt(ctx context.Context, env snapenv.Env, cluster Backend, now time.Time) error {
+	file := File{Path: env.Credential(PersistentFile)}
+	path := env.Credential(upstreamFile)
+	data, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot read the persistent tokens: %w", err)
+	}
+	var own State
+	err = file.Update(ctx, func(st *State) error {
+		for line := range strings.Lines(string(data)) {
+			text, _, limited := strings.Cut(strings.TrimSpace(line), "|")
+			if tok, err := token.Parse(text); err == nil && !limited {
+				if _, err := st.Add(tok, Record{Uses: Unlimited}, now); err != nil {
+					return err
+				}
+			}
+		}
+		own = *st
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(data) > 0 {
+		if err := os.Remove(path); err != nil {
+			return fmt.Errorf("cannot remove tokens that are kept elsewhere now: %w", err)
+		}
+	}
+	if len(own.Records) == 0 {
+		return nil
+	}
+	err = cluster.Update(ctx, func(st *State) error {
+		if st.Records == nil {
+			st.Records = map[token.ID]*Record{}
+		}
+		for id, r := range own.Records {
+			if _, there := st.Records[id]; !there {
+				st.Records[id] = r
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return file.Update(ctx, func(st *State) error {
+		for id := range own.Records {
+			delete(st.Records, id)
+		}
+		return nil
+	})
 }
 
 func (s *Store) now() time.Time {
