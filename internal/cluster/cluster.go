@@ -24,6 +24,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/journal"
+	"microk8s/internal/kube"
 	"microk8s/internal/pki"
 	"microk8s/internal/service"
 	"microk8s/internal/setup/access"
@@ -50,8 +51,12 @@ type Node struct {
 	Hostname  func() (string, error)
 	Addresses func() ([]net.IP, error)
 	Now       func() time.Time
+	// Kube makes a client of the API server that a kubeconfig names, or of another at server.
+	Kube func(file, server string) (*kube.Core, error)
 	// Dial makes connections to other nodes.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+
+	removeWait time.Duration // of the removal of a member, during which leadership may move
 }
 
 func (n *Node) defaults() {
@@ -69,6 +74,12 @@ func (n *Node) defaults() {
 	}
 	if n.Now == nil {
 		n.Now = time.Now
+	}
+	if n.Kube == nil {
+		n.Kube = n.kube
+	}
+	if n.removeWait == 0 {
+		n.removeWait = 30 * time.Second
 	}
 	if n.Dial == nil {
 		n.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext

@@ -225,9 +225,6 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	return s.takeBackendBack()
 }
 
-// removeWait bounds the removal of a member, during which leadership may have to move.
-const removeWait = 30 * time.Second
-
 // removeMember takes the member with this address out of the datastore, asking those that the
 // directory knows and others.
 func (n *Node) removeMember(ctx context.Context, storage, address string, others []string) error {
@@ -245,7 +242,7 @@ func (n *Node) removeMember(ctx context.Context, storage, address string, others
 	if err := store.Set(ctx, list); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, removeWait)
+	ctx, cancel := context.WithTimeout(ctx, n.removeWait)
 	defer cancel()
 	dial := dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config)
 	if err := peers.RemoveFrom(ctx, store, dial, address); err != nil && !errors.Is(err, peers.ErrNotMember) {

@@ -84,7 +84,7 @@ func (s *joinRun) waitForNode(ctx context.Context) error {
 	}
 	var last *corev1.Node
 	get := func(ctx context.Context) error {
-		c, err := s.kube(file, "")
+		c, err := s.Kube(file, "")
 		if err != nil {
 			return &finalError{err}
 		}
@@ -116,7 +116,7 @@ func (s *joinRun) waitForNode(ctx context.Context) error {
 func (s *joinRun) deleteNodeObject(ctx context.Context, a *answer, name string) error {
 	var errs []error
 	for _, server := range a.apiServers() {
-		c, err := s.kube("client.config", server)
+		c, err := s.Kube("client.config", server)
 		if err == nil {
 			err = deleteNode(ctx, c, name)
 		}

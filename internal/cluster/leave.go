@@ -283,7 +283,7 @@ func (s *leaveRun) wait(ctx context.Context) error {
 		return nil
 	}
 	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
-		c, err := s.kube("client.config", "")
+		c, err := s.Kube("client.config", "")
 		if err != nil {
 			return err
 		}

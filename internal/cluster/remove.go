@@ -92,7 +92,7 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 	if err != nil {
 		return nil, err
 	}
-	c, err := n.kube("client.config", "")
+	c, err := n.Kube("client.config", "")
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +163,7 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 }
 
 func (n *Node) deleteNode(ctx context.Context, p *removeParams) error {
-	c, err := n.kube("client.config", "")
+	c, err := n.Kube("client.config", "")
 	if err != nil {
 		return err
 	}
@@ -173,5 +173,5 @@ func (n *Node) deleteNode(ctx context.Context, p *removeParams) error {
 // revoke changes the key of the nodes' callback secrets, which a control-plane node could read.
 // Whether it was one cannot be told of a node that has left, so it is done for every node.
 func (n *Node) revoke(ctx context.Context) error {
-	return callback.Keys{Core: func() (*kube.Core, error) { return n.kube("client.config", "") }}.Rotate(ctx)
+	return callback.Keys{Core: func() (*kube.Core, error) { return n.Kube("client.config", "") }}.Rotate(ctx)
 }
