@@ -3,6 +3,7 @@
 package labtest
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"hash/crc32"
@@ -65,14 +66,29 @@ type Host struct {
 }
 
 // Node creates and starts a host, without starting the product. If the test fails, its logs are
-// kept in build/test-logs/<test>/<host>.
+// kept in build/test-logs/<test>/<host>. An API server on it ends when what it serves from its
+// caches is not what is stored, and the test fails.
 func Node(t testing.TB, l *lab.Lab, name string, opt lab.Options) Host {
 	t.Helper()
 	if err := l.Up(t.Context(), name, opt); err != nil {
 		t.Fatal(err)
 	}
 	h := Host{l, name}
+	environ := filepath.Join(h.Root(name), "var/snap/microk8s/current/args/kubelite-env")
+	err := os.MkdirAll(filepath.Dir(environ), 0o770)
+	if err == nil {
+		err = os.WriteFile(environ, []byte("KUBE_WATCHCACHE_CONSISTENCY_CHECKER=true\n"), 0o660)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
+		logs, _ := filepath.Glob(filepath.Join(h.Root(name), "var/snap/microk8s/common/var/log/kubelite*.log"))
+		for _, log := range logs {
+			if data, err := os.ReadFile(log); err == nil && bytes.Contains(data, []byte("Cache consistency check failed")) {
+				t.Errorf("%s: a cache of the API server differs from the datastore", log)
+			}
+		}
 		if t.Failed() {
 			h.KeepLogs(t)
 		}
