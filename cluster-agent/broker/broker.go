@@ -21,7 +21,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"strings"
 	"sync"
 	"time"
 
@@ -32,6 +31,7 @@ import (
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/agentport"
 	"microk8s/internal/args"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -309,8 +309,8 @@ func (b *Broker) agentPort() string { return agentport.Of(b.Env) }
 
 // external says that the datastore is an etcd of the user's.
 func (b *Broker) external() bool {
-	servers := b.argument("kube-apiserver", "etcd-servers")
-	return servers != "" && !strings.Contains(servers, "/var/kubernetes/backend/kine.sock:12379")
+	_, external := etcdargs.External(b.Env)
+	return external
 }
 
 func fingerprint(pemText []byte) string {

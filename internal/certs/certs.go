@@ -339,6 +339,7 @@ func (s *Store) writeChanged(path string, data []byte) error {
 type wanted struct {
 	csr
 	rendered []byte
+	written  csr // the part that people have written into csr.conf.template
 }
 
 // names renders csr.conf.template for this machine, and lists what each serving
@@ -358,6 +359,10 @@ func (s *Store) names() (map[string]wanted, error) {
 	addresses, err := s.opts.Addresses()
 	if err != nil {
 		return nil, err
+	}
+	written, err := parseCSR(template)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use %s: %w", path, err)
 	}
 	rendered, err := renderCSR(template, slices.Concat(services, addresses))
 	if err != nil {
@@ -379,15 +384,17 @@ func (s *Store) names() (map[string]wanted, error) {
 	if err != nil {
 		return nil, err
 	}
-	front := server
+	front, frontWritten := server, written
 	front.subject = pkix.Name{CommonName: FrontProxyClient}
+	frontWritten.subject = front.subject
+	node := pkix.Name{CommonName: "system:node:" + hostname, Organization: []string{"system:nodes"}}
 	return map[string]wanted{
-		Server:           {csr: server, rendered: rendered},
-		FrontProxyClient: {csr: front},
-		Kubelet: {csr: csr{
-			subject: pkix.Name{CommonName: "system:node:" + hostname, Organization: []string{"system:nodes"}},
-			dns:     []string{hostname}, ips: append([]net.IP{net.IPv4(127, 0, 0, 1)}, addresses...),
-		}},
+		Server:           {csr: server, rendered: rendered, written: written},
+		FrontProxyClient: {csr: front, written: frontWritten},
+		Kubelet: {
+			csr:     csr{subject: node, dns: []string{hostname}, ips: append([]net.IP{net.IPv4(127, 0, 0, 1)}, addresses...)},
+			written: csr{subject: node},
+		},
 	}, nil
 }
 
@@ -427,8 +434,13 @@ func (s *Store) reason(sp spec, want wanted) (why string, old bool, err error) {
 	if !now.Before(pki.RenewalTime(cert)) && cert.NotAfter.Before(ca.NotAfter) {
 		return "it ends on " + cert.NotAfter.Format(time.DateOnly), true, nil
 	}
-	if sp.server && !s.env.Locked(snapenv.LockNoReissue) {
-		if missing := want.missingFrom(cert); missing != "" {
+	if sp.server {
+		// A member of a cluster does not follow its addresses, but does follow what people write.
+		needed := want.csr
+		if s.env.Locked(snapenv.LockNoReissue) {
+			needed = want.written
+		}
+		if missing := needed.missingFrom(cert); missing != "" {
 			return missing + " is to be added to it", false, nil
 		}
 		if sp.name == Server && s.nameRemoved(want) {
@@ -439,7 +451,7 @@ func (s *Store) reason(sp spec, want wanted) (why string, old bool, err error) {
 }
 
 // missingFrom names something that the certificate should carry and does not.
-func (w wanted) missingFrom(cert *x509.Certificate) string {
+func (w csr) missingFrom(cert *x509.Certificate) string {
 	for _, name := range w.dns {
 		if !slices.Contains(cert.DNSNames, name) {
 			return name

@@ -215,6 +215,11 @@ func TestRenewal(t *testing.T) {
 		{"a name more", func(t *testing.T, n *node) {
 			write(t, n.env.Cert("csr.conf.template"), strings.Replace(string(CSRTemplate), "IP.1 =", "DNS.99 = api.example.org\nIP.1 =", 1))
 		}, []string{Server, FrontProxyClient}, nil},
+		{"a name and an address more in a cluster", func(t *testing.T, n *node) {
+			write(t, n.env.Lock(snapenv.LockNoReissue), "")
+			n.addresses = append(n.addresses, net.IPv4(10, 9, 8, 8))
+			write(t, n.env.Cert("csr.conf.template"), strings.Replace(string(CSRTemplate), "IP.1 =", "DNS.99 = api.example.org\nIP.99 = 192.0.2.7\nIP.1 =", 1))
+		}, []string{Server, FrontProxyClient}, nil},
 		{"a name less", func(t *testing.T, n *node) {
 			write(t, n.env.Cert("csr.conf.template"), strings.Replace(string(CSRTemplate), "DNS.4 = kubernetes.default.svc.cluster\n", "", 1))
 		}, []string{Server}, nil},

@@ -18,6 +18,7 @@ import (
 	"microk8s/internal/agentport"
 	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/service"
@@ -96,8 +97,16 @@ func IsMember(env snapenv.Env) bool {
 	if env.Locked(snapenv.LockWorker) || len(members(env.BackendLive())) > 1 {
 		return true
 	}
+	// Of an etcd that several nodes share nothing here says who they are: this node has joined,
+	// or others have asked it to.
 	_, err := os.Stat(filepath.Join(env.ClusterDir(), saved))
-	return err == nil && env.Locked(snapenv.LockNoDqlite) // one that shares an external etcd
+	return sharesEtcd(env) && (err == nil || env.Locked(snapenv.LockNoReissue))
+}
+
+// sharesEtcd says whether the cluster's datastore is an etcd that is none of its nodes'.
+func sharesEtcd(env snapenv.Env) bool {
+	_, external := etcdargs.External(env)
+	return external || env.Locked(snapenv.LockNoDqlite)
 }
 
 // resumeJoin deals with what an interrupted command has left.

@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"microk8s/apiserver-proxy/config"
+	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/journal"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -115,7 +117,7 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 		}
 		return nil, ErrNotMember
 	}
-	if n.Env.Locked(snapenv.LockNoDqlite) {
+	if sharesEtcd(n.Env) {
 		return p, nil // the datastore is not the cluster's nodes'
 	}
 	p.Member = ownMember(n.Env.BackendLive())
@@ -242,12 +244,38 @@ func (s *leaveRun) forget(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := s.ownDatastore(); err != nil {
+		return err
+	}
 	if data, err := os.ReadFile(s.Env.CNIManifest()); err == nil && strings.HasPrefix(string(data), foreignCNI) {
 		if err := os.Remove(s.Env.CNIManifest()); err != nil {
 			return err
 		}
 	}
 	return s.unlock(snapenv.LockNoReissue, snapenv.LockWorker, snapenv.LockNoDqlite)
+}
+
+// ownDatastore points the API server at this node's datastore where it still uses an etcd, as on
+// the node that had it first: the arguments of the others were put back to what they were.
+func (s *leaveRun) ownDatastore() error {
+	if _, external := etcdargs.External(s.Env); !external {
+		return nil
+	}
+	path := s.Env.Args("kube-apiserver")
+	f, err := args.Load(path, args.GrammarFor("kube-apiserver"))
+	if err != nil {
+		return err
+	}
+	if err := f.Set("etcd-servers", etcdargs.Own); err != nil {
+		return err
+	}
+	for _, flag := range []string{"etcd-cafile", "etcd-certfile", "etcd-keyfile"} {
+		f.Unset(flag)
+	}
+	if err := f.Save(path); err != nil {
+		return err
+	}
+	return os.Remove(path + ".backup")
 }
 
 // emptyExcept removes what is in a folder, but not the named files.

@@ -15,7 +15,6 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
-	"microk8s/internal/snapenv"
 )
 
 // RemoveOptions say which node to remove.
@@ -116,7 +115,7 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 			return nil, ErrNoAddress
 		}
 	}
-	if !n.Env.Locked(snapenv.LockNoDqlite) {
+	if !sharesEtcd(n.Env) {
 		all, err := peers.Members(ctx, n.Env.BackendLive())
 		if err != nil {
 			return nil, fmt.Errorf("cannot remove the node: %w", err)

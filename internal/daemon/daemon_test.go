@@ -191,6 +191,9 @@ func TestNothingToDo(t *testing.T) {
 		}, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockNoDqlite), "") }, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockLowMemory), "") }, false},
+		{"k8s-dqlite", func(t *testing.T, n *node) {
+			n.put(t, n.env.Args("kube-apiserver"), "--etcd-servers=https://10.0.0.1:2379\n")
+		}, false},
 		{"k8s-dqlite", func(t *testing.T, n *node) { remove(t, n.env.Args("k8s-dqlite")) }, false},
 		{"kubelite", func(t *testing.T, n *node) { remove(t, n.env.Lock(snapenv.LockLite)) }, false},
 		{"kubelite", func(t *testing.T, n *node) { n.put(t, n.env.Lock(snapenv.LockLowMemory), "") }, false},

@@ -16,6 +16,7 @@ import (
 
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
@@ -244,6 +245,9 @@ var datastoreLimits = []struct {
 func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 	if p.Env.Locked(snapenv.LockNoDqlite) {
 		return nothingToDo("this node has no part in the datastore")
+	}
+	if endpoints, external := etcdargs.External(p.Env); external {
+		return nothingToDo("the datastore is the etcd at " + strings.Join(endpoints, ", "))
 	}
 	if err := p.lowMemory(); err != nil {
 		return err

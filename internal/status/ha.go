@@ -9,8 +9,8 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/snapenv"
 )
 
@@ -56,7 +56,7 @@ const highlyAvailable = 3
 // readHA reads what the datastore's own files say of its members. Missing files give no
 // members, never an error: the node may be about to start for the first time.
 func readHA(env snapenv.Env) HA {
-	if ep, external := externalEndpoints(env); external {
+	if ep, external := etcdargs.External(env); external {
 		return HA{Endpoints: ep}
 	}
 	if !env.Locked(snapenv.LockHA) || env.Locked(snapenv.LockWorker) {
@@ -87,27 +87,6 @@ func readHA(env snapenv.Env) HA {
 	}
 	ha.Enabled = voters >= highlyAvailable
 	return ha
-}
-
-// externalEndpoints gives the addresses of an etcd that is not ours, where the API server is
-// configured for one.
-func externalEndpoints(env snapenv.Env) ([]string, bool) {
-	f, err := args.Load(env.Args("kube-apiserver"), args.GrammarFor("kube-apiserver"))
-	if err != nil {
-		return nil, false
-	}
-	value, ok := f.Value("etcd-servers", env.Lookup)
-	if !ok || strings.Contains(value, "var/kubernetes/backend/kine.sock") {
-		return nil, false
-	}
-	var out []string
-	for ep := range strings.SplitSeq(value, ",") {
-		if _, after, ok := strings.Cut(ep, "://"); ok {
-			ep = after
-		}
-		out = append(out, strings.Trim(ep, `"' `))
-	}
-	return out, true
 }
 
 // haProblems says which members are silent, and what may still be lost.

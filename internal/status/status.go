@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/internal/certs"
+	"microk8s/internal/etcdargs"
 	"microk8s/internal/journal"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -346,7 +347,8 @@ func Expected(env snapenv.Env, name string) bool {
 	worker := env.Locked(snapenv.LockWorker)
 	switch name {
 	case service.Datastore:
-		return !worker && !env.Locked(snapenv.LockNoDqlite)
+		_, external := etcdargs.External(env)
+		return !worker && !external && !env.Locked(snapenv.LockNoDqlite)
 	case service.Proxy:
 		return worker
 	}
