@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -39,8 +40,8 @@ const (
 	// stopGrace is how long daemons may take to end in good order; service managers kill
 	// after 30 s.
 	stopGrace = 15 * time.Second
-	// unreadyGrace is the same while the API server is not ready: it may wait for a datastore
-	// that does not come, without heeding anything, and nobody has been served yet.
+	// unreadyGrace is the same while the API server is not ready, or has lost its datastore: it
+	// may wait for that without heeding anything, and nobody can be served.
 	unreadyGrace = time.Second
 )
 
@@ -146,7 +147,23 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		return runNetwork(ctx, env, kubeletArgs, words, log)
 	})
 	group.Start(parsed[daemons.Kubelet])
-	return group.Wait(stopGrace)
+	return group.WaitFor(func() time.Duration {
+		// snapd stops services by their names, the datastore before this one; without it the
+		// API server's good order is to wait for what cannot come, until leases are lost.
+		if f.startControlPlane && datastoreGone(env) {
+			return unreadyGrace
+		}
+		return stopGrace
+	})
+}
+
+// datastoreGone says that the node's own datastore runs no more; one elsewhere is not looked at.
+func datastoreGone(env snapenv.Env) bool {
+	conn, err := net.DialTimeout("unix", env.DatastoreSocket(), time.Second)
+	if err == nil {
+		conn.Close()
+	}
+	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // readArgs reads the argument file of each daemon to be run, and adds what this host needs

@@ -138,6 +138,11 @@ func (g *Group) Failed() error {
 // their context and gives them the grace time for it. The error names the daemon that ended
 // by itself; it is nil after an orderly stop.
 func (g *Group) Wait(grace time.Duration) error {
+	return g.WaitFor(func() time.Duration { return grace })
+}
+
+// WaitFor is [Group.Wait] with a grace time that is asked for when the end begins.
+func (g *Group) WaitFor(graceTime func() time.Duration) error {
 	var first error
 	select {
 	case <-g.ctx.Done():
@@ -149,6 +154,7 @@ func (g *Group) Wait(grace time.Duration) error {
 		}
 	}
 	g.stop()
+	grace := graceTime()
 	timeout := time.NewTimer(grace)
 	defer timeout.Stop()
 	for len(g.run) > 0 {
