@@ -40,7 +40,7 @@ func (t *Text) UnmarshalYAML(n *yaml.Node) error {
 		n = n.Alias
 	}
 	if n.Kind != yaml.ScalarNode {
-		return fmt.Errorf("line %d: a text is wanted here", n.Line)
+		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: a text is wanted here", n.Line)}} // collected with others
 	}
 	*t = Text(n.Value)
 	if n.Tag == "!!null" {
@@ -152,7 +152,9 @@ func Parse(data []byte) (docs []Document, warnings []string, err error) {
 		var d Document
 		if err := raw.Decode(&d); err != nil {
 			errs = append(errs, fmt.Errorf("document %d: could not parse configuration: %w", number, err))
-			continue
+			if mismatch := new(yaml.TypeError); !errors.As(err, &mismatch) {
+				continue
+			} // the rest of it was read, and may have mistakes too
 		}
 		for _, unknown := range unknownFields(&raw) {
 			warnings = append(warnings, fmt.Sprintf("document %d: the field %s is not known and has no effect", number, unknown))

@@ -16,7 +16,7 @@ import (
 )
 
 // Dir is where a running node looks for configurations: *.yaml, in the order of their names.
-func Dir(env snapenv.Env) string { return filepath.Join(env.Common, "etc/launcher") }
+func Dir(env snapenv.Env) string { return env.LaunchDir() }
 
 // Times of a Watch.
 const (

@@ -25,6 +25,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -384,7 +385,14 @@ func (s *Set) enableDefaults(ctx context.Context) error {
 	if !apierrors.IsNotFound(err) {
 		return fmt.Errorf("cannot find out whether the default addons were enabled: %w", err)
 	}
-	for _, name := range defaults {
+	// A user's own launch configuration says what is to be on; the cluster agent sees to it.
+	names := defaults
+	for _, file := range []string{s.Env.LaunchFile(snapenv.LaunchInstall), s.Env.LaunchFile(snapenv.LaunchInstall + ".applied")} {
+		if _, err := os.Lstat(file); err == nil {
+			names = nil
+		}
+	}
+	for _, name := range names {
 		a, _, err := Find(s.catalog, CoreRepository+"/"+name)
 		if err != nil {
 			return err

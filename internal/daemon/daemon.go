@@ -25,6 +25,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
 
@@ -123,6 +124,11 @@ func (p *Preparer) Prepare(ctx context.Context, name string) (*Command, error) {
 	}
 	if !p.Env.Locked(snapenv.LockInstalled) {
 		return nil, fmt.Errorf("cannot start %s: the node is not set up yet; run: sudo microk8s start", name)
+	}
+	if name != "containerd" { // containers may go on, whatever cluster they are of
+		if err := setup.CheckIdentity(p.Env); err != nil {
+			return nil, fmt.Errorf("cannot start %s: %w", name, err)
+		}
 	}
 	cmd := &Command{Path: p.Env.Bin(name), Dir: p.Env.Data}
 	if err := prepare(ctx, cmd); err != nil {

@@ -81,7 +81,7 @@ func (s *Snapctl) Status(ctx context.Context) ([]State, error) {
 			continue
 		}
 		st := unitState(strings.TrimSuffix(name, ".service"), properties)
-		if st.Phase == Backoff || st.Phase == Failed || st.Restarts > 0 {
+		if st.Phase == Backoff || st.Phase == Failed {
 			st.LastWords = s.lastWords(ctx, st.Name)
 		}
 		found[st.Name] = st

@@ -19,6 +19,10 @@ type Env struct {
 	Data   string // per-revision data, /var/snap/microk8s/<revision>
 	Common string // data that is never copied nor rolled back, /var/snap/microk8s/common
 
+	// UserCommon is the calling user's own data, ~/snap/microk8s/common: root's in hooks and
+	// services.
+	UserCommon string
+
 	// Host is the root of the file system that holds the paths outside the snap
 	// (/var/lib/kubelet and so on): "/" except in tests.
 	Host string
@@ -34,9 +38,10 @@ type Env struct {
 
 // Default directories when snapd does not say otherwise (cli.md 0.5).
 const (
-	DefaultSnap   = "/snap/microk8s/current"
-	DefaultData   = "/var/snap/microk8s/current"
-	DefaultCommon = "/var/snap/microk8s/common"
+	DefaultSnap       = "/snap/microk8s/current"
+	DefaultData       = "/var/snap/microk8s/current"
+	DefaultCommon     = "/var/snap/microk8s/common"
+	DefaultUserCommon = "/root/snap/microk8s/common"
 )
 
 // FromEnviron makes an Env from SNAP, SNAP_DATA and the other variables of cli.md 0.5, as
@@ -49,27 +54,29 @@ func FromEnviron(getenv func(string) string) Env {
 		return def
 	}
 	return Env{
-		Snap:     or("SNAP", DefaultSnap),
-		Data:     or("SNAP_DATA", DefaultData),
-		Common:   or("SNAP_COMMON", DefaultCommon),
-		Host:     "/",
-		Name:     or("SNAP_NAME", "microk8s"),
-		Version:  getenv("SNAP_VERSION"),
-		Revision: getenv("SNAP_REVISION"),
-		Snapd:    getenv("SNAP_COOKIE") != "" || getenv("SNAP_INSTANCE_NAME") != "",
+		Snap:       or("SNAP", DefaultSnap),
+		Data:       or("SNAP_DATA", DefaultData),
+		Common:     or("SNAP_COMMON", DefaultCommon),
+		Host:       "/",
+		Name:       or("SNAP_NAME", "microk8s"),
+		UserCommon: or("SNAP_USER_COMMON", DefaultUserCommon),
+		Version:    getenv("SNAP_VERSION"),
+		Revision:   getenv("SNAP_REVISION"),
+		Snapd:      getenv("SNAP_COOKIE") != "" || getenv("SNAP_INSTANCE_NAME") != "",
 	}
 }
 
 // Under gives an Env whose every path, those of the host included, lies below root. For tests.
 func Under(root string) Env {
 	return Env{
-		Snap:     filepath.Join(root, DefaultSnap),
-		Data:     filepath.Join(root, DefaultData),
-		Common:   filepath.Join(root, DefaultCommon),
-		Host:     root,
-		Name:     "microk8s",
-		Version:  "v0.0.0-test",
-		Revision: "x1",
+		Snap:       filepath.Join(root, DefaultSnap),
+		Data:       filepath.Join(root, DefaultData),
+		Common:     filepath.Join(root, DefaultCommon),
+		UserCommon: filepath.Join(root, DefaultUserCommon),
+		Host:       root,
+		Name:       "microk8s",
+		Version:    "v0.0.0-test",
+		Revision:   "x1",
 	}
 }
 
@@ -210,6 +217,19 @@ func (e Env) BackendLive() string { return filepath.Join(e.Common, "var/kubernet
 func (e Env) DatastoreSocket() string { return filepath.Join(e.Backend(), "kine.sock:12379") }
 
 // In $SNAP_COMMON.
+
+// LaunchDir is where the cluster agent finds launch configurations, $SNAP_COMMON/etc/launcher.
+func (e Env) LaunchDir() string { return filepath.Join(e.Common, "etc/launcher") }
+
+// LaunchFile is one of them.
+func (e Env) LaunchFile(name string) string { return filepath.Join(e.LaunchDir(), name) }
+
+// LaunchInstall is the one that came with the installation. Its name with .applied behind it
+// is what it is called when all of it was applied.
+const LaunchInstall = "install.yaml"
+
+// IdentityFile says as part of which cluster the services were started last.
+func (e Env) IdentityFile() string { return filepath.Join(e.Common, "var/identity.json") }
 
 // RunDir is $SNAP_COMMON/run: sockets and state that do not outlive a boot.
 func (e Env) RunDir() string { return filepath.Join(e.Common, "run") }

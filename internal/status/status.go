@@ -291,7 +291,10 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 		case service.Running:
 			// One that takes a while to fail runs most of the time.
 			if s.Restarts > 0 && now.Sub(s.Since) < justStarted {
-				what = fmt.Sprintf("service %s has ended and was started again (%s)", s.Name, s.LastExit)
+				what = fmt.Sprintf("service %s has ended and was started again", s.Name)
+				if s.LastExit != "" {
+					what += " (" + s.LastExit + ")"
+				}
 				if s.LastWords != "" {
 					what += ", its last words were: " + words(s.LastWords)
 				}
