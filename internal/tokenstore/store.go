@@ -54,6 +54,9 @@ func Adopt(ctx context.Context, env snapenv.Env, cluster Backend, now time.Time)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot read the persistent tokens: %w", err)
 	}
+	if _, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) && len(data) == 0 {
+		return nil
+	}
 	var own State
 	err = file.Update(ctx, func(st *State) error {
 		for line := range strings.Lines(string(data)) {

@@ -1,0 +1,137 @@
+// Package kubetest is a small API server for tests: Secrets with resource versions and
+// watches, and the Nodes that a test sets. It knows no authorization.
+package kubetest
+
+import (
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
+
+	"microk8s/internal/kube"
+)
+
+// Server is the API server. Its fields may be changed with Lock held.
+type Server struct {
+	sync.Mutex
+	Nodes   []corev1.Node
+	Secrets map[string]*corev1.Secret // of kube-system, by name
+	Writes  int                       // that were done
+	Down    bool                      // every call fails
+
+	version  int
+	watchers map[chan *corev1.Secret]string
+	url      string
+}
+
+// New starts a server that ends with the test.
+func New(t *testing.T) *Server {
+	t.Helper()
+	s := &Server{Secrets: map[string]*corev1.Secret{}, watchers: map[chan *corev1.Secret]string{}}
+	h := httptest.NewServer(s)
+	t.Cleanup(func() {
+		h.CloseClientConnections()
+		h.Close()
+	})
+	s.url = h.URL
+	return s
+}
+
+// Core makes a client.
+func (s *Server) Core() (*kube.Core, error) { return kube.New(&rest.Config{Host: s.url}) }
+
+func status(w http.ResponseWriter, code int, reason metav1.StatusReason) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(metav1.Status{
+		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: reason, Code: int32(code),
+	})
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.Lock()
+	defer s.Unlock()
+	if s.Down {
+		status(w, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable)
+		return
+	}
+	answer := func(v any) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v)
+	}
+	const secrets = "/api/v1/namespaces/kube-system/secrets"
+	switch {
+	case r.URL.Path == "/api/v1/nodes":
+		answer(corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}, Items: s.Nodes})
+	case r.URL.Path == secrets && r.Method == http.MethodGet:
+		s.watch(w, r)
+	case strings.HasPrefix(r.URL.Path, secrets) && r.Method == http.MethodGet:
+		if have := s.Secrets[strings.TrimPrefix(r.URL.Path, secrets+"/")]; have != nil {
+			answer(have)
+			return
+		}
+		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	case strings.HasPrefix(r.URL.Path, secrets):
+		var in corev1.Secret
+		if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+			status(w, http.StatusBadRequest, metav1.StatusReasonBadRequest)
+			return
+		}
+		old := s.Secrets[in.Name]
+		switch {
+		case r.Method == http.MethodPost && old != nil:
+			status(w, http.StatusConflict, metav1.StatusReasonAlreadyExists)
+			return
+		case r.Method == http.MethodPut && (old == nil || old.ResourceVersion != in.ResourceVersion):
+			status(w, http.StatusConflict, metav1.StatusReasonConflict)
+			return
+		}
+		s.version++
+		s.Writes++
+		in.ResourceVersion = strconv.Itoa(s.version)
+		in.TypeMeta = metav1.TypeMeta{Kind: "Secret", APIVersion: "v1"}
+		s.Secrets[in.Name] = &in
+		for c, name := range s.watchers {
+			if name == in.Name {
+				c <- in.DeepCopy()
+			}
+		}
+		answer(&in)
+	default:
+		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	}
+}
+
+// watch follows one Secret, from what there is on. It is called with the lock held.
+func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
+	name := strings.TrimPrefix(r.URL.Query().Get("fieldSelector"), "metadata.name=")
+	events := make(chan *corev1.Secret, 100)
+	s.watchers[events] = name
+	if have := s.Secrets[name]; have != nil {
+		events <- have.DeepCopy()
+	}
+	s.Unlock()
+	defer func() {
+		s.Lock()
+		delete(s.watchers, events)
+	}()
+	w.Header().Set("Content-Type", "application/json")
+	w.(http.Flusher).Flush()
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case secret := <-events:
+			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": secret})
+			w.(http.Flusher).Flush()
+		}
+	}
+}
