@@ -45,10 +45,15 @@ const shutdownTimeout = 30 * time.Second
 
 // Main runs the program and returns its exit status.
 func Main(args []string, stdout, stderr io.Writer, getenv func(string) string) int {
+	return run(args, stdout, stderr, getenv, Faults{})
+}
+
+func run(args []string, stdout, stderr io.Writer, getenv func(string) string, faults Faults) int {
 	// SIGPWR is what lxd sends to containers.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGQUIT, unix.SIGPWR)
 	defer stop()
 	cmd := NewCommand(args, func(cmd *cobra.Command, c *Config) error {
+		c.faults = faults
 		log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.Level}))
 		return Run(cmd.Context(), c, getenv("SNAP_INSTANCE_NAME"), log, nil)
 	}, versions)
@@ -100,13 +105,13 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	}
 	m, err := member.Start(member.Options{
 		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
-		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, SocketName: c.socketName,
+		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, SocketName: c.socketName, FromOwn: c.faults.FromOwn,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, NoBarrier: c.noBarrier})
+	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, NoBarrier: c.faults.NoBarrier, Twice: c.faults.Twice})
 	defer r.Close()
 	e := r.Engine()
 	serving, stopServing := context.WithCancel(context.Background())

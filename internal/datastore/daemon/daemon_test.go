@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -31,8 +33,15 @@ import (
 
 // The test binary is also the daemon, for tests that kill it.
 func TestMain(m *testing.M) {
-	if os.Getenv("TEST_K8S_DQLITE") == "1" {
-		os.Exit(Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
+	switch os.Getenv("TEST_K8S_DQLITE") {
+	case "1":
+		var faults Faults
+		if err := json.Unmarshal([]byte(cmp.Or(os.Getenv("TEST_FAULTS"), "{}")), &faults); err != nil {
+			panic(err)
+		}
+		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, os.Getenv, faults))
+	case "tool":
+		os.Exit(Tool(os.Args[1:], os.Stdout, os.Stderr))
 	}
 	// Clients that outlive their daemon complain at length.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))

@@ -36,12 +36,19 @@ type Config struct {
 
 	ProgressInterval time.Duration
 
-	noBarrier bool // a fault of tests that check the checker
+	faults Faults
 
 	socketName string // of the C node; tests run several in one network namespace
 
 	// Warnings are about flags that are accepted and have no effect.
 	Warnings []string
+}
+
+// Faults are what tests do to a daemon. They cannot be set from outside.
+type Faults struct {
+	NoBarrier bool // reads are answered without a round
+	Twice     bool // groups are applied twice
+	FromOwn   bool // see member.Options
 }
 
 // accepted flags that mean nothing here: the engine has neither a connection pool nor event

@@ -174,6 +174,11 @@ func (o *options) process(ctx context.Context, database, input string) (string, 
 			return "", err
 		}
 		return "", o.remove(ctx, args[0])
+	case ".transfer":
+		if err := usage(1, 1, "ADDRESS"); err != nil {
+			return "", err
+		}
+		return "", o.transfer(ctx, args[0])
 	case ".describe":
 		if err := usage(1, 1, "ADDRESS"); err != nil {
 			return "", err
@@ -275,6 +280,28 @@ func (o *options) leader(ctx context.Context) (string, error) {
 
 func (o *options) remove(ctx context.Context, address string) error {
 	return peers.RemoveFrom(ctx, o.store, o.dial, address)
+}
+
+// transfer moves leadership to the voter with an address.
+func (o *options) transfer(ctx context.Context, address string) error {
+	c, err := o.findLeader(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	members, err := c.Cluster(ctx)
+	if err != nil {
+		return fmt.Errorf("cannot list the members: %w", err)
+	}
+	for _, m := range members {
+		if m.Address == address {
+			if err := c.Transfer(ctx, m.ID); err != nil {
+				return fmt.Errorf("cannot move leadership to %s: %w", address, err)
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("no member has the address %q", address)
 }
 
 func (o *options) describe(ctx context.Context, address string) (string, error) {

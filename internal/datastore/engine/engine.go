@@ -60,6 +60,10 @@ type Options struct {
 	// the same for somebody else. Nil means always.
 	Alone func() bool
 
+	// Twice makes the engine apply every group twice. It is a fault of tests that check what
+	// finds such faults.
+	Twice bool
+
 	// Compacted is called, and must not block, after a compaction.
 	Compacted func()
 
@@ -635,12 +639,24 @@ func (e *Engine) write(ctx context.Context, group []*job) {
 		j.err = j.stage(e.st)
 	}
 	e.mu.Unlock()
+	again := e.st.Staged()
 	if err := e.flush(ctx); err != nil {
 		for _, j := range group {
 			if j.err == nil {
 				j.err = err
 			}
 		}
+	} else if e.opt.Twice {
+		e.mu.Lock()
+		for _, c := range again {
+			if !c.Cur.Deleted() {
+				_, _ = e.st.Stage(&pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{
+					RequestPut: &pb.PutRequest{Key: c.Cur.KV.Key, Value: c.Cur.KV.Value, Lease: c.Cur.KV.Lease},
+				}}}})
+			}
+		}
+		e.mu.Unlock()
+		_ = e.flush(ctx)
 	}
 	for _, j := range group {
 		close(j.done)

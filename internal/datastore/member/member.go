@@ -43,6 +43,10 @@ type Options struct {
 	TLSSessionCache int    // entries; 0 means none
 	DisableTLS      bool   // between members; only for tests of clusters on a trusted wire
 
+	// FromOwn makes connections to other members come from the own address, so that tests on
+	// one machine can cut members off from each other.
+	FromOwn bool
+
 	// SocketName is the abstract Unix socket of the C node, with its "@". Default:
 	// "@dqlite-<id>", or "@snap.<instance>.dqlite-<id>" when SnapInstance is set, because
 	// AppArmor allows nothing else inside a snap.
@@ -367,7 +371,7 @@ func (m *Member) join(ctx context.Context, a, b net.Conn) {
 // spoken by a copying goroutine on the other end of a socket pair.
 func (m *Member) dialPeer(ctx context.Context, config *tls.Config) client.DialFunc {
 	return func(dial context.Context, address string) (net.Conn, error) {
-		var d net.Dialer
+		d := m.dialer()
 		conn, err := d.DialContext(dial, "tcp", address)
 		if err != nil || config == nil {
 			return conn, err

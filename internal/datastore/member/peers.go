@@ -112,10 +112,17 @@ func (o *ownClient) close() {
 	}
 }
 
+func (m *Member) dialer() *net.Dialer {
+	d := &net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 3}}
+	if host, _, err := net.SplitHostPort(m.node.Address); err == nil && m.opt.FromOwn {
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(host)}
+	}
+	return d
+}
+
 // DialPeer connects to the daemon of another member.
 func (m *Member) DialPeer(ctx context.Context, address string) (net.Conn, error) {
-	d := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: time.Second, Interval: time.Second, Count: 3}}
-	conn, err := d.DialContext(ctx, "tcp", address)
+	conn, err := m.dialer().DialContext(ctx, "tcp", address)
 	if err != nil || m.dialTLS == nil {
 		return conn, err
 	}

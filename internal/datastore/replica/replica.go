@@ -57,9 +57,8 @@ type Options struct {
 	// ClusterID goes into the headers of answers to other daemons.
 	ClusterID uint64
 
-	// Faults of tests that check the checker: reads without a barrier, and groups of another
-	// daemon taken over twice.
-	NoBarrier bool
+	// Faults of tests that check the checker: reads without a barrier, groups applied twice.
+	NoBarrier, Twice bool
 }
 
 // Replica is this daemon's part of the datastore. Its methods may be called from any goroutine.
@@ -111,7 +110,7 @@ func Start(opt Options) *Replica {
 		peers: map[string]*peer{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, NoSpace: r.noSpace, Compacted: r.turned})
+	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, NoSpace: r.noSpace, Compacted: r.turned, Twice: opt.Twice})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
