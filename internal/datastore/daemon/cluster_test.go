@@ -24,6 +24,8 @@ type testMember struct {
 	cmd          *exec.Cmd
 	client       *clientv3.Client
 	args         []string
+	log          string   // of all its lives
+	env          []string // the name of the C node's socket stays in all lives
 }
 
 // testCluster is several daemons on loopback addresses.
@@ -85,14 +87,41 @@ func (c *testCluster) prepare(args ...string) *testMember {
 		init += "Cluster: [" + strings.Join(list, ", ") + "]\n"
 	}
 	writeFile(c.t, filepath.Join(m.dir, "init.yaml"), []byte(init))
+	m.log = filepath.Join(c.t.TempDir(), "log")
+	m.env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
+	c.t.Cleanup(func() {
+		if m.cmd != nil {
+			m.cmd.Process.Kill()
+		}
+		if text, err := os.ReadFile(m.log); err == nil && c.t.Failed() {
+			if dir := os.Getenv("TEST_LOGS"); dir != "" {
+				os.WriteFile(filepath.Join(dir, strings.TrimSuffix(m.address, ":19001")), text, 0o600)
+			}
+			c.t.Logf("end of the log of %s:\n%s", m.address, text[max(0, len(text)-20000):])
+		}
+	})
 	c.members = append(c.members, m)
 	return m
 }
 
+// launch starts a member's process.
 func (c *testCluster) launch(m *testMember) {
-	c.t.Helper()
-	os.Remove(filepath.Join(m.dir, "kine.sock:12379"))
-	m.cmd = launch(c.t, m.dir, m.args...)
+	socket := filepath.Join(m.dir, "kine.sock:12379")
+	os.Remove(socket)
+	cmd := exec.Command(os.Args[0], append([]string{"--storage-dir", m.dir, "--listen", "unix://" + socket}, m.args...)...)
+	cmd.Env, cmd.SysProcAttr = m.env, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	log, err := os.OpenFile(m.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		c.t.Error(err)
+		return
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		c.t.Error(err)
+		return
+	}
+	m.cmd = cmd
 }
 
 func (c *testCluster) start(m *testMember) {
@@ -298,5 +327,270 @@ func TestThreeMembers(t *testing.T) {
 	c.waitRoles(3)
 	if got := old.get(t, "/w/2"); got != "after" {
 		t.Errorf("after its return, it reads %q", got)
+	}
+}
+
+// roleOf gives what a member says of itself.
+func (m *testMember) roleOf(t *testing.T) (role peers.Role, ok bool) {
+	for _, p := range m.list(t) {
+		if p.Self {
+			return p.Role, true
+		}
+	}
+	return 0, false
+}
+
+// With five members two stand by. A voter that dies is replaced, and one that comes back takes
+// what is left; a removed member is gone from every list, and refused.
+func TestFiveMembers(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 5)
+	count := func(role peers.Role) (n int) {
+		for _, p := range c.leader().list(t) {
+			if p.Role == role && p.Online {
+				n++
+			}
+		}
+		return n
+	}
+	within(t, "two members stand by", func() bool { return count(peers.StandBy) == 2 })
+	leader := c.leader()
+	var voter *testMember
+	for _, m := range c.members {
+		if r, _ := m.roleOf(t); r == peers.Voter && m != leader {
+			voter = m
+		}
+	}
+	replaced := func(m *testMember) bool {
+		for _, p := range c.leader().list(t) {
+			if p.Address == m.address && p.Role == peers.Voter {
+				return false
+			}
+		}
+		return count(peers.Voter) == 3
+	}
+	voter.kill(t)
+	begin := time.Now()
+	within(t, "the voter is replaced", func() bool { return replaced(voter) })
+	t.Logf("a dead voter was replaced after %v", time.Since(begin))
+	c.start(voter)
+	within(t, "it stands by", func() bool { r, ok := voter.roleOf(t); return ok && r == peers.StandBy })
+
+	leader.kill(t)
+	begin = time.Now()
+	within(t, "the leader is replaced", func() bool { return replaced(leader) })
+	t.Logf("a dead leader was replaced after %v", time.Since(begin))
+
+	other := c.leader()
+	if err := peers.Remove(testContext(t), other.dir, leader.address); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "it is gone from the lists", func() bool {
+		for _, m := range c.members {
+			for _, p := range m.list(t) {
+				if m != leader && p.Address == leader.address {
+					return false
+				}
+			}
+		}
+		return true
+	})
+	// It does not come back by being started.
+	c.launch(leader)
+	within(t, "it says that it was removed", func() bool {
+		text, _ := os.ReadFile(leader.log)
+		return strings.Contains(string(text), "was removed from the cluster") || strings.Contains(string(text), "not a member of the datastore")
+	})
+	other.put(t, "/still", "works")
+}
+
+// Of two members only the leader votes. When it stops, the other goes on alone; when it is
+// back, it is the spare.
+func TestTwoMembers(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	a := c.leader()
+	b := c.other(a)
+	if r, _ := b.roleOf(t); r != peers.Spare {
+		t.Errorf("the second member is a %s", r)
+	}
+	b.put(t, "/k", "1")
+	a.terminate(t)
+	b.put(t, "/k", "2")
+	c.start(a)
+	if got := a.get(t, "/k"); got != "2" {
+		t.Errorf("the member that came back reads %q", got)
+	}
+	within(t, "it does not vote", func() bool { r, ok := a.roleOf(t); return ok && r == peers.Spare })
+	// The only voter leaves, while it leads.
+	if err := peers.Remove(testContext(t), a.dir, b.address); err != nil {
+		t.Fatal(err)
+	}
+	b.kill(t)
+	a.put(t, "/k", "3")
+	if got := a.get(t, "/k"); got != "3" {
+		t.Errorf("the last member reads %q", got)
+	}
+	within(t, "one member is left, and votes", func() bool {
+		l := a.list(t)
+		return len(l) == 1 && l[0].Role == peers.Voter && l[0].Leader
+	})
+}
+
+// A stop hands leadership over: writes through others go on without an election.
+func TestHandover(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 4)
+	old := c.leader()
+	other := c.other(old)
+	other.put(t, "/k", "1")
+	old.terminate(t)
+	other.put(t, "/k", "2")
+	text, err := os.ReadFile(old.log)
+	if err != nil || !strings.Contains(string(text), "handing leadership over") || strings.Contains(string(text), "stay with this member") {
+		t.Errorf("leadership was not handed over: %v\n%s", err, text)
+	}
+	// The stand-by took the place of the voter before that one ended, and not after a time.
+	voters := 0
+	for _, p := range other.list(t) {
+		if p.Role == peers.Voter && p.Address != old.address {
+			voters++
+		}
+	}
+	if voters != 3 {
+		t.Errorf("%d voters are left", voters)
+	}
+}
+
+// Leases live on when the leader dies: their keys go, and not too early.
+func TestLeaseAcrossFailover(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	old := c.leader()
+	other := c.other(old)
+	const ttl = 4
+	lease, err := other.client.Grant(testContext(t), ttl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := time.Now()
+	if _, err := other.client.Put(testContext(t), "/leased", "x", clientv3.WithLease(lease.ID)); err != nil {
+		t.Fatal(err)
+	}
+	w := other.client.Watch(testContext(t), "/leased", clientv3.WithCreatedNotify())
+	<-w
+	old.kill(t)
+	for r := range w {
+		if err := r.Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, ev := range r.Events {
+			if ev.Type == clientv3.EventTypeDelete {
+				if lived := time.Since(begin); lived < ttl*time.Second {
+					t.Errorf("the key lived for %v only", lived)
+				}
+				return
+			}
+		}
+	}
+	t.Fatal("the watch ended")
+}
+
+// A node waits for its cluster, says for whom, and joins when it is there. One whose address
+// belongs to a member is not added.
+func TestJoinWaitsAndIsRefused(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	first := c.members[0]
+	first.put(t, "/k", "1")
+	first.terminate(t)
+	second := c.prepare()
+	c.launch(second)
+	within(t, "it says whom it asks", func() bool {
+		text, _ := os.ReadFile(second.log)
+		return strings.Contains(string(text), "cannot join") && strings.Contains(string(text), first.address)
+	})
+	c.start(first)
+	c.serves(second)
+	if got := second.get(t, "/k"); got != "1" {
+		t.Errorf("the new member reads %q", got)
+	}
+	second.kill(t)
+	again := c.prepare()
+	again.address = second.address
+	writeFile(t, filepath.Join(again.dir, "init.yaml"), []byte("Address: "+second.address+"\nCluster: ["+first.address+"]\n"))
+	c.launch(again)
+	within(t, "it is refused", func() bool {
+		text, _ := os.ReadFile(again.log)
+		return strings.Contains(string(text), "is the address or the id of a member already")
+	})
+	if n := len(first.list(t)); n != 2 {
+		t.Errorf("there are %d members", n)
+	}
+}
+
+// All members killed at once under load: what was acknowledged is there.
+func TestKillAllUnderLoad(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	var mu sync.Mutex
+	acked := map[string]int64{}
+	ctx, cancel := context.WithCancel(testContext(t))
+	enough := make(chan struct{})
+	var wg sync.WaitGroup
+	for i, m := range c.members {
+		for j := range 4 {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				for k := 0; ; k++ {
+					key := fmt.Sprintf("/a/%d-%d-%d", i, j, k)
+					r, err := m.client.Put(ctx, key, strings.Repeat("x", 1000))
+					if err != nil {
+						return
+					}
+					mu.Lock()
+					acked[key] = r.Header.Revision
+					if len(acked) == 2000 {
+						close(enough)
+					}
+					mu.Unlock()
+				}
+			}()
+		}
+	}
+	select {
+	case <-enough:
+	case <-ctx.Done():
+		t.Fatal("too few writes were acknowledged")
+	}
+	for _, m := range c.members {
+		if err := m.cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, m := range c.members {
+		m.cmd.Wait()
+	}
+	cancel()
+	wg.Wait()
+	for _, m := range c.members {
+		c.launch(m)
+	}
+	for _, m := range c.members {
+		c.serves(m)
+		r, err := m.client.Get(testContext(t), "/a/", clientv3.WithPrefix())
+		if err != nil {
+			t.Fatal(err)
+		}
+		stored := map[string]int64{}
+		for _, kv := range r.Kvs {
+			stored[string(kv.Key)] = kv.ModRevision
+		}
+		for k, rev := range acked {
+			if stored[k] != rev {
+				t.Fatalf("%s was acknowledged at %d and is at %d on %s", k, rev, stored[k], m.address)
+			}
+		}
 	}
 }

@@ -33,6 +33,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/grpclog"
 )
 
 // HealthKey and HealthValue are what the API server's probe reads.
@@ -52,6 +53,8 @@ func run(args []string, stdout, stderr io.Writer, getenv func(string) string, fa
 	// SIGPWR is what lxd sends to containers.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGQUIT, unix.SIGPWR)
 	defer stop()
+	// What gRPC says of connections that fail is said by the callers, with the reason.
+	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	cmd := NewCommand(args, func(cmd *cobra.Command, c *Config) error {
 		c.faults = faults
 		log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.Level}))
