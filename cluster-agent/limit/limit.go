@@ -106,7 +106,7 @@ func (l *Limiter) note(from netip.Addr) (*source, time.Duration) {
 	}
 	s := l.sources[from]
 	if s == nil {
-		l.makeRoom(now)
+		l.makeRoom()
 		s = &source{}
 		l.sources[from] = s
 	}
@@ -126,22 +126,22 @@ func (l *Limiter) note(from netip.Addr) (*source, time.Duration) {
 	return s, wait
 }
 
-// makeRoom forgets quiet sources, and where there are none the one that was quiet longest.
-func (l *Limiter) makeRoom(now time.Time) {
+// makeRoom forgets the quietest of a few sources. Looking at all of them would make work for
+// who sends from everywhere.
+func (l *Limiter) makeRoom() {
 	if len(l.sources) < sources {
 		return
 	}
+	const few = 8
 	var oldest netip.Addr
-	for a, s := range l.sources {
-		if s.waiting == 0 && now.Sub(s.last) > or(l.Forget, Forget) {
-			delete(l.sources, a)
-			continue
-		}
-		if !oldest.IsValid() || s.last.Before(l.sources[oldest].last) {
+	looked := 0
+	for a, s := range l.sources { // in no particular order
+		if s.waiting == 0 && (!oldest.IsValid() || s.last.Before(l.sources[oldest].last)) {
 			oldest = a
 		}
+		if looked++; looked >= few && oldest.IsValid() {
+			break
+		}
 	}
-	if len(l.sources) >= sources {
-		delete(l.sources, oldest)
-	}
+	delete(l.sources, oldest)
 }

@@ -1,0 +1,192 @@
+package fanout
+
+import (
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
+	"microk8s/internal/kube/kubetest"
+	"microk8s/internal/pki"
+	"microk8s/internal/pki/pkitest"
+	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
+)
+
+// agents are fake agents of some nodes, each with a real certificate, on 127.0.0.x and one port.
+type agents struct {
+	t     *testing.T
+	api   *kubetest.Server
+	c     *Cluster
+	maker pki.Maker
+	ca    *x509.Certificate
+	caKey *rsa.PrivateKey
+	port  string
+
+	mu    sync.Mutex
+	calls map[string][]string // by node: path, secret and body
+}
+
+func newAgents(t *testing.T) *agents {
+	t.Helper()
+	a := &agents{t: t, api: kubetest.New(t), maker: pkitest.Maker(nil), calls: map[string][]string{}}
+	env := snapenv.Under(t.TempDir())
+	if err := os.MkdirAll(env.CertsDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a.ca, a.caKey = a.newCA()
+	if err := os.WriteFile(env.Cert("ca.crt"), pki.EncodeCert(a.ca.Raw), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.9:0") // a port that is free on the others too, most likely
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, a.port, _ = net.SplitHostPort(l.Addr().String())
+	l.Close()
+	a.c = &Cluster{Env: env, Core: a.api.Core, Port: a.port}
+	return a
+}
+
+func (a *agents) newCA() (*x509.Certificate, *rsa.PrivateKey) {
+	key, err := a.maker.Key(2048)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	der, err := a.maker.Issue(pki.Request{Subject: pkix.Name{CommonName: "10.152.183.1"}, Days: 1, CA: true}, key.Public(), nil, key)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return cert, key
+}
+
+// node adds a node to the cluster; with subject it also has an agent with that certificate.
+func (a *agents) node(name, address string, ca *x509.Certificate, caKey *rsa.PrivateKey, subject string, ips ...net.IP) {
+	a.t.Helper()
+	a.api.Lock()
+	a.api.Nodes = append(a.api.Nodes, corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
+		Addresses: []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: name}, {Type: corev1.NodeInternalIP, Address: address}},
+	}})
+	a.api.Unlock()
+	if subject == "" {
+		return
+	}
+	key, err := a.maker.Key(2048)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	der, err := a.maker.Issue(pki.Request{Subject: pkix.Name{CommonName: subject}, Days: 1, IPs: ips, ServerAuth: true}, key.Public(), ca, caKey)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	l, err := tls.Listen("tcp", net.JoinHostPort(address, a.port), &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		secret := r.Header.Get(api.HeaderCallback)
+		var req api.ConfigureRequest
+		if json.Unmarshal(body, &req) == nil && req.Callback != "" {
+			secret = req.Callback
+		}
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.calls[name] = append(a.calls[name], r.URL.Path+" "+secret+" "+string(body))
+		if strings.Contains(string(body), "refuse") {
+			w.WriteHeader(http.StatusInternalServerError)
+			_, _ = io.WriteString(w, `{"error":"It says no"}`)
+			return
+		}
+		_, _ = io.WriteString(w, `{"result":"ok"}`)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	a.t.Cleanup(func() { srv.Close() })
+}
+
+func TestEveryNode(t *testing.T) {
+	a := newAgents(t)
+	other, otherKey := a.newCA()
+	a.node("n1", "127.0.0.1", a.ca, a.caKey, "127.0.0.1", net.IPv4(127, 0, 0, 1)) // a control-plane node's names its addresses
+	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")                    // a worker's is its kubelet's
+	a.node("dead", "127.0.0.3", nil, nil, "")
+	a.node("foreign", "127.0.0.4", other, otherKey, "system:node:foreign", net.IPv4(127, 0, 0, 4))
+	a.node("liar", "127.0.0.5", a.ca, a.caKey, "system:node:w1") // another node's certificate
+	results, err := a.c.SetArgument(t.Context(), "kubelet", "--cluster-dns", "10.152.183.10")
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := callback.Keys{Core: a.api.Core}.Get(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range results {
+		want := map[string]string{"n1": "", "w1": "", "dead": "cannot reach its cluster agent", "foreign": "its certificate is not of this cluster", "liar": "not of the node liar"}[r.Name]
+		if (r.Err == nil) != (want == "") || r.Err != nil && !strings.Contains(r.Err.Error(), want) {
+			t.Errorf("%s: %v, want %q", r.Name, r.Err, want)
+		}
+		calls := a.calls[r.Name]
+		if want != "" {
+			if len(calls) > 0 {
+				t.Errorf("%s was told %v", r.Name, calls)
+			}
+			continue
+		}
+		if len(calls) != 1 || !strings.HasPrefix(calls[0], api.PathConfigure+" "+token.Callback(key, r.Name)+" ") || !strings.Contains(calls[0], `"arguments_update":[{"--cluster-dns":"10.152.183.10"}]`) {
+			t.Errorf("%s was told %v", r.Name, calls)
+		}
+	}
+	if err := Failed(results); err == nil || strings.Count(err.Error(), "node ") < 3 {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestImport(t *testing.T) {
+	a := newAgents(t)
+	a.node("n1", "127.0.0.1", a.ca, a.caKey, "x", net.IPv4(127, 0, 0, 1))
+	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")
+	results, err := a.c.ImportImage(t.Context(), func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("an archive")), nil })
+	if err != nil || Failed(results) != nil {
+		t.Fatal(err, Failed(results))
+	}
+	for _, name := range []string{"n1", "w1"} {
+		if len(a.calls[name]) != 1 || !strings.HasSuffix(a.calls[name][0], " an archive") || len(strings.Fields(a.calls[name][0])[1]) != 64 {
+			t.Errorf("%s: %v", name, a.calls[name])
+		}
+	}
+	results, err = a.c.ImportImage(t.Context(), func() (io.ReadCloser, error) { return nil, errors.New("no such file") })
+	if err != nil || Failed(results) == nil {
+		t.Errorf("%v, %v", err, results)
+	}
+}
+
+func TestSomeNodesAndRefusals(t *testing.T) {
+	a := newAgents(t)
+	a.node("n1", "127.0.0.1", a.ca, a.caKey, "x", net.IPv4(127, 0, 0, 1))
+	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")
+	results, err := a.c.Configure(t.Context(), api.ConfigureRequest{Services: []api.ConfigureService{{Name: "refuse"}}}, "w1")
+	if err != nil || len(results) != 1 || results[0].Err == nil || results[0].Err.Error() != "It says no (500)" {
+		t.Errorf("%v, %v", results, err)
+	}
+	if len(a.calls["n1"]) > 0 {
+		t.Error("a node that was not meant was asked")
+	}
+}
