@@ -24,7 +24,7 @@ help: ## List the targets
 	@awk 'BEGIN{FS=":.*## "} /^##@/{printf "\n%s\n", substr($$0,5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 .PHONY: run
-run: build ## Start a node in the lab (NODES=1) and say what to type next
+run: build ## Start a cluster in the lab (NODES=1 WORKERS=0) and say what to type next
 	scripts/run up $(or $(NODES),1) $(or $(WORKERS),0)
 
 .PHONY: stop

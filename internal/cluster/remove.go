@@ -24,6 +24,7 @@ type RemoveOptions struct {
 }
 
 type removeParams struct {
+	Asked  string `json:"asked"`            // name or address, as it was given
 	Name   string `json:"name"`             // of the Node object
 	Member string `json:"member,omitempty"` // address of its member of the datastore, "" for none
 }
@@ -66,7 +67,7 @@ func (n *Node) Remove(ctx context.Context, j *journal.Journal, o RemoveOptions) 
 		if err := j.Resume(ctx, n.removePlan(&p)); err != nil {
 			return err
 		}
-		if p.Name == o.Node || p.Member != "" && host(p.Member) == o.Node {
+		if p.Asked == o.Node || p.Name == o.Node {
 			return nil
 		}
 	}
@@ -99,7 +100,7 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 	if err != nil {
 		return nil, err
 	}
-	p := &removeParams{Name: o.Node}
+	p := &removeParams{Asked: o.Node, Name: o.Node}
 	var found *corev1.Node
 	for _, node := range list {
 		if node.Name == o.Node || sameIP(internalIP(&node), o.Node) {

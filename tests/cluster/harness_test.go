@@ -36,6 +36,8 @@ type cluster struct {
 	lab  *lab.Lab
 	seed uint64
 	rand *rand.Rand
+
+	written []string // what API servers have acknowledged: names of ConfigMaps
 }
 
 // newCluster makes a lab of the test's own. It goes away with the test; a failed one leaves the
@@ -176,15 +178,28 @@ func (c *cluster) tryClient(host string) (*kubernetes.Clientset, error) {
 		return nil, err
 	}
 	cfg.QPS, cfg.Timeout = -1, 15*time.Second
-	cfg.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
+	cfg.Dial = c.dialer(host)
+	return kubernetes.NewForConfig(cfg)
+}
+
+// dialer makes connections that begin inside a host.
+func (c *cluster) dialer(host string) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
 		return c.lab.Dial(ctx, host, network, address)
 	}
-	return kubernetes.NewForConfig(cfg)
 }
 
 // path is a file of a node's $SNAP_DATA, as seen from here.
 func (c *cluster) path(host, file string) string {
 	return filepath.Join(c.lab.Root(host), "var/snap/microk8s/current", file)
+}
+
+// real is path, with the datastore's folder where it really is: the link to it is for the host.
+func (c *cluster) real(host, file string) string {
+	if rest, ok := strings.CutPrefix(file, "var/kubernetes/backend/"); ok {
+		return filepath.Join(c.lab.Root(host), "var/snap/microk8s/common/var/kubernetes/backend", rest)
+	}
+	return c.path(host, file)
 }
 
 func (c *cluster) ip(t *testing.T, host string) string {
@@ -270,9 +285,7 @@ func (c *cluster) httpGet(host, url string) (string, error) {
 		Timeout: 5 * time.Second,
 		Transport: &http.Transport{
 			DisableKeepAlives: true, // each request is balanced anew
-			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-				return c.lab.Dial(ctx, host, network, address)
-			},
+			DialContext:       c.dialer(host),
 		},
 	}
 	resp, err := client.Get(url)
