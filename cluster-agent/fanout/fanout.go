@@ -28,6 +28,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/agentport"
+	"microk8s/internal/args"
 	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -108,17 +109,31 @@ func (c *Cluster) Targets(ctx context.Context) ([]Target, error) {
 }
 
 // Configure asks every node for the same: argument changes, then restarts. names limits it to
-// some nodes; none means all. The error is for what stops the whole call; see [Failed] for the
-// nodes'.
+// some nodes; none means all. Where services are restarted it goes from node to node and waits
+// for each node's API server, so that one of them always answers. The error is for what stops
+// the whole call; see [Failed] for the nodes'.
 func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names ...string) ([]Result, error) {
-	return c.each(ctx, callTimeout, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+	rolling := slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
+	width := atOnce
+	if rolling {
+		width = 1
+	}
+	return c.each(ctx, callTimeout, width, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		mine := req
 		mine.Callback = secret
 		body, err := json.Marshal(mine)
 		if err != nil {
 			return err
 		}
-		return post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+		if !rolling {
+			return post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+		}
+		server := c.apiServer(t)
+		served := ready(ctx, http, server)
+		if err := post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body)); err != nil || !served {
+			return err
+		}
+		return waitReady(ctx, http, server)
 	})
 }
 
@@ -137,7 +152,7 @@ func (c *Cluster) SetArgument(ctx context.Context, service, option, value string
 // ImportImage gives an OCI or docker archive to the containerd of every node, this one
 // included. open is called once for each node; the archive is streamed.
 func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error)) ([]Result, error) {
-	return c.each(ctx, importLimit, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+	return c.each(ctx, importLimit, atOnce, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		archive, err := open()
 		if err != nil {
 			return err
@@ -147,8 +162,55 @@ func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, e
 	})
 }
 
+// apiServer is where a node's API server answers, if it has one.
+func (c *Cluster) apiServer(t Target) string {
+	port := "16443"
+	if f, err := args.Load(c.Env.Args("kube-apiserver"), args.GrammarFor("kube-apiserver")); err == nil {
+		if v, ok := f.Value("secure-port", c.Env.Lookup); ok && v != "" {
+			port = v
+		}
+	}
+	host, _, _ := net.SplitHostPort(t.Address)
+	return "https://" + net.JoinHostPort(host, port) + "/readyz"
+}
+
+// ready asks an API server, or finds none.
+func ready(ctx context.Context, client *http.Client, url string) bool {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return false
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK
+}
+
+// readyTimeout is how long an API server may take to come back.
+const readyTimeout = 2 * time.Minute
+
+// waitReady waits for an API server that was restarted. It cannot be watched from outside.
+func waitReady(ctx context.Context, client *http.Client, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+	defer cancel()
+	tick := time.NewTicker(250 * time.Millisecond)
+	defer tick.Stop()
+	for !ready(ctx, client, url) {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("its API server did not come back: %w", ctx.Err())
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
 // each calls every node, some at a time, and gives the results in the order of the targets.
-func (c *Cluster) each(ctx context.Context, limit time.Duration, names []string, call func(context.Context, *http.Client, Target, string) error) ([]Result, error) {
+func (c *Cluster) each(ctx context.Context, limit time.Duration, width int, names []string, call func(context.Context, *http.Client, Target, string) error) ([]Result, error) {
 	targets, err := c.Targets(ctx)
 	if err != nil {
 		return nil, err
@@ -168,7 +230,7 @@ func (c *Cluster) each(ctx context.Context, limit time.Duration, names []string,
 	roots.AppendCertsFromPEM(ca)
 	results := make([]Result, len(targets))
 	var group errgroup.Group
-	group.SetLimit(atOnce)
+	group.SetLimit(width)
 	for i, t := range targets {
 		results[i].Target = t
 		group.Go(func() error {
