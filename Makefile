@@ -65,7 +65,9 @@ build/components/coredns.stamp: scripts/components/coredns/main.go
 
 PEERS := etcd kine
 .PHONY: peers
-peers: $(PEERS:%=build/peers/%.stamp) ## Get what we are compared with: etcd, kine on SQLite, HAProxy
+peers: $(PEERS:%=build/peers/%.stamp) build/haproxy/haproxy ## Get what we are compared with: etcd, kine on SQLite, HAProxy
+
+build/haproxy/haproxy: scripts/components/haproxy/build | deps
 	scripts/components/haproxy/build build/haproxy
 
 build/peers/%.stamp: scripts/components/%/go.mod scripts/components/%/go.sum | deps
