@@ -9,6 +9,7 @@ package fanout
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -71,6 +72,8 @@ type Cluster struct {
 	Env  snapenv.Env
 	Core func() (*kube.Core, error)
 	Port string // of all agents; "" means that of args/cluster-agent
+	// ReadyTimeout is how long an API server may take to come back; 0 means two minutes.
+	ReadyTimeout time.Duration
 }
 
 func (c *Cluster) core() (*kube.Core, error) {
@@ -110,7 +113,8 @@ func (c *Cluster) Targets(ctx context.Context) ([]Target, error) {
 
 // Configure asks every node for the same: argument changes, then restarts. names limits it to
 // some nodes; none means all. Where services are restarted it goes from node to node and waits
-// for each node's API server, so that one of them always answers. The error is for what stops
+// for each node's API server, so that one of them always answers; when one does not come back
+// the other nodes are left as they are. The error is for what stops
 // the whole call; see [Failed] for the nodes'.
 func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names ...string) ([]Result, error) {
 	rolling := slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
@@ -118,7 +122,11 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 	if rolling {
 		width = 1
 	}
+	var stopped error // only in a rolling call, which is one after the other
 	return c.each(ctx, callTimeout, width, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+		if stopped != nil {
+			return stopped
+		}
 		mine := req
 		mine.Callback = secret
 		body, err := json.Marshal(mine)
@@ -133,7 +141,11 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 		if err := post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body)); err != nil || !served {
 			return err
 		}
-		return waitReady(ctx, http, server)
+		if err := c.waitReady(ctx, http, server); err != nil {
+			stopped = fmt.Errorf("it was left as it is, because %s did not come back", t.Name)
+			return err
+		}
+		return nil
 	})
 }
 
@@ -190,12 +202,11 @@ func ready(ctx context.Context, client *http.Client, url string) bool {
 	return resp.StatusCode == http.StatusOK
 }
 
-// readyTimeout is how long an API server may take to come back.
 const readyTimeout = 2 * time.Minute
 
 // waitReady waits for an API server that was restarted. It cannot be watched from outside.
-func waitReady(ctx context.Context, client *http.Client, url string) error {
-	ctx, cancel := context.WithTimeout(ctx, readyTimeout)
+func (c *Cluster) waitReady(ctx context.Context, client *http.Client, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(c.ReadyTimeout, readyTimeout))
 	defer cancel()
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()

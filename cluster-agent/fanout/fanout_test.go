@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -37,8 +38,9 @@ type agents struct {
 	caKey *rsa.PrivateKey
 	port  string
 
-	mu    sync.Mutex
-	calls map[string][]string // by node: path, secret and body
+	mu     sync.Mutex
+	calls  map[string][]string // by node: path, secret and body
+	onCall func(node, path string) int
 }
 
 func newAgents(t *testing.T) *agents {
@@ -110,6 +112,14 @@ func (a *agents) node(name, address string, ca *x509.Certificate, caKey *rsa.Pri
 		}
 		a.mu.Lock()
 		defer a.mu.Unlock()
+		if a.onCall != nil {
+			w.WriteHeader(a.onCall(name, r.URL.Path))
+			return
+		}
+		if r.URL.Path == "/readyz" { // there is an agent only
+			w.WriteHeader(http.StatusNotFound)
+			return
+		}
 		a.calls[name] = append(a.calls[name], r.URL.Path+" "+secret+" "+string(body))
 		if strings.Contains(string(body), "refuse") {
 			w.WriteHeader(http.StatusInternalServerError)
@@ -188,5 +198,44 @@ func TestSomeNodesAndRefusals(t *testing.T) {
 	}
 	if len(a.calls["n1"]) > 0 {
 		t.Error("a node that was not meant was asked")
+	}
+}
+
+// TestRolling restarts from node to node, and stops where an API server does not come back.
+func TestRolling(t *testing.T) {
+	a := newAgents(t)
+	a.c.ReadyTimeout = 300 * time.Millisecond
+	var order []string
+	up := map[string]bool{"n1": true, "n2": true, "n3": true}
+	for i, name := range []string{"n1", "n2", "n3"} {
+		ip := net.IPv4(127, 0, 0, byte(i+1))
+		a.node(name, ip.String(), a.ca, a.caKey, "x", ip)
+		a.onCall = func(node, path string) int {
+			if path == "/readyz" {
+				if up[node] {
+					return http.StatusOK
+				}
+				return http.StatusServiceUnavailable
+			}
+			order = append(order, node)
+			up[node] = node != "n2" // which does not come back
+			return http.StatusOK
+		}
+	}
+	if err := os.MkdirAll(a.c.Env.ArgsDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(a.c.Env.Args("kube-apiserver"), []byte("--secure-port="+a.port+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	results, err := a.c.SetArgument(t.Context(), "kubelet", "--v", "2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if results[0].Err != nil || results[1].Err == nil || results[2].Err == nil || !strings.Contains(results[2].Err.Error(), "because n2 did not come back") {
+		t.Errorf("%v", results)
+	}
+	if strings.Join(order, " ") != "n1 n2" {
+		t.Errorf("asked %v", order)
 	}
 }
