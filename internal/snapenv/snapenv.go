@@ -213,6 +213,10 @@ func (e Env) Backend() string { return filepath.Join(e.Data, "var/kubernetes/bac
 // revert can bring an old log and vote back (design decision 2).
 func (e Env) BackendLive() string { return filepath.Join(e.Common, "var/kubernetes/backend") }
 
+// BackendMarker says how far the datastore's directory has come, so that an old copy of it does
+// not start.
+func (e Env) BackendMarker() string { return filepath.Join(e.Common, "var/kubernetes/backend.marker") }
+
 // DatastoreSocket is the etcd API socket; the file's name really ends in ":12379".
 func (e Env) DatastoreSocket() string { return filepath.Join(e.Backend(), "kine.sock:12379") }
 

@@ -27,6 +27,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/replica"
 	"microk8s/internal/datastore/server"
+	"microk8s/internal/snapenv"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
@@ -44,6 +45,13 @@ const (
 
 const shutdownTimeout = 30 * time.Second
 
+// sameFile says that two paths lead to the same directory.
+func sameFile(a, b string) bool {
+	x, err1 := os.Stat(a)
+	y, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(x, y)
+}
+
 // Main runs the program and returns its exit status.
 func Main(args []string, stdout, stderr io.Writer, getenv func(string) string) int {
 	return run(args, stdout, stderr, getenv, Faults{})
@@ -58,6 +66,10 @@ func run(args []string, stdout, stderr io.Writer, getenv func(string) string, fa
 	cmd := NewCommand(args, func(cmd *cobra.Command, c *Config) error {
 		c.faults = faults
 		log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.Level}))
+		c.snapRevision = getenv("SNAP_REVISION")
+		if env := snapenv.FromEnviron(getenv); sameFile(c.StorageDir, env.BackendLive()) {
+			c.marker = env.BackendMarker()
+		}
 		return Run(cmd.Context(), c, getenv("SNAP_INSTANCE_NAME"), log, nil)
 	}, versions)
 	cmd.SetOut(stdout)
@@ -109,6 +121,7 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	m, err := member.Start(member.Options{
 		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
 		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, SocketName: c.socketName, FromOwn: c.faults.FromOwn,
+		Marker: c.marker, SnapRevision: c.snapRevision,
 	})
 	if err != nil {
 		return err

@@ -138,8 +138,13 @@ func config(dir string) *Config {
 // start runs a daemon on the directory until stop or the end of the test.
 func start(t testing.TB, dir string) *process {
 	t.Helper()
+	return startConfig(t, config(dir))
+}
+
+func startConfig(t testing.TB, cfg *Config) *process {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &process{t: t, cfg: config(dir), log: &lockedBuffer{mu: make(chan struct{}, 1)}, cancel: cancel, done: make(chan error, 1)}
+	p := &process{t: t, cfg: cfg, log: &lockedBuffer{mu: make(chan struct{}, 1)}, cancel: cancel, done: make(chan error, 1)}
 	ready := make(chan struct{})
 	go func() {
 		p.done <- Run(ctx, p.cfg, "", slog.New(slog.NewTextHandler(p.log, nil)), func() { close(ready) })

@@ -38,6 +38,8 @@ type Config struct {
 
 	faults Faults
 
+	marker, snapRevision string // see member.Options
+
 	socketName string // of the C node; tests run several in one network namespace
 
 	// Warnings are about flags that are accepted and have no effect.

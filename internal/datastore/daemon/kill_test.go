@@ -2,7 +2,9 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -47,6 +49,15 @@ func launch(t *testing.T, dir string, args ...string) *exec.Cmd {
 	cmd := exec.Command(exe, append([]string{"--storage-dir", dir, "--listen", "unix://" + filepath.Join(dir, "kine.sock:12379")}, args...)...)
 	// The name of the C node's socket is free in each test by its instance name.
 	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
+	// As on a node, where a marker outside of the directory says how far it has come.
+	common := dir + ".common"
+	if err := os.MkdirAll(filepath.Join(common, "var/kubernetes"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(dir, filepath.Join(common, "var/kubernetes/backend")); err != nil && !errors.Is(err, fs.ErrExist) {
+		t.Fatal(err)
+	}
+	cmd.Env = append(cmd.Env, "SNAP_COMMON="+common)
 	log, err := os.Create(filepath.Join(t.TempDir(), "log"))
 	if err != nil {
 		t.Fatal(err)

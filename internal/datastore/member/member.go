@@ -51,6 +51,10 @@ type Options struct {
 	// "@dqlite-<id>", or "@snap.<instance>.dqlite-<id>" when SnapInstance is set, because
 	// AppArmor allows nothing else inside a snap.
 	SocketName, SnapInstance string
+
+	// Marker is a file outside of Dir that says how far Dir has come, so that an old copy of it
+	// does not start; "" for none. SnapRevision is noted in it.
+	Marker, SnapRevision string
 }
 
 // Member is a running dqlite node. Its methods may be called from any goroutine.
@@ -68,6 +72,8 @@ type Member struct {
 	domain  uint64
 
 	asking, listing ownClient
+
+	marks markers
 
 	stop context.CancelFunc
 	wg   sync.WaitGroup
@@ -99,8 +105,14 @@ func Start(opt Options) (_ *Member, err error) {
 	if err != nil && !opt.DisableTLS {
 		return nil, err
 	}
+	marks := markers{file: opt.Marker, dir: opt.Dir, revision: opt.SnapRevision, log: opt.Logger}
+	if d.has(initFile) {
+		if err := marks.forget(); err != nil {
+			return nil, err
+		}
+	}
 	node, err := d.prepare(func(n Node) error {
-		if err := forgetTerm(opt.Dir); err != nil {
+		if err := errors.Join(forgetTerm(opt.Dir), marks.forget()); err != nil {
 			return err
 		}
 		return dqlite.ReconfigureMembershipExt(opt.Dir, []dqlite.NodeInfo{{ID: n.ID, Address: n.Address, Role: client.Voter}})
@@ -114,8 +126,13 @@ func Start(opt Options) (_ *Member, err error) {
 	if err := checkTerm(opt.Dir); err != nil {
 		return nil, err
 	}
+	marks.id = node.ID
+	if err := marks.check(); err != nil {
+		return nil, err
+	}
+	marks.note(false)
 
-	m := &Member{opt: opt, node: node, dir: d, domain: domain, changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
+	m := &Member{marks: marks, opt: opt, node: node, dir: d, domain: domain, changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
 	for _, c := range []*ownClient{&m.asking, &m.listing} {
 		c.m = m
 	}
@@ -291,6 +308,7 @@ func (m *Member) rememberTerm() {
 	if err := rememberTerm(m.opt.Dir); err != nil {
 		m.opt.Logger.Warn("cannot keep a copy of term and vote", "error", err)
 	}
+	m.marks.note(false)
 }
 
 // accept serves the member's address: dqlite's connections are copied to its socket.
@@ -405,6 +423,7 @@ func (m *Member) Close() error {
 	if err != nil {
 		return fmt.Errorf("cannot stop dqlite: %w", err)
 	}
+	m.marks.note(true)
 	return nil
 }
 
