@@ -101,6 +101,8 @@ func remove(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 		try(services.Stop(ctx))
 	} else {
 		try(images.StopAll(ctx, env))
+		// A unit that failed would stay in systemd's list of failures after it is gone.
+		_ = exec.CommandContext(ctx, "systemctl", "reset-failed", "snap."+env.Name+".daemon-*").Run()
 	}
 	try(images.Discard(env))
 	try(hostnet.Cleanup(ctx, env)) // before setup.Remove: it reads the network's configuration
