@@ -277,6 +277,40 @@ func TestWhoGetsTheToken(t *testing.T) {
 	}
 }
 
+// TestManInTheMiddle has somebody relay everything, with a certificate of his own. He asks the real
+// server for the proof, which is for another connection than ours.
+func TestManInTheMiddle(t *testing.T) {
+	made := token.New()
+	real := startAgent(t, made, nil)
+	seen := ""
+	middle := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		data, _ := io.ReadAll(r.Body)
+		seen += string(data)
+		resp, err := real.Client().Post(real.URL+r.URL.Path, "application/json", strings.NewReader(string(data)))
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		w.WriteHeader(resp.StatusCode)
+		_, _ = io.Copy(w, resp.Body)
+	}))
+	middle.StartTLS()
+	t.Cleanup(middle.Close)
+	target, err := Parse(middle.Listener.Addr().String() + "/" + made.Reveal() + "/" + real.fingerprint())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = New(target).Join(t.Context(), api.JoinRequest{Hostname: "n2"})
+	var verify *VerifyError
+	if !errors.As(err, &verify) || !strings.Contains(err.Error(), "proof is wrong") {
+		t.Errorf("error: %v", err)
+	}
+	if seen == "" || strings.Contains(seen, made.Reveal()) || real.secrets != 0 {
+		t.Errorf("he saw %q", seen)
+	}
+}
+
 func TestOneConnection(t *testing.T) {
 	made := token.New()
 	a := startAgent(t, made, nil)

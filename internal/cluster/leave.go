@@ -113,7 +113,7 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 			if err := n.unlock(snapenv.LockNoReissue); err != nil {
 				return nil, err
 			}
-			return nil, ErrLast
+			return nil, errors.Join(ErrLast, n.unpin())
 		}
 		return nil, ErrNotMember
 	}
@@ -145,6 +145,22 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 		return nil, ErrOnlyCopy
 	}
 	return p, nil
+}
+
+// unpin takes the address that a join has written into the arguments out of them, where nobody had
+// set it before.
+func (n *Node) unpin() error {
+	for _, x := range []struct{ file, flag string }{{"kubelet", "node-ip"}, {"kube-apiserver", "advertise-address"}} {
+		before, err := args.Load(n.file(saved+"/args/"+x.file), args.GrammarFor(x.file))
+		if err != nil {
+			continue // this node never joined another
+		}
+		value, _ := before.Get(x.flag)
+		if err := n.editArgs(x.file, map[string]string{x.flag: value}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (n *Node) leavePlan(p *leaveParams) journal.Plan {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -53,6 +54,8 @@ type Preparer struct {
 	Host     *hostprobe.Host                             // what was found about the host
 	Modprobe func(ctx context.Context, mod string) error // loads a kernel module
 	Unmount  func(target string) error                   // lazily
+	// Addresses lists those of this host; nil means the kernel's.
+	Addresses func() ([]net.IP, error)
 }
 
 // Prepare makes the host and the files ready for a service and gives its command. The name is
@@ -153,6 +156,13 @@ func (p *Preparer) host() hostprobe.Host {
 		p.Host = &h
 	}
 	return *p.Host
+}
+
+func (p *Preparer) addresses() ([]net.IP, error) {
+	if p.Addresses == nil {
+		return certs.Addresses()
+	}
+	return p.Addresses()
 }
 
 func nothingToDo(why string) error { return fmt.Errorf("%w: %s", ErrNothingToDo, why) }

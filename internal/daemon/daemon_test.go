@@ -391,6 +391,42 @@ func TestFailureDomain(t *testing.T) {
 	}
 }
 
+func TestReaddress(t *testing.T) {
+	const own, lost, other = "10.0.0.1:19001", "10.0.0.9:19001", "10.0.0.2:19001"
+	entry := func(address string) string { return "- {Address: \"" + address + "\", ID: 1, Role: 0}\n" }
+	for _, tc := range []struct {
+		name, address, cluster string
+		more                   []string
+		moves                  bool
+	}{
+		{name: "never joined", address: "127.0.0.1:19001", cluster: entry("127.0.0.1:19001")},
+		{name: "its own address", address: own, cluster: entry(own)},
+		{name: "a lost one", address: lost, cluster: entry(lost), moves: true},
+		{name: "a lost one, IPv6", address: "[fd00::9]:19001", cluster: entry("[fd00::9]:19001"), moves: true},
+		{name: "a lost one, with others", address: lost, cluster: entry(lost) + entry(other)},
+		{name: "while it joins", address: lost, cluster: entry(lost), more: []string{"join"}},
+		{name: "while it moves", address: lost, cluster: entry(lost), more: []string{"update.yaml"}},
+		{name: "files that disagree", address: lost, cluster: entry(other)},
+		{name: "broken files", address: lost, cluster: "}"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			n.Addresses = func() ([]net.IP, error) { return []net.IP{net.ParseIP("10.0.0.1")}, nil }
+			dir := n.env.BackendLive()
+			n.put(t, filepath.Join(dir, "info.yaml"), "Address: \""+tc.address+"\"\nID: 1\nRole: 0\n")
+			n.put(t, filepath.Join(dir, "cluster.yaml"), tc.cluster)
+			for _, name := range tc.more {
+				n.put(t, filepath.Join(dir, name), "")
+			}
+			n.prepare(t, "k8s-dqlite")
+			data, err := os.ReadFile(filepath.Join(dir, "update.yaml"))
+			if moved := err == nil && len(data) > 0; moved != tc.moves || moved && string(data) != "Address: 127.0.0.1:19001\n" {
+				t.Errorf("update.yaml: %q, %v", data, err)
+			}
+		})
+	}
+}
+
 func TestEnvironmentFiles(t *testing.T) {
 	n := newNode(t)
 	n.put(t, n.env.Args("kubelite-env"), "HTTPS_PROXY=http://p\nexport PATH=\"/mine:$PATH\"\nLANG=de\n")

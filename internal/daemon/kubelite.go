@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
@@ -260,5 +262,39 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 			p.sysctl(l.name, l.value)
 		}
 	}
+	if err := p.readdress(); err != nil {
+		return err
+	}
 	return p.failureDomain()
+}
+
+// readdress moves the datastore of a node that is alone to the loopback when the host has lost
+// the address that it listened on. With other members that cannot be done: status says so.
+func (p *Preparer) readdress() error {
+	dir := p.Env.BackendLive()
+	type node struct{ Address string }
+	var info node
+	var members []node
+	for name, into := range map[string]any{"info.yaml": &info, "cluster.yaml": &members} {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil || yaml.Unmarshal(data, into) != nil {
+			return nil //nolint:nilerr // the datastore says what is wrong with its own files
+		}
+	}
+	for _, name := range []string{"join", "update.yaml"} {
+		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
+			return nil
+		}
+	}
+	host, port, err := net.SplitHostPort(info.Address)
+	if err != nil || len(members) != 1 || members[0].Address != info.Address {
+		return nil //nolint:nilerr // not a node that is alone
+	}
+	ip := net.ParseIP(host)
+	own, err := p.addresses()
+	if err != nil || ip == nil || ip.IsLoopback() || slices.ContainsFunc(own, ip.Equal) {
+		return err
+	}
+	p.Log.Info("the address of the datastore is not one of this host any more: it moves to the loopback", "from", info.Address)
+	return access.For(p.Env).WriteShared(filepath.Join(dir, "update.yaml"), []byte("Address: "+net.JoinHostPort("127.0.0.1", port)+"\n"))
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"sigs.k8s.io/yaml"
@@ -116,6 +117,25 @@ func (r *Report) haProblems() {
 		}
 		r.add("%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")
 	}
+}
+
+// addressProblem says that a member of a cluster has lost the address that the others know.
+// (A node that is alone moves its datastore by itself.)
+func (r *Report) addressProblem(env snapenv.Env, own []net.IP) {
+	if len(r.HA.Nodes) < 2 {
+		return
+	}
+	var info node
+	data, err := os.ReadFile(filepath.Join(env.BackendLive(), "info.yaml"))
+	if err != nil || yaml.Unmarshal(data, &info) != nil {
+		return
+	}
+	host, _, err := net.SplitHostPort(info.Address)
+	ip := net.ParseIP(host)
+	if err != nil || ip == nil || slices.ContainsFunc(own, ip.Equal) {
+		return
+	}
+	r.add("the other nodes know this one as %s, which is not an address of this host any more", ip)("give the host that address back, or run microk8s leave --force here, microk8s remove-node " + ip.String() + " --force on another node, and join again")
 }
 
 // Tolerates says in a sentence what may be lost, "" where there is nothing to say: on a single

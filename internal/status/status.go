@@ -173,6 +173,9 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.HA.Enabled = false // nobody knows who lives
 		}
 		r.haProblems()
+		if own, err := certs.Addresses(); err == nil && len(own) > 0 {
+			r.addressProblem(p.Env, own)
+		}
 		if !storeOK && running(service.Datastore) {
 			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
 		}

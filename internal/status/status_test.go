@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -280,5 +282,79 @@ func TestOldReportsDoNotCount(t *testing.T) {
 	}
 	if got := startedAt(states, started.Add(-time.Hour)); !got.IsZero() {
 		t.Errorf("with the clock set back: %s", got)
+	}
+}
+
+// TestHighAvailability asks a datastore that says who lives.
+func TestHighAvailability(t *testing.T) {
+	member := func(n int, role peers.Role, online bool) peers.Member {
+		return peers.Member{ID: uint64(n), Address: fmt.Sprintf("10.0.0.%d:19001", n), Role: role, Online: online}
+	}
+	v, s, sp := peers.Voter, peers.StandBy, peers.Spare
+	for _, tc := range []struct {
+		name           string
+		members        []peers.Member
+		enabled        bool
+		note, problems string // parts of them, "" for none
+	}{
+		{"one", []peers.Member{member(1, v, true)}, false, "", ""},
+		{"two", []peers.Member{member(1, v, true), member(2, sp, true)}, false, "two nodes do not tolerate a loss", ""},
+		{"three", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true)}, true, "any one node", ""},
+		{"three titles and two lives", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, false)}, false, "no further loss", "10.0.0.3:19001 does not answer"},
+		{"no majority", []peers.Member{member(1, v, true), member(2, v, false), member(3, v, false)}, false, "lost its majority", "10.0.0.2:19001, voter 10.0.0.3:19001 do not answer, and without a majority"},
+		{"four", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true), member(4, s, true)}, true, "any one node", ""},
+		{"a silent stand-by", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true), member(4, s, false)}, true, "any one node", "10.0.0.4:19001 does not answer"},
+		{"roles not given yet", []peers.Member{member(1, v, true), member(2, sp, true), member(3, sp, true)}, false, "until there are three voters", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			root, err := os.MkdirTemp("", "ha") // short: a socket below it
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(root) })
+			env := snapenv.Under(root)
+			write(t, env.Lock(snapenv.LockHA), "")
+			write(t, filepath.Join(env.BackendLive(), "info.yaml"), "Address: 10.0.0.1:19001\n")
+			ctx, cancel := context.WithCancel(t.Context())
+			wait, err := peers.Serve(ctx, env.BackendLive(), slog.New(slog.DiscardHandler), func() []peers.Member { return tc.members })
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { cancel(); wait() })
+			r := Report{HA: askHA(t.Context(), env)}
+			r.haProblems()
+			if r.HA.Enabled != tc.enabled || len(r.HA.Nodes) != len(tc.members) {
+				t.Errorf("HA: %+v", r.HA)
+			}
+			if note := r.HA.Tolerates(); (note == "") != (tc.note == "") || !strings.Contains(note, tc.note) {
+				t.Errorf("note: %q, want %q", note, tc.note)
+			}
+			if text := fmt.Sprint(r.Problems); (len(r.Problems) == 0) != (tc.problems == "") || !strings.Contains(text, tc.problems) {
+				t.Errorf("problems: %s, want %q", text, tc.problems)
+			}
+			r.Problems = nil
+			r.addressProblem(env, []net.IP{net.ParseIP("10.0.0.1")})
+			if len(r.Problems) != 0 {
+				t.Errorf("with its address: %v", r.Problems)
+			}
+			if r.addressProblem(env, []net.IP{net.ParseIP("10.0.0.77")}); (len(r.Problems) == 1) != (len(tc.members) > 1) {
+				t.Errorf("without its address: %v", r.Problems)
+			}
+		})
+	}
+}
+
+func TestInterruptedChanges(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"operation":"join-worker","step":"Stop the services"}`: `microk8s join is under way or was interrupted, at "Stop the services"`,
+		`{"operation":"leave","step":"x"}`:                       `microk8s leave is under way`,
+		`{`:                                                      "damaged",
+	} {
+		env := snapenv.Under(t.TempDir())
+		write(t, env.Journal(), text)
+		r := Report{}
+		if r.changeProblems(env); len(r.Problems) != 1 || !strings.Contains(r.Problems[0].What, want) {
+			t.Errorf("%s: %v", text, r.Problems)
+		}
 	}
 }
