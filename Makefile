@@ -52,7 +52,9 @@ programs: deps ## Build our own programs into build/bin
 	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
 
-COMPONENTS := containerd runc cni helm coredns
+# Programs of images; the others are in the snap itself.
+IMAGED := coredns metrics-server registry traefik
+COMPONENTS := containerd runc cni helm $(IMAGED)
 .PHONY: components
 components: $(COMPONENTS:%=build/components/%.stamp) ## Build the third-party programs from their pinned modules
 	@scripts/components/nft/build build/components/nft
@@ -62,6 +64,8 @@ build/components/%.stamp: scripts/components/build scripts/components/%/go.mod s
 	@touch $@
 
 build/components/coredns.stamp: scripts/components/coredns/main.go
+build/components/registry.stamp: scripts/components/registry/main.go
+build/components/traefik.stamp: scripts/components/traefik/nodns.go.txt
 
 PEERS := etcd kine
 .PHONY: peers
@@ -78,7 +82,7 @@ build/peers/%.stamp: scripts/components/%/go.mod scripts/components/%/go.sum | d
 build/peers/etcd.stamp: scripts/components/etcd/main.go
 
 .PHONY: images
-images: deps build/components/coredns.stamp ## Build the container images that travel with the product, and those of the tests
+images: deps $(IMAGED:%=build/components/%.stamp) ## Build the container images that travel with the product, and those of the tests
 	@go run ./scripts/images --out build/images --test-out build/test-images
 
 .PHONY: clean

@@ -91,6 +91,24 @@ var parts = map[string]part{
 			"Storage will be available soon.",
 		},
 	},
+	"host-access": {
+		check: check(readHostAccess), values: values(readHostAccess), title: "Host-access",
+		usage: `host-access [ip=ADDRESS]
+                an address (10.0.1.1) by which pods reach programs of their node`,
+	},
+	"ingress": {
+		check: check(readIngress), values: values(readIngress), title: "Ingress",
+		usage: `ingress [--default-ssl-certificate ingress/SECRET]
+                Traefik on ports 80 and 443 of every node; SECRET has the certificate for
+                hosts without one of their own`,
+	},
+	"metrics-server": {values: none, title: "Metrics-Server"},
+	"registry": {
+		check: check(readRegistry), values: renderRegistry, needs: registryNeeds, title: "The registry",
+		usage: `registry [--size 40Gi] [--storageclass CLASS]
+                a registry for images at localhost:32000 of every node; hostpath-storage is
+                enabled too, unless CLASS is given`,
+	},
 }
 
 // check makes the check of arguments from the function that reads them.

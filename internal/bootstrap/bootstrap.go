@@ -43,6 +43,10 @@ const (
 	Label      = "app.kubernetes.io/managed-by"
 	LabelValue = "microk8s-bootstrap"
 
+	// KeepAnnotation on an object says that it is not removed with the others, because it holds
+	// data of people's; its value says which.
+	KeepAnnotation = "microk8s.io/keep"
+
 	// FeatureAnnotation on an object in a manifest names the Feature it belongs to.
 	FeatureAnnotation = "microk8s.io/feature"
 )
@@ -233,7 +237,7 @@ func (c *cluster) sync(ctx context.Context, set Set) error {
 		for i := range list.Items {
 			o := &list.Items[i]
 			o.SetGroupVersionKind(gvk)
-			if keep[describe(o)] {
+			if _, stays := o.GetAnnotations()[KeepAnnotation]; stays || keep[describe(o)] {
 				continue
 			}
 			uid := o.GetUID()

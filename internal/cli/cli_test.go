@@ -125,10 +125,13 @@ func TestTree(t *testing.T) {
 	seen := 0
 	walk(a.root(), func(cmd *cobra.Command) {
 		if cmd.HasParent() && cmd.Name() != "no-help" {
-			seen++
 			if cmd.Short == "" {
-				t.Errorf("%s has no short help", cmd.Name())
+				t.Errorf("%s has no short help", cmd.CommandPath())
 			}
+			if cmd.Parent().HasParent() {
+				return // the table has those of the first level
+			}
+			seen++
 			i := slices.IndexFunc(table, func(c command) bool { return c.name == cmd.Name() })
 			if i < 0 {
 				t.Errorf("%s is not in the table", cmd.Name())

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -220,7 +223,18 @@ func (a *App) runHook(ctx context.Context, set *addon.Set, verb string, r reques
 
 // hookEnviron is the environment of hooks (cli.md 5.5).
 func (a *App) hookEnviron() []string {
-	return a.Env.Environ(a.Environ)
+	environ := a.commandEnviron()
+	home := a.getenv("HOME")
+	for _, kv := range []string{
+		"SNAP_ARCH=" + runtime.GOARCH,
+		"SNAP_USER_DATA=" + filepath.Join(home, "snap", a.Env.Name, cmp.Or(a.Env.Revision, "current")),
+		"SNAP_USER_COMMON=" + filepath.Join(home, "snap", a.Env.Name, "common"),
+	} {
+		if name, _, _ := strings.Cut(kv, "="); a.getenv(name) == "" {
+			environ = append(environ, kv)
+		}
+	}
+	return environ
 }
 
 // checkDisable checks the arguments of a disable, which one addon only has.

@@ -36,6 +36,7 @@ func (a *App) commands() []command {
 	addons := []gate{a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}
 	return []command{
 		{name: "add-node", usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
+		{name: "addons", usage: ExitUsage, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
 		{name: "completion", usage: ExitUsage, build: a.newCompletion},
 		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
@@ -44,6 +45,7 @@ func (a *App) commands() []command {
 		{name: "enable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
 		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
 		{name: "helm3", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
+		{name: "images", usage: ExitUsage, gates: []gate{perm}, build: a.newImages},
 		{name: "inspect", usage: ExitUsage, sudo: true, build: a.newInspect},
 		{name: "join", usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, build: a.newJoin},
 		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
@@ -60,6 +62,7 @@ func (a *App) commands() []command {
 		{name: "daemon", hidden: true, usage: ExitUsage, build: a.newDaemon},
 		{name: "find-resolv-conf", hidden: true, usage: ExitUsage, build: a.newFindResolvConf},
 		{name: "hook", hidden: true, usage: ExitUsage, build: a.newHook},
+		{name: "node-config", hidden: true, usage: ExitUsage, gates: []gate{perm}, build: a.newNodeConfig},
 		{name: "supervise", hidden: true, usage: ExitUsage, build: a.newSupervise},
 	}
 }

@@ -48,6 +48,8 @@ type Image struct {
 	Digest string
 	Size   int64 // bytes of the compressed content, 0 if not all of it is here
 	Pinned bool
+
+	Shipped bool // with the product
 }
 
 // connect opens the node's containerd. It does not wait for it: calls do, up to their
@@ -105,6 +107,7 @@ func Load(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 	if err := wait(ctx, c, log); err != nil {
 		return err
 	}
+	slices.SortFunc(archives, func(a, b string) int { return rank(a) - rank(b) })
 	snapshotter := configuredSnapshotter(env)
 	shipped := map[string]bool{}
 	var errs []error
@@ -121,6 +124,19 @@ func Load(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 		errs = append(errs, release(ctx, c, shipped, log))
 	}
 	return errors.Join(errs...)
+}
+
+// rank orders archives: what every node needs at once comes first, big ones last.
+func rank(archive string) int {
+	order := []string{"pause.tar", "coredns.tar"}
+	if i := slices.Index(order, filepath.Base(archive)); i >= 0 {
+		return i - len(order)
+	}
+	fi, err := os.Stat(archive)
+	if err != nil {
+		return 0 // opening it will say why
+	}
+	return int(fi.Size() >> 10)
 }
 
 // load imports one archive unless everything in it is there, and gives the names it holds.
@@ -293,7 +309,7 @@ func List(ctx context.Context, env snapenv.Env) ([]Image, error) {
 			continue // the CRI's second reference to an image
 		}
 		size, _ := img.Size(ctx)
-		out = append(out, Image{Name: img.Name(), Digest: img.Target().Digest.String(), Size: size, Pinned: img.Labels()[pinnedLabel] == pinnedValue})
+		out = append(out, Image{Name: img.Name(), Digest: img.Target().Digest.String(), Size: size, Pinned: img.Labels()[pinnedLabel] == pinnedValue, Shipped: img.Labels()[shippedLabel] != ""})
 	}
 	slices.SortFunc(out, func(a, b Image) int { return strings.Compare(a.Name, b.Name) })
 	return out, nil

@@ -27,6 +27,9 @@ var materials = []struct{ name, mod, module string }{
 	{"runc", "scripts/components/runc/go.mod", "github.com/opencontainers/runc"},
 	{"cni-plugins", "scripts/components/cni/go.mod", "github.com/containernetworking/plugins"},
 	{"coredns", "scripts/components/coredns/go.mod", "github.com/coredns/coredns"},
+	{"metrics-server", "scripts/components/metrics-server/go.mod", "sigs.k8s.io/metrics-server"},
+	{"registry", "scripts/components/registry/go.mod", "github.com/distribution/distribution/v3"},
+	{"traefik", "scripts/components/traefik/go.mod", "github.com/traefik/traefik/v3"},
 	{"helm", "scripts/components/helm/go.mod", "helm.sh/helm/v3"},
 }
 

@@ -25,6 +25,7 @@ func TestAddonsServices(t *testing.T) {
 
 	step("storage", n.testStorage)
 	step("helm", n.testHelm)
+	step("repositories", n.testRepositories)
 }
 
 const statefulSet = `
@@ -217,5 +218,87 @@ func (n *node) testHelm(t *testing.T) {
 	}
 	if out := n.run(t, "microk8s", "enable", "helm", "helm3"); !strings.Contains(out, "Helm comes pre-installed with MicroK8s") {
 		t.Errorf("enable helm printed %q", out)
+	}
+}
+
+// testRepositories uses an addon repository of the community's form, in a local directory.
+func (n *node) testRepositories(t *testing.T) {
+	if err := os.CopyFS(filepath.Join(n.lab.Root(n.name), "repo"), os.DirFS("testdata/addonrepo")); err != nil {
+		t.Fatal(err)
+	}
+	commit := func(what string) {
+		t.Helper()
+		n.run(t, "sh", "-ec", "cd /repo; git init -q -b main . 2>/dev/null; git add -A; git -c user.name=test -c user.email=test@example.test commit -qm "+what)
+	}
+	commit("first")
+	all := func(args ...string) string {
+		t.Helper()
+		out, err := n.tryAll(t, "", append([]string{"microk8s"}, args...)...)
+		if err != nil {
+			t.Fatalf("%q: %v\n%s", args, err, out)
+		}
+		return out
+	}
+	refused := func(code int, want string, args ...string) {
+		t.Helper()
+		out, err := n.tryAll(t, "", append([]string{"microk8s"}, args...)...)
+		if err == nil && code != 0 || err != nil && exitCode(err) != code || !strings.Contains(out, want) {
+			t.Errorf("%q: %v, want exit code %d and %q:\n%s", args, err, code, want, out)
+		}
+	}
+	all("addons", "repo", "add", "mine", "/repo")
+	refused(1, "Error: repository 'mine' already exists!\nUse the --force flag to overwrite it", "addons", "repo", "add", "mine", "/repo")
+	if out := all("addons", "repo", "list"); !strings.Contains(out, "REPO       ADDONS SOURCE\ncore      ") || !strings.Contains(out, "\nmine            2 /repo@") {
+		t.Errorf("repo list printed:\n%s", out)
+	}
+	n.wantRepoAddon(t, "greeter", "disabled")
+	refused(3, "the greeter fails as asked", "enable", "greeter", "fail")
+	n.wantRepoAddon(t, "greeter", "disabled")
+	out := all("enable", "mine/greeter", "words=good-day")
+	if !strings.Contains(out, "Enabling the greeter for ") || !strings.Contains(out, "The greeter is enabled on "+n.name) {
+		t.Errorf("enable greeter printed:\n%s", out)
+	}
+	n.wantRepoAddon(t, "greeter", "enabled")
+	if got := n.run(t, "microk8s", "kubectl", "get", "deployment", "greeter", "-o", "jsonpath={.metadata.annotations.words}"); got != "good-day" {
+		t.Errorf("the words are %q", got)
+	}
+	refused(0, "Addon mine/greeter is already enabled", "enable", "greeter")
+	all("enable", "teller", "--story", "long")
+	n.wantRepoAddon(t, "teller", "enabled")
+	if data, err := os.ReadFile(n.path("var/lock/teller-enabled")); err != nil || !strings.HasPrefix(string(data), "long 1 ") {
+		t.Errorf("the teller wrote %q, %v", data, err)
+	}
+	all("disable", "teller")
+	if out := all("disable", "greeter"); !strings.Contains(out, "The greeter is disabled") {
+		t.Errorf("disable greeter printed:\n%s", out)
+	}
+	n.wantRepoAddon(t, "greeter", "disabled")
+	refused(0, "Addon mine/greeter is already disabled", "disable", "greeter")
+
+	n.run(t, "sh", "-c", "sed -i s/1.2.3/1.2.4/ /repo/addons.yaml")
+	commit("second")
+	all("addons", "repo", "update", "mine")
+	if out := n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status", "--format", "yaml"); !strings.Contains(out, "version: 1.2.4") {
+		t.Errorf("status after the update:\n%s", out)
+	}
+	n.run(t, "rm", "/repo/addons/greeter/enable")
+	commit("third")
+	refused(1, "Missing enable hook for greeter addon", "addons", "repo", "update", "mine")
+	n.wantRepoAddon(t, "greeter", "disabled") // it is there still
+	refused(1, "Missing enable hook for greeter addon", "addons", "repo", "add", "other", "/repo")
+	refused(1, "cannot fetch /nowhere", "addons", "repo", "add", "other", "/nowhere")
+	if out := all("addons", "repo", "list"); strings.Contains(out, "other") {
+		t.Errorf("a refused repository is there:\n%s", out)
+	}
+	if out := all("addons", "repo", "remove", "mine"); !strings.Contains(out, "Removing /var/snap/microk8s/common/addons/mine") {
+		t.Errorf("repo remove printed:\n%s", out)
+	}
+	refused(1, "Addon greeter was not found in any repository", "enable", "greeter")
+}
+
+func (n *node) wantRepoAddon(t *testing.T, name, state string) {
+	t.Helper()
+	if out := n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status", "--format", "short"); !strings.Contains(out, "\nmine/"+name+": "+state+"\n") {
+		t.Errorf("status lacks mine/%s: %s:\n%s", name, state, out)
 	}
 }

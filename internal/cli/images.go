@@ -1,0 +1,230 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"microk8s/cluster-agent/fanout"
+	"microk8s/internal/images"
+)
+
+func (a *App) newImages() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "images",
+		Short: "Import, export and list container images",
+		Long: `Bring container images to the nodes of the cluster without a registry, take them from a
+node, and see which there are.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.AddCommand(
+		&cobra.Command{
+			Use:   "import [IMAGE]",
+			Short: "Import an OCI or docker archive on all nodes; - or nothing reads standard input",
+			Args:  atMost(1),
+			RunE: func(cmd *cobra.Command, args []string) error {
+				return a.importImages(cmd.Context(), append(args, "-")[0])
+			},
+		},
+		&cobra.Command{
+			Use:   "export-local [OUTPUT] [IMAGE...]",
+			Short: "Write images of this node, or all, as an archive; - or nothing writes standard output",
+			RunE: func(cmd *cobra.Command, args []string) error {
+				return a.exportImages(cmd.Context(), append(args, "-")[0], args[min(1, len(args)):])
+			},
+		},
+		&cobra.Command{
+			Use:   "list",
+			Short: "List the images on this node, and how many pods of the cluster use each",
+			Args:  noArgs,
+			RunE:  func(cmd *cobra.Command, _ []string) error { return a.listImages(cmd.Context()) },
+		},
+	)
+	return root
+}
+
+// atMost takes no more arguments than n.
+func atMost(n int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) > n {
+			return &usageError{cmd, fmt.Errorf("unexpected argument: %s", args[n])}
+		}
+		return nil
+	}
+}
+
+// importImages checks an archive and gives it to every node. It goes on after a node that
+// failed, and then fails.
+func (a *App) importImages(ctx context.Context, file string) error {
+	path, done, err := a.spool(file)
+	if err != nil {
+		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
+		return exitError(ExitError)
+	}
+	defer done()
+	f, err := os.Open(path)
+	if err == nil {
+		err = errors.Join(images.Check(f), f.Close())
+	}
+	if err != nil {
+		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
+		return exitError(ExitError)
+	}
+	cluster := fanout.Cluster{Env: a.Env}
+	targets, err := cluster.Targets(ctx)
+	if err != nil {
+		return fmt.Errorf("cannot list the nodes: %w", err)
+	}
+	for _, t := range targets {
+		fmt.Fprintf(a.Out, "Pushing OCI images to %s\n", t.Address)
+	}
+	results, err := cluster.ImportImage(ctx, func() (io.ReadCloser, error) { return os.Open(path) })
+	if err != nil {
+		return err
+	}
+	failed := 0
+	for _, r := range results {
+		if r.Err != nil {
+			failed++
+			fmt.Fprintf(a.Err, "Failed to import images on %s (%s): %v\n", r.Address, r.Name, r.Err)
+		}
+	}
+	if failed > 0 {
+		return failf("run the same command again when they are back", "%d of %d nodes have not got the images", failed, len(results))
+	}
+	return nil
+}
+
+// spool gives a file that can be read several times; what comes from standard input is put
+// into one of our own first.
+func (a *App) spool(file string) (path string, done func(), err error) {
+	if file != "-" {
+		return file, func() {}, nil
+	}
+	f, err := os.CreateTemp(filepath.Join(a.Env.Data, "tmp"), "images-*.tar")
+	if err != nil {
+		return "", nil, err
+	}
+	done = func() { _ = os.Remove(f.Name()) }
+	_, err = io.Copy(f, a.In)
+	if err = errors.Join(err, f.Close()); err != nil {
+		done()
+		return "", nil, err
+	}
+	return f.Name(), done, nil
+}
+
+// exportImages writes an archive; a file is there only when it is complete.
+func (a *App) exportImages(ctx context.Context, output string, names []string) error {
+	say := func(name string) { fmt.Fprintf(a.Err, "Checking %s\n", name) }
+	if output == "-" {
+		return images.Export(ctx, a.Env, a.Out, names, say)
+	}
+	f, err := os.CreateTemp(filepath.Dir(output), "."+filepath.Base(output)+".*")
+	if err != nil {
+		return fmt.Errorf("cannot write %s: %w", output, err)
+	}
+	defer os.Remove(f.Name()) // not there any more when all went well
+	err = images.Export(ctx, a.Env, f, names, say)
+	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), output)
+}
+
+// listImages shows what this node has, and what pods of the cluster want.
+func (a *App) listImages(ctx context.Context) error {
+	have, err := images.List(ctx, a.Env)
+	if err != nil {
+		return err
+	}
+	uses, err := a.imageUses(ctx)
+	if err != nil {
+		fmt.Fprintf(a.Err, "cannot find out which images pods use: %v\n", err)
+	}
+	fmt.Fprintf(a.Out, "%-60s %-19s %10s %-8s %s\n", "IMAGE", "DIGEST", "SIZE", "SOURCE", "PODS")
+	for _, img := range have {
+		source := "-"
+		if img.Shipped {
+			source = "product"
+		}
+		pods := "?"
+		if err == nil {
+			pods = fmt.Sprint(uses[img.Name])
+			delete(uses, img.Name)
+		}
+		fmt.Fprintf(a.Out, "%-60s %-19.19s %10s %-8s %s\n", img.Name, img.Digest, mebibytes(img.Size), source, pods)
+	}
+	var missing []string
+	for name := range uses {
+		missing = append(missing, name)
+	}
+	slices.Sort(missing)
+	for _, name := range missing {
+		fmt.Fprintf(a.Out, "%-60s %-19s %10s %-8s %d\n", name, "not on this node", "-", "-", uses[name])
+	}
+	return nil
+}
+
+func mebibytes(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
+
+// imageUses counts the pods of the cluster by the images of their containers.
+func (a *App) imageUses(ctx context.Context) (map[string]int, error) {
+	cfg, err := clientcmd.BuildConfigFromFlags("", a.Env.AdminKubeconfig())
+	if err != nil {
+		return nil, err
+	}
+	cfg.Timeout = addonAPIWait
+	client, err := dynamic.NewForConfig(cfg)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := client.Resource(schema.GroupVersionResource{Version: "v1", Resource: "pods"}).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	uses := map[string]int{}
+	for _, p := range pods.Items {
+		names := map[string]bool{}
+		for _, list := range []string{"initContainers", "containers"} {
+			containers, _, _ := unstructured.NestedSlice(p.Object, "spec", list)
+			for _, c := range containers {
+				if m, ok := c.(map[string]any); ok {
+					names[fullName(fmt.Sprint(m["image"]))] = true
+				}
+			}
+		}
+		for name := range names {
+			uses[name]++
+		}
+	}
+	return uses, nil
+}
+
+// fullName is how containerd calls an image that people call shorter.
+func fullName(name string) string {
+	first, _, slash := strings.Cut(name, "/")
+	switch {
+	case !slash:
+		name = "docker.io/library/" + name
+	case !strings.ContainsAny(first, ".:") && first != "localhost":
+		name = "docker.io/" + name
+	}
+	if !strings.ContainsAny(name[strings.LastIndex(name, "/")+1:], ":@") {
+		name += ":latest"
+	}
+	return name
+}
