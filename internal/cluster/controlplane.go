@@ -217,7 +217,8 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	if _, err := os.Lstat(s.backendAside()); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	if err := s.removeMember(ctx, live, own, a.Voters); err != nil {
+	others := slices.DeleteFunc(slices.Concat(members(live), a.Voters), func(m string) bool { return m == own }) // its daemon is stopped
+	if err := s.removeMember(ctx, live, own, others); err != nil {
 		s.Say("WARNING: this node could not be taken out of the datastore's list of members (%v); on a node of the cluster run: microk8s remove-node %s --force", err, s.Self)
 	} else if err := s.deleteNodeObject(ctx, a, s.Self); err != nil {
 		s.Log.Warn("cannot delete the Node object", "err", err)
@@ -225,19 +226,17 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	return s.takeBackendBack()
 }
 
-// removeMember takes the member with this address out of the datastore, asking those that the
-// directory knows and others.
-func (n *Node) removeMember(ctx context.Context, storage, address string, others []string) error {
+// removeMember takes the member with this address out of the datastore, asking the given ones with
+// the key pair of the directory.
+func (n *Node) removeMember(ctx context.Context, storage, address string, ask []string) error {
 	_, config, err := peers.KeyPair(storage, tls.VersionTLS12, 0)
 	if err != nil {
 		return nil //nolint:nilerr // without the pair it never became a member
 	}
 	store := dqlite.NewInmemNodeStore()
 	var list []dqlite.NodeInfo
-	for _, m := range slices.Concat(members(storage), others) {
-		if m != address && !slices.ContainsFunc(list, func(x dqlite.NodeInfo) bool { return x.Address == m }) {
-			list = append(list, dqlite.NodeInfo{Address: m})
-		}
+	for _, m := range slices.Compact(slices.Sorted(slices.Values(ask))) {
+		list = append(list, dqlite.NodeInfo{Address: m})
 	}
 	if err := store.Set(ctx, list); err != nil {
 		return err

@@ -205,10 +205,13 @@ func (s *leaveRun) depart(ctx context.Context) error {
 		return nil
 	}
 	live := s.Env.BackendLive()
-	err := s.removeMember(ctx, live, s.Member, []string{s.Member})
+	everyone := append(members(live), s.Member)
+	err := s.removeMember(ctx, live, s.Member, everyone)
 	if err != nil && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
 		if startErr := s.Services.Start(ctx, service.Datastore); startErr == nil {
-			err = s.removeMember(ctx, live, s.Member, []string{s.Member})
+			err = waitFor(ctx, s.removeWait, func(ctx context.Context) error {
+				return s.removeMember(ctx, live, s.Member, everyone)
+			})
 		}
 	}
 	if err == nil || ctx.Err() != nil {

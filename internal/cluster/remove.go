@@ -154,8 +154,9 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 	if p.Member == "" {
 		return nil
 	}
-	own := ownMember(n.Env.BackendLive())
-	err := n.removeMember(ctx, n.Env.BackendLive(), p.Member, slices.DeleteFunc([]string{own}, func(s string) bool { return s == "" }))
+	live := n.Env.BackendLive()
+	others := slices.DeleteFunc(append(members(live), ownMember(live)), func(m string) bool { return m == p.Member || m == "" })
+	err := n.removeMember(ctx, live, p.Member, others)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrContact, err)
 	}
