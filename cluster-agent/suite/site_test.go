@@ -52,7 +52,7 @@ const (
 // site is a control-plane node's agent, with everything behind it that is not the agent's own
 // faked: the API server, the services, the programs.
 type site struct {
-	t        *testing.T
+	t        testing.TB
 	env      snapenv.Env
 	srv      *server.Server
 	tokens   *tokenstore.Store
@@ -108,7 +108,7 @@ func aNode(name, address string, ready bool) corev1.Node {
 	}}
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t testing.TB) *site {
 	t.Helper()
 	s := &site{t: t, env: snapenv.Under(t.TempDir()), log: &bytes.Buffer{}, now: time.Now()}
 	for _, dir := range []string{s.env.LocksDir(), s.env.ArgsDir(), s.env.CredentialsDir(), s.env.Backend(), s.env.HostPath("capi/etc")} {
@@ -327,13 +327,13 @@ func (s *site) finish(path, tok, name string) (int, api.Error) {
 }
 
 // csr makes a certificate request with a new key.
-func csr(t *testing.T, subject pkix.Name, dns []string, ips ...string) string {
+func csr(t testing.TB, subject pkix.Name, dns []string, ips ...string) string {
 	t.Helper()
 	text, _ := csrKey(t, subject, dns, ips...)
 	return text
 }
 
-func csrKey(t *testing.T, subject pkix.Name, dns []string, ips ...string) (string, *ecdsa.PrivateKey) {
+func csrKey(t testing.TB, subject pkix.Name, dns []string, ips ...string) (string, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -378,7 +378,7 @@ func (s *site) sign(tok, request string) (*x509.Certificate, int, api.Error) {
 
 func newRecorder() *httptest.ResponseRecorder { return httptest.NewRecorder() }
 
-func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
+func contextOf(t testing.TB) (context.Context, context.CancelFunc) {
 	return context.WithCancel(context.WithoutCancel(t.Context()))
 }
 

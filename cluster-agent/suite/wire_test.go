@@ -592,13 +592,40 @@ func FuzzRequests(f *testing.F) {
 	for _, seed := range []string{`{}`, `null`, `{"token":"x","hostname":"n","port":"25000","worker":true}`, `{"callback":"","service":[{"name":"../x","arguments_update":[{"a":"b"}],"restart":"yes"}]}`, `{"id":"0011223344556677","nonce":"AAAA"}`, `{"remove_endpoint":"x"}`} {
 		f.Add([]byte(seed))
 	}
+	s := newSite(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
-		s := newSite(t)
+		s.t = t
 		for _, path := range []string{api.PathProof, api.PathPreflight, api.PathJoin, api.PathSignCert, api.PathConfirm, api.PathRelease, api.PathRenew, api.PathConfigure, api.PathDqliteRemove} {
 			if status, answer, _ := s.call(from{}, path, string(body)); status == http.StatusOK || !json.Valid(answer) {
 				t.Errorf("%s: %d %s", path, status, answer)
 			}
 		}
 		s.nothingDone()
+		s.slept = nil
+		s.log.Reset()
+	})
+}
+
+// FuzzCertificateRequests has a worker with a good token ask for arbitrary certificates. What
+// it gets is its own identity or nothing.
+func FuzzCertificateRequests(f *testing.F) {
+	f.Add([]byte(csr(f, kubeletName("n2"), []string{"n2"}, there)))
+	f.Add([]byte(csr(f, pkix.Name{CommonName: "admin", Organization: []string{"system:masters"}}, []string{"kubernetes"})))
+	f.Add([]byte("-----BEGIN CERTIFICATE REQUEST-----\nMAA=\n-----END CERTIFICATE REQUEST-----\n"))
+	s := newSite(f)
+	tok := s.add(tokenstore.Options{Persist: true}).Reveal()
+	f.Fuzz(func(t *testing.T, request []byte) {
+		s.t = t
+		r := upstream(tok, "n2", true)
+		r.Product = api.Product
+		s.joined(from{}, r)
+		cert, status, _ := s.sign(tok+api.SuffixKubelet, string(request))
+		if status != http.StatusOK {
+			return
+		}
+		if cert.IsCA || cert.Subject.String() != "CN=system:node:n2,O=system:nodes" || slices.ContainsFunc(cert.DNSNames, func(n string) bool { return n != "n2" }) {
+			t.Errorf("%s, %v", cert.Subject, cert.DNSNames)
+		}
+		s.log.Reset()
 	})
 }

@@ -160,12 +160,13 @@ func (s *State) lately(r *Record, now time.Time) bool {
 
 // end is when the token was over; now if it is not.
 func (r *Record) end(now time.Time) time.Time {
-	switch r.Over(now) {
-	case ErrRevoked:
+	err := r.Over(now)
+	switch {
+	case errors.Is(err, ErrRevoked):
 		return r.Revoked
-	case ErrUsed:
+	case errors.Is(err, ErrUsed):
 		return r.SpentAt
-	case ErrExpired:
+	case errors.Is(err, ErrExpired):
 		return r.Expires
 	}
 	return now

@@ -32,8 +32,8 @@ type Store struct {
 	Now      func() time.Time // nil means time.Now
 }
 
-// PersistentFile, in credentials/, holds tokens that a launch configuration has written before
-// the node ever ran. They are known to this node only.
+// PersistentFile holds, in credentials/, the tokens that a launch configuration has written
+// before the node ever ran; its agent hands them over to the cluster (see Adopt).
 const PersistentFile = "persistent-join-tokens.json"
 
 // Open gives the tokens as a control-plane node sees them: the cluster's, then its own file's.
