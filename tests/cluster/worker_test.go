@@ -164,7 +164,7 @@ func committed(point string) bool {
 // testInterrupted kills a join at its steps. Run again with the same line it succeeds; taken back,
 // the node is what it was, with its data, and the same line still joins it.
 func (c *cluster) testInterrupted(t *testing.T, operation, from, host string, flags ...string) {
-	for _, point := range c.points(t, operation, 3) {
+	for _, point := range c.points(t, operation, 2) {
 		t.Run(point, func(t *testing.T) {
 			line := append(c.line(t, from), flags...)
 			die := append([]string{"env", "MICROK8S_DIE_AT=" + point}, line...)
