@@ -53,7 +53,7 @@ func (p *joinParams) operation() string {
 	return opJoin
 }
 
-// ErrMember: the node belongs to a cluster already.
+// ErrMember says that the node belongs to a cluster already.
 var ErrMember = errors.New("this node is in a cluster already")
 
 // ErrOther is wrapped when another change was begun and has not ended.

@@ -165,8 +165,12 @@ func Read(path string) (*Record, error) {
 		return nil, fmt.Errorf("cannot read the journal: %w", err)
 	}
 	var r Record
-	if err := json.Unmarshal(data, &r); err != nil || r.Operation == "" || r.Step == "" {
-		return nil, fmt.Errorf("cannot read the journal %s: it is damaged (%v)", path, err)
+	err = json.Unmarshal(data, &r)
+	if err == nil && (r.Operation == "" || r.Step == "") {
+		err = errors.New("it names no step")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the journal %s is damaged: %w", path, err)
 	}
 	return &r, nil
 }
@@ -246,7 +250,7 @@ func (j *Journal) Resume(ctx context.Context, plan Plan) error {
 	return j.forward(ctx, plan, *r, i)
 }
 
-// ErrCommitted: the change cannot be taken back any more, only finished.
+// ErrCommitted says that the change cannot be taken back any more, only finished.
 var ErrCommitted = errors.New("it is too late to take it back")
 
 // Undo takes back the change in the journal. It gives an error that wraps ErrCommitted where it
