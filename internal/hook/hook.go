@@ -32,8 +32,8 @@ type Runner struct {
 	// Snapctl runs snapd's snapctl and gives what it prints.
 	Snapctl func(ctx context.Context, args ...string) (string, error)
 
-	// Install and Configure are those of internal/setup.
-	Install, Configure func(ctx context.Context, env snapenv.Env, log *slog.Logger) error
+	// Install, Configure and Refresh are those of internal/setup.
+	Install, Configure, Refresh func(ctx context.Context, env snapenv.Env, log *slog.Logger) error
 
 	// Remove takes the node off the host.
 	Remove func(ctx context.Context, env snapenv.Env, log *slog.Logger) error
@@ -183,7 +183,7 @@ func (r *Runner) config(ctx context.Context) error {
 // postRefresh brings data and arguments that the old revision left in line with the new one,
 // before the services start. An error brings the old revision back.
 func (r *Runner) postRefresh(ctx context.Context) error {
-	if err := r.reconcile(ctx); err != nil {
+	if err := r.Refresh(ctx, r.Env, r.Log); err != nil {
 		return err
 	}
 	r.dropIns(ctx, "post-refresh")

@@ -54,6 +54,7 @@ func newFixture(t *testing.T) *fixture {
 			return os.WriteFile(env.Lock(snapenv.LockInstalled), nil, 0o600)
 		},
 		Configure: func(context.Context, snapenv.Env, *slog.Logger) error { note("configure"); return nil },
+		Refresh:   func(context.Context, snapenv.Env, *slog.Logger) error { note("refresh"); return nil },
 		Remove:    func(context.Context, snapenv.Env, *slog.Logger) error { note("remove"); return nil },
 		Members: func(_ context.Context, dir string) ([]peers.Member, error) {
 			if dir != env.BackendLive() {
@@ -262,7 +263,7 @@ func TestDropIns(t *testing.T) {
 	put(t, filepath.Join(dir, "post-refresh.d/30-c"), "#!/bin/sh\necho c >>"+out+"\n", 0o644)
 	put(t, filepath.Join(dir, "remove.d/10-r"), "#!/bin/sh\necho r >>"+out+"\n", 0o755)
 	f.run(t, "post-refresh")
-	f.did(t, "configure")
+	f.did(t, "refresh")
 	f.run(t, "remove")
 	f.did(t, "remove")
 	if text, _ := os.ReadFile(out); string(text) != "a\nb "+f.Env.Data+"\nr\n" {

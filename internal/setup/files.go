@@ -198,6 +198,27 @@ func (in *Installer) defaultArgs(context.Context) error {
 // firstAddress is where the datastore listens until another node joins (cli.md 6.7).
 const firstAddress = "127.0.0.1:19001"
 
+// setAside is for a release that kept the datastore in $SNAP_DATA: when a refresh from it was
+// undone, it went on with its own directory, and the one that was moved is of the past.
+func (in *Installer) setAside(context.Context) error {
+	live, link := in.Env.BackendLive(), in.Env.Backend()
+	if st, err := os.Lstat(link); err != nil || !st.IsDir() {
+		return nil
+	}
+	entries, err := os.ReadDir(live)
+	if err != nil || len(entries) == 0 {
+		return nil
+	}
+	aside := live + ".undone"
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if err := os.Rename(live, aside); err != nil {
+		return err
+	}
+	return in.changed(aside)
+}
+
 // datastore makes the directory at its real place and the link at the documented one, with what
 // a first start needs. A directory that was used before is left as it is.
 func (in *Installer) datastore(context.Context) error {

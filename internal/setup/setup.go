@@ -81,7 +81,29 @@ func (in *Installer) Configure(ctx context.Context) error {
 	if !in.Env.Locked(snapenv.LockInstalled) {
 		return nil
 	}
-	return in.run(ctx, []step{
+	return in.run(ctx, in.configureSteps())
+}
+
+// Refresh brings a node that an earlier release made in line with this one, while no service
+// runs: what [Configure] does, and the datastore's directory in the place that no revert
+// touches. It does nothing on a machine where nothing is installed.
+func Refresh(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
+	return (&Installer{Env: env, Log: log}).Refresh(ctx)
+}
+
+// Refresh is [Refresh] with the fields of in.
+func (in *Installer) Refresh(ctx context.Context) error {
+	if !in.Env.Locked(snapenv.LockInstalled) {
+		return nil
+	}
+	return in.run(ctx, append([]step{
+		{"set the datastore of an undone refresh aside", in.setAside},
+		{"move the datastore to where it stays", in.datastore},
+	}, in.configureSteps()...))
+}
+
+func (in *Installer) configureSteps() []step {
+	return []step{
 		{"make the group " + snapenv.Group, in.group},
 		{"make the directories", in.directories},
 		{"copy new default arguments", in.defaultArgs},
@@ -89,7 +111,7 @@ func (in *Installer) Configure(ctx context.Context) error {
 		{"renew certificates", in.certificates},
 		{"link the CNI plugins", in.cniPlugins},
 		{"make the links on the host", in.hostLinks},
-	})
+	}
 }
 
 func (in *Installer) run(ctx context.Context, steps []step) error {

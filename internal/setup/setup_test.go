@@ -349,3 +349,49 @@ func TestRefusals(t *testing.T) {
 		}
 	})
 }
+
+// A node of a release that had the datastore in $SNAP_DATA, refreshed, undone, and refreshed
+// again.
+func TestRefreshMovesTheDatastore(t *testing.T) {
+	in := machine(t)
+	if err := in.Refresh(t.Context()); err != nil {
+		t.Fatalf("a machine without a node: %v", err)
+	}
+	if err := in.Install(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	asBefore := func(text string) {
+		t.Helper()
+		if err := os.RemoveAll(in.Env.Backend()); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(in.Env.Backend(), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"info.yaml", "metadata1"} {
+			if err := os.WriteFile(filepath.Join(in.Env.Backend(), name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.RemoveAll(in.Env.BackendLive()); err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"first", "second"} {
+		asBefore(text)
+		for range 2 { // again after a crash
+			if err := in.Refresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if target, err := os.Readlink(in.Env.Backend()); err != nil || target != in.Env.BackendLive() {
+				t.Errorf("the documented path leads to %q, %v", target, err)
+			}
+			if data, err := os.ReadFile(filepath.Join(in.Env.BackendLive(), "metadata1")); err != nil || string(data) != text {
+				t.Errorf("the datastore is %q, %v; want %q", data, err, text)
+			}
+		}
+	}
+	if data, err := os.ReadFile(filepath.Join(in.Env.BackendLive()+".undone", "metadata1")); err != nil || string(data) != "first" {
+		t.Errorf("of the undone refresh there is %q, %v", data, err)
+	}
+}

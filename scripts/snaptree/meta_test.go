@@ -90,8 +90,8 @@ func TestMistakesAreFound(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct{ old, new, want string }{
-		{"summary: s", "sumary: s", `key "summary" is missing`},
-		{"summary: s", "summary: s\nsumary: s", `key "sumary" is not known`},
+		{"summary: s", "sum-mary: s", `key "summary" is missing`},
+		{"summary: s", "summary: s\nsum-mary: s", `key "sum-mary" is not known`},
 		{"aliases: []", "alias: [x]", `key "alias" is not known`},
 		{"version: v1", "version: v2", `version is "v2", and go.mod has Kubernetes v1`},
 		{"summary: s", "summary: " + strings.Repeat("s", 79), "summary has 79 characters"},

@@ -1,0 +1,199 @@
+package snap
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Three machines make a cluster and are refreshed one by one, under steady writing through
+// whichever API server answers. It takes many minutes, so only the long run has it.
+func TestClusterIsRefreshedNodeByNode(t *testing.T) {
+	if os.Getenv("MICROK8S_TEST_LONG") == "" {
+		return // not a skip: the gate is complete without it
+	}
+	prepare(t)
+	var nodes []*machine
+	for _, name := range []string{"n1", "n2", "n3"} {
+		m := newMachine(t, name)
+		nodes = append(nodes, m)
+		m.run(t, "snap", "install", "--dangerous", "--classic", packed(t))
+		m.connect(t)
+		m.waitReady(t)
+		if name == "n1" {
+			continue
+		}
+		line := strings.Fields(nodes[0].run(t, "microk8s", "add-node", "--format", "short"))
+		m.run(t, line[:3]...)
+		m.connect(t)
+		m.waitReady(t)
+	}
+	for _, m := range nodes {
+		m.waitVoters(t, 3)
+	}
+	next := make([]string, len(nodes))
+	for i, m := range nodes {
+		next[i] = m.repack(t, "v1.37.99", nil)
+	}
+	tr := startClusterTraffic(t, nodes)
+
+	// While one is down, no other may be taken away.
+	if out, err := snapdHost(t.Context(), "kill", "n2").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	eventually(t, 2*time.Minute, func() error {
+		if n := nodes[2].voters(t); n != 2 {
+			return fmt.Errorf("%d voters live", n)
+		}
+		return nil
+	})
+	if out, code := nodes[2].try(t, "snap", "install", "--dangerous", "--classic", next[2]); code == 0 || !strings.Contains(out, "cannot refresh this node now") {
+		t.Fatalf("a refresh that costs the quorum: exit code %d\n%s", code, out)
+	}
+	if out := nodes[2].run(t, "microk8s", "version"); !strings.Contains(out, "revision x1") {
+		t.Errorf("after the refused refresh: %s", out)
+	}
+	nodes[1].up(t)
+	for _, m := range nodes {
+		m.waitReady(t)
+		m.waitVoters(t, 3)
+	}
+
+	for i, m := range nodes {
+		written := tr.written()
+		m.run(t, "snap", "install", "--dangerous", "--classic", next[i])
+		m.waitReady(t)
+		if out := m.run(t, "microk8s", "version"); !strings.Contains(out, "v1.37.99") {
+			t.Errorf("%s after its refresh: %s", m.name, out)
+		}
+		for _, other := range nodes {
+			other.waitVoters(t, 3)
+		}
+		if tr.written() == written {
+			t.Errorf("nothing was written while %s was refreshed", m.name)
+		}
+	}
+	// One goes back: two releases in one cluster.
+	nodes[1].run(t, "snap", "revert", "microk8s")
+	nodes[1].waitReady(t)
+	nodes[1].waitVoters(t, 3)
+	tr.check(t, nodes)
+}
+
+// voters counts the living voters that a node's datastore knows of.
+func (m *machine) voters(t *testing.T) int {
+	t.Helper()
+	out, _ := m.try(t, "env", "MICROK8S_STATUS_BUDGET=5s", "microk8s", "status", "--format", "json")
+	var report struct {
+		HighAvailability struct {
+			Nodes []struct {
+				Role  string `json:"role"`
+				Alive bool   `json:"alive"`
+			} `json:"nodes"`
+		} `json:"high-availability"`
+	}
+	if err := json.Unmarshal([]byte(out), &report); err != nil {
+		return 0
+	}
+	n := 0
+	for _, node := range report.HighAvailability.Nodes {
+		if node.Role == "voter" && node.Alive {
+			n++
+		}
+	}
+	return n
+}
+
+func (m *machine) waitVoters(t *testing.T, want int) {
+	t.Helper()
+	eventually(t, 4*time.Minute, func() error {
+		if n := m.voters(t); n != want {
+			return fmt.Errorf("%s knows of %d living voters, want %d", m.name, n, want)
+		}
+		return nil
+	})
+}
+
+// clusterTraffic writes through any API server that answers.
+type clusterTraffic struct {
+	stop    context.CancelFunc
+	wg      sync.WaitGroup
+	mu      sync.Mutex
+	acked   []string
+	longest time.Duration // without a write
+}
+
+func (tr *clusterTraffic) written() int {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	return len(tr.acked)
+}
+
+func startClusterTraffic(t *testing.T, nodes []*machine) *clusterTraffic {
+	t.Helper()
+	ctx, stop := context.WithCancel(t.Context())
+	t.Cleanup(stop)
+	tr := &clusterTraffic{stop: stop}
+	tr.wg.Go(func() {
+		last, at := time.Now(), 0
+		for i := 0; ctx.Err() == nil; i++ {
+			name := fmt.Sprintf("cluster-%d", i)
+			try, cancel := context.WithTimeout(ctx, 3*time.Second)
+			_, err := nodes[at].client.CoreV1().ConfigMaps("default").Create(try, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+			cancel()
+			if err != nil {
+				at = (at + 1) % len(nodes)
+				select {
+				case <-ctx.Done():
+				case <-time.After(50 * time.Millisecond):
+				}
+				continue
+			}
+			tr.mu.Lock()
+			tr.acked = append(tr.acked, name)
+			tr.longest = max(tr.longest, time.Since(last))
+			tr.mu.Unlock()
+			last = time.Now()
+		}
+	})
+	return tr
+}
+
+// check ends the traffic; what was acknowledged must be seen by every node.
+func (tr *clusterTraffic) check(t *testing.T, nodes []*machine) {
+	t.Helper()
+	tr.stop()
+	tr.wg.Wait()
+	for _, m := range nodes {
+		eventually(t, time.Minute, func() error {
+			list, err := m.client.CoreV1().ConfigMaps("default").List(t.Context(), metav1.ListOptions{})
+			if err != nil {
+				return err
+			}
+			there := map[string]bool{}
+			for _, c := range list.Items {
+				there[c.Name] = true
+			}
+			for _, name := range tr.acked {
+				if !there[name] {
+					if _, err := m.client.CoreV1().ConfigMaps("default").Get(t.Context(), name, metav1.GetOptions{}); apierrors.IsNotFound(err) {
+						t.Fatalf("%s was acknowledged and is lost, says %s", name, m.name)
+					}
+					return errors.New("a list without " + name)
+				}
+			}
+			return nil
+		})
+	}
+	t.Logf("%d objects written, the longest pause was %s", len(tr.acked), tr.longest.Round(time.Millisecond))
+}
