@@ -91,7 +91,12 @@ func (c *testCluster) prepare(args ...string) *testMember {
 	m.env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
 	c.t.Cleanup(func() {
 		if m.cmd != nil {
-			m.cmd.Process.Kill()
+			if c.t.Failed() {
+				m.cmd.Process.Signal(syscall.SIGABRT) // says what it is doing
+			} else {
+				m.cmd.Process.Kill()
+			}
+			m.cmd.Wait()
 		}
 		if text, err := os.ReadFile(m.log); err == nil && c.t.Failed() {
 			if dir := os.Getenv("TEST_LOGS"); dir != "" {

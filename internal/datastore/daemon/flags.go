@@ -214,7 +214,7 @@ func NewCommand(args []string, run func(*cobra.Command, *Config) error, versions
 			return nil
 		},
 	})
-	root.AddCommand(migrator.NewCommand())
+	root.AddCommand(migrator.NewCommand(), newReseed(), newRecover())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }

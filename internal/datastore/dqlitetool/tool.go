@@ -59,6 +59,7 @@ each one argument, several with semicolons between:
   .describe ADDRESS             failure domain and weight of a member
   .weight ADDRESS N             set the weight of a member
   .remove ADDRESS               remove a member
+  .transfer ADDRESS             move leadership to a voter
   .dump ADDRESS [DATABASE]      write the files of the database to the current directory
   .reconfigure DIR CLUSTERYAML  rewrite the membership in the files of a stopped member
   SELECT …                      any statement of SQL that only reads`,

@@ -64,7 +64,7 @@ func CheckFiles(dir string) error {
 		return fmt.Errorf("cannot list %s: %w", dir, err)
 	}
 	damaged := func(name string, err error) error {
-		return fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: restore %s from a backup", filepath.Join(dir, name), err, dir)
+		return fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: if other members of the cluster run, get the data from them with k8s-dqlite reseed --storage-dir %s, otherwise restore the directory from a backup", filepath.Join(dir, name), err, dir)
 	}
 	type numbered struct {
 		name string

@@ -276,12 +276,18 @@ func (m *Member) watchLeader(ctx context.Context) {
 	defer m.wg.Done()
 	t := time.NewTicker(leaderPoll)
 	defer t.Stop()
+	failing := 0
 	for {
 		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
 		now, err := m.AskLeader(ask)
 		cancel()
 		if err != nil {
 			now = nil
+			if failing++; failing%50 == 0 && ctx.Err() == nil {
+				m.opt.Logger.Warn("the own dqlite node does not answer", "times", failing, "error", err)
+			}
+		} else {
+			failing = 0
 		}
 		was := m.leader.Swap(now)
 		if (was == nil) != (now == nil) || now != nil && was.ID != now.ID {

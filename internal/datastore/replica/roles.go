@@ -96,6 +96,9 @@ func (r *Replica) assign(ctx context.Context, c change) error {
 	ask, cancel := context.WithTimeout(ctx, assignLimit)
 	defer cancel()
 	err := r.m.Change(ask, func(d *client.Client) error { return d.Assign(ask, c.ID, client.NodeRole(c.Role)) })
+	if err == nil {
+		r.log.Info("a member's role was changed", "id", c.ID, "role", c.Role.String())
+	}
 	return errors.Join(err, r.refreshLocked(ctx))
 }
 

@@ -1,0 +1,212 @@
+package member
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"microk8s/internal/datastore/peers"
+
+	dqlite "github.com/canonical/go-dqlite/v3"
+	"github.com/canonical/go-dqlite/v3/client"
+)
+
+// Reseed makes the directory of a stopped member of a cluster that of a node that joins the
+// same cluster anew, so that it gets all data from the others. The old files are kept in a
+// hidden folder of the directory, whose path is returned. The others need a leader: the old
+// member is removed first. Interrupted at any point, it may be run again.
+func Reseed(ctx context.Context, dir string) (kept string, err error) {
+	if err := notRunning(dir); err != nil {
+		return "", err
+	}
+	d := directory{dir}
+	ini, begun, err := read(d, initFile, parseInit)
+	if err != nil {
+		return "", err
+	}
+	if begun && len(ini.Cluster) == 0 {
+		return "", fmt.Errorf("%s makes a new cluster, not a member of one; there is nothing to get from others", d.file(initFile))
+	}
+	if !begun {
+		info, ok, err := read(d, infoFile, parseInfo)
+		if err == nil && !ok {
+			err = fmt.Errorf("%s is missing, so nothing says which member this is", d.file(infoFile))
+		}
+		if err != nil {
+			return "", fmt.Errorf("%w; remove the member on another node (microk8s remove-node --force) and join again with microk8s join", err)
+		}
+		members, ok, err := read(d, clusterFile, parseCluster)
+		if err == nil && !ok {
+			err = fmt.Errorf("%s is missing, so nothing says who the others are", d.file(clusterFile))
+		}
+		if err != nil {
+			return "", fmt.Errorf("%w; copy the file from another member", err)
+		}
+		ini.Address = info.Address
+		for _, n := range members {
+			if n.Address != info.Address {
+				ini.Cluster = append(ini.Cluster, n.Address)
+			}
+		}
+		if len(ini.Cluster) == 0 {
+			return "", errors.New("this is the only member: there are no others to get the data from; restore a backup instead")
+		}
+		if err := peers.Remove(ctx, dir, info.Address); err != nil && !errors.Is(err, peers.ErrNotMember) {
+			return "", fmt.Errorf("the others go on with the old member, and nothing was changed: %w", err)
+		}
+		// From here on the directory is not one that starts with its old files.
+		if err := d.write(initFile, fmt.Sprintf("Address: %q\nCluster: [\"%s\"]\n", ini.Address, strings.Join(ini.Cluster, `", "`))); err != nil {
+			return "", err
+		}
+	}
+	kept = filepath.Join(dir, ".damaged-"+time.Now().UTC().Format("2006-01-02-15-04-05"))
+	if err := os.MkdirAll(kept, 0o700); err != nil {
+		return "", err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, e := range entries {
+		switch name := e.Name(); {
+		case name == initFile, name == peers.CertFile, name == peers.KeyFile, name == failureDomainFile, name == tuningFile,
+			strings.HasPrefix(name, "."), e.Type()&fs.ModeSocket != 0:
+		default:
+			if err := os.Rename(filepath.Join(dir, name), filepath.Join(kept, name)); err != nil {
+				return "", fmt.Errorf("cannot move the old files away: %w; run the command again", err)
+			}
+		}
+	}
+	return kept, nil
+}
+
+// notRunning refuses a directory on which a daemon runs.
+func notRunning(dir string) error {
+	info, ok, err := read(directory{dir}, infoFile, parseInfo)
+	if err != nil || !ok {
+		return nil //nolint:nilerr // it is judged where it is needed
+	}
+	conn, err := net.DialTimeout("tcp", info.Address, time.Second)
+	if err != nil {
+		return nil //nolint:nilerr // nobody listens
+	}
+	conn.Close()
+	return fmt.Errorf("something listens on %s, so the datastore of %s may be running; stop it on this node first: microk8s stop", info.Address, dir)
+}
+
+// Copy is a storage directory and how far it has come.
+type Copy struct {
+	Dir         string
+	Term, Index uint64 // of its last log entry
+}
+
+// Judge finds out how far storage directories of stopped members have come, the first one's
+// result first. It reads copies, because dqlite renames files when it looks.
+func Judge(dirs ...string) ([]Copy, error) {
+	var out []Copy
+	for _, dir := range dirs {
+		if err := CheckFiles(dir); err != nil {
+			return nil, err
+		}
+		tmp, err := os.MkdirTemp("", "datastore-")
+		if err != nil {
+			return nil, err
+		}
+		defer os.RemoveAll(tmp)
+		if err := copyFiles(dir, tmp); err != nil {
+			return nil, fmt.Errorf("cannot copy %s: %w", dir, err)
+		}
+		last, err := dqlite.ReadLastEntryInfo(tmp)
+		if err != nil {
+			return nil, fmt.Errorf("cannot read the log of %s: %w", dir, err)
+		}
+		out = append(out, Copy{Dir: dir, Term: last.Term, Index: last.Index})
+	}
+	return out, nil
+}
+
+// ErrStaler says that another copy is newer than the one that was to be used.
+var ErrStaler = errors.New("another copy is newer")
+
+// Recover makes a stopped member whose cluster has lost its majority for good the only member
+// of a new cluster with the same data. others are the directories of other members that are
+// left; when one is newer than dir, it is refused with ErrStaler. dir is saved to the
+// directory saved, which must not exist, before anything is changed.
+func Recover(dir string, others []string, saved string) error {
+	if err := notRunning(dir); err != nil {
+		return err
+	}
+	d := directory{dir}
+	info, ok, err := read(d, infoFile, parseInfo)
+	if err == nil && !ok {
+		err = fmt.Errorf("%s is missing", d.file(infoFile))
+	}
+	if err != nil {
+		return err
+	}
+	copies, err := Judge(append([]string{dir}, others...)...)
+	if err != nil {
+		return err
+	}
+	for _, c := range copies[1:] {
+		if c.Term > copies[0].Term || c.Term == copies[0].Term && c.Index > copies[0].Index {
+			return fmt.Errorf("%w: %s ends with entry %d of term %d, %s with entry %d of term %d; run the command on the member of the newer one",
+				ErrStaler, c.Dir, c.Index, c.Term, dir, copies[0].Index, copies[0].Term)
+		}
+	}
+	if err := os.Mkdir(saved, 0o700); err != nil {
+		return fmt.Errorf("cannot save the directory: %w", err)
+	}
+	if err := copyFiles(dir, saved); err != nil {
+		return fmt.Errorf("cannot save the directory: %w", err)
+	}
+	info.Role = int(client.Voter)
+	if err := Reconfigure(dir, []client.NodeInfo{{ID: info.ID, Address: info.Address, Role: client.Voter}}); err != nil {
+		return fmt.Errorf("cannot rewrite the membership: %w; the directory is saved in %s", err, saved)
+	}
+	if err := d.identify(info); err != nil {
+		return err
+	}
+	if err := os.Remove(d.file(joinFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// copyFiles copies the regular files of a directory, and syncs them.
+func copyFiles(from, to string) error {
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		if err := copyFile(filepath.Join(from, e.Name()), filepath.Join(to, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func copyFile(from, to string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Sync(), out.Close())
+}
