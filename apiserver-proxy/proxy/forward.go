@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -8,9 +9,12 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/traefik/traefik/v2/pkg/tcp"
+	"golang.org/x/sys/unix"
 )
 
 // forward connects a client to the first of servers that works and copies until both sides are
@@ -41,22 +45,24 @@ func (b *Balancer) forward(client tcp.WriteCloser, servers []*server) {
 			}
 		}
 		// Once more those that are only slow, with more time, and without a limit for the last.
-		slices.SortStableFunc(slow, func(x, y *server) int { return compareBool(b.usable(y), b.usable(x)) })
-		servers, patience, wait = slow, 10*patience, true
+		servers, patience, wait = b.usableFirst(slow), 10*patience, true
 	}
 	if b.ctx.Err() == nil {
 		b.noServer(last)
 	}
 }
 
-func compareBool(x, y bool) int {
-	switch {
-	case x == y:
-		return 0
-	case x:
-		return 1
+// usableFirst moves those that are not well to the end.
+func (b *Balancer) usableFirst(list []*server) []*server {
+	var well, rest []*server
+	for _, s := range list {
+		if b.usable(s) {
+			well = append(well, s)
+		} else {
+			rest = append(rest, s)
+		}
 	}
-	return -1
+	return append(well, rest...)
 }
 
 // converse sends the greeting and copies. With again the server has not taken the connection
@@ -64,38 +70,32 @@ func compareBool(x, y bool) int {
 // waited for no longer than patience.
 func (b *Balancer) converse(client tcp.WriteCloser, backend *net.TCPConn, s *server, greeting []byte, more bool, patience time.Duration) (again bool, err error) {
 	defer backend.Close()
-	l := &link{client: client, backend: backend}
-	if !more {
-		if !s.link(l) {
-			return false, nil
+	l := &link{client: client, backend: backend, early: more}
+	if !s.link(l) {
+		return false, nil
+	}
+	defer s.unlink(l)
+	gone := func(err error) (bool, error) {
+		if !errors.Is(err, net.ErrClosed) { // else a check has found the server dead
+			s.failed(err)
 		}
-		defer s.unlink(l)
+		return more, err
 	}
 	if len(greeting) > 0 {
 		if _, err := backend.Write(greeting); err != nil {
-			s.failed(err)
-			return more, err
+			return gone(err)
 		}
 	}
 	if more {
-		// As long as the server has said nothing the connection is not counted as
-		// established: it is not ended but given to another server.
-		first := make([]byte, 16<<10)
-		stop := context.AfterFunc(b.ctx, func() { backend.Close() })
+		first := buffers.Get().(*buffer)
+		defer buffers.Put(first)
 		_ = backend.SetReadDeadline(time.Now().Add(patience))
-		n, err := backend.Read(first)
-		if !stop() {
-			return false, nil
-		}
+		n, err := backend.Read(first[:])
 		if err != nil {
-			s.failed(err)
-			return true, err
+			return gone(err)
 		}
 		_ = backend.SetReadDeadline(time.Time{})
-		if !s.link(l) {
-			return false, nil
-		}
-		defer s.unlink(l)
+		s.established(l)
 		if _, err := client.Write(first[:n]); err != nil {
 			return false, nil
 		}
@@ -117,28 +117,90 @@ func (b *Balancer) copyBoth(client tcp.WriteCloser, backend *net.TCPConn) {
 }
 
 func (b *Balancer) copyOne(to, from tcp.WriteCloser) {
+	moved := false // since the deadline was set
 	for {
-		// Between two TCP connections this is splice(2): the bytes stay in the kernel.
-		n, err := io.Copy(to, from)
-		if errors.Is(err, os.ErrDeadlineExceeded) && n > 0 {
+		n, err := copySome(to, from)
+		switch {
+		case err == nil && n > 0:
+			moved = true
+		case errors.Is(err, os.ErrDeadlineExceeded) && moved:
 			// The other direction has ended, but in this one something still comes.
+			moved = false
 			_ = from.SetReadDeadline(time.Now().Add(b.times.HalfOpen))
-			continue
-		}
-		if err != nil || to.CloseWrite() != nil {
+		case err != nil || to.CloseWrite() != nil:
 			to.Close()
 			from.Close()
 			return
+		default: // the end; to may still answer, but not stay silent for ever
+			_ = to.SetReadDeadline(time.Now().Add(b.times.HalfOpen))
+			return
 		}
-		// to may still answer, but not stay silent for ever.
-		_ = to.SetReadDeadline(time.Now().Add(b.times.HalfOpen))
-		return
 	}
+}
+
+// buffer holds what is on its way. Connections without traffic, which most are, have none.
+type buffer [32 << 10]byte
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+// copySome waits until there is something to read and writes it to the other side; 0 and no
+// error are the end. For messages of the usual sizes this takes less time than splice(2).
+func copySome(to io.Writer, from net.Conn) (n int, err error) {
+	socket, ok := from.(syscall.Conn)
+	if !ok {
+		return 0, errors.ErrUnsupported
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var buf *buffer
+	var readErr error
+	err = raw.Read(func(fd uintptr) bool {
+		buf = buffers.Get().(*buffer)
+		for {
+			if n, readErr = unix.Read(int(fd), buf[:]); readErr != unix.EINTR {
+				break
+			}
+		}
+		if readErr == unix.EAGAIN {
+			buffers.Put(buf)
+			buf = nil
+			return false
+		}
+		return true
+	})
+	if buf != nil {
+		defer buffers.Put(buf)
+	}
+	if err = errors.Join(err, readErr); err != nil || n == 0 {
+		return 0, err
+	}
+	return to.Write(buf[:n])
 }
 
 // dial connects to one of servers, in their order: to the next one as soon as one fails, or is
 // silent for a moment. rest are those that were not found to fail.
 func (b *Balancer) dial(servers []*server) (conn *net.TCPConn, which *server, rest []*server, err error) {
+	// Nearly always the first one answers at once.
+	first := servers[0]
+	conn, err = first.dial(b.ctx, min(b.times.Hedge, b.times.Dial))
+	servers = servers[1:]
+	if err == nil {
+		return conn, first, servers, nil
+	}
+	if b.ctx.Err() != nil {
+		return nil, nil, nil, b.ctx.Err()
+	}
+	if verdictOf(err).kind == silentKind {
+		servers = b.usableFirst(append(slices.Clone(servers), first))
+	} else {
+		first.failed(err)
+	}
+	if len(servers) == 0 {
+		return nil, nil, nil, err
+	}
+
 	type result struct {
 		s    *server
 		conn *net.TCPConn
@@ -151,7 +213,7 @@ func (b *Balancer) dial(servers []*server) (conn *net.TCPConn, which *server, re
 		s := servers[next]
 		next, running = next+1, running+1
 		go func() {
-			conn, err := s.dial(ctx)
+			conn, err := s.dial(ctx, b.times.Dial)
 			results <- result{s, conn, err}
 		}()
 	}
@@ -214,21 +276,24 @@ const (
 func readGreeting(client net.Conn, limit time.Duration) (greeting []byte, complete bool, err error) {
 	_ = client.SetReadDeadline(time.Now().Add(limit))
 	defer client.SetReadDeadline(time.Time{})
-	buf := make([]byte, recordHeader+maxRecord)
+	pooled := buffers.Get().(*buffer)
+	defer buffers.Put(pooled)
+	buf := pooled[:recordHeader+maxRecord]
 	n := 0
+	got := func() []byte { return bytes.Clone(buf[:n]) }
 	for {
 		m, err := client.Read(buf[n:])
 		n += m
 		whole, decided := isGreeting(buf[:n])
 		switch {
 		case decided:
-			return buf[:n], whole, nil
+			return got(), whole, nil
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			return buf[:n], false, nil
+			return got(), false, nil
 		case err != nil && n == 0:
 			return nil, false, err // closed without a word, as checks of ports do
 		case err != nil:
-			return buf[:n], false, nil
+			return got(), false, nil
 		}
 	}
 }

@@ -171,6 +171,20 @@ func (s *standIn) signal(sig syscall.Signal) {
 	if sig == syscall.SIGUSR1 || sig == syscall.SIGUSR2 || sig == syscall.SIGHUP {
 		s.line("signal")
 	}
+	for sig == syscall.SIGSTOP && !s.stopped() {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// stopped says whether every thread of the process has taken SIGSTOP in.
+func (s *standIn) stopped() bool {
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.cmd.Process.Pid))
+	for _, f := range files {
+		if data, err := os.ReadFile(f); err == nil && !strings.Contains(string(data), ") T ") {
+			return false
+		}
+	}
+	return true
 }
 
 func (s *standIn) kill() {

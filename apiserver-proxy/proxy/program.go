@@ -149,14 +149,14 @@ func (p *Program) interval() time.Duration {
 	}
 }
 
-// connections is how many are served at a time: each takes two descriptors, and up to four more
-// while the kernel copies.
+// connections is how many are served at a time: each takes two descriptors, and more for a moment
+// while several servers are dialled.
 func connections() int {
 	var l unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
 		return 128
 	}
-	return int(min(8192, max(16, (l.Cur-min(l.Cur, 64))/6)))
+	return int(min(8192, max(16, (l.Cur-min(l.Cur, 64))/4)))
 }
 
 // fromFile applies the list in provider.yaml.

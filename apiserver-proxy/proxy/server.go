@@ -28,8 +28,11 @@ type server struct {
 	links map[*link]struct{}
 }
 
-// link is one established connection, in both its parts.
-type link struct{ client, backend net.Conn }
+// link is one connection, in both its parts.
+type link struct {
+	client, backend net.Conn
+	early           bool // the server has not said a word: the client can be given to another; guarded by server.mu
+}
 
 func newServer(b *Balancer, address string) *server {
 	s := &server{b: b, address: address, now: make(chan struct{}, 1), links: map[*link]struct{}{}, since: time.Now()}
@@ -54,8 +57,8 @@ var dialer = net.Dialer{
 	},
 }
 
-func (s *server) dial(ctx context.Context) (*net.TCPConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.b.times.Dial)
+func (s *server) dial(ctx context.Context, limit time.Duration) (*net.TCPConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	conn, err := dialer.DialContext(ctx, "tcp", s.address)
 	if err != nil {
@@ -126,7 +129,7 @@ func (s *server) hopeless(v Verdict, silent int) string {
 	return ""
 }
 
-// link takes up an established connection; false when none are wanted any more.
+// link takes up a connection; false when none are wanted any more.
 func (s *server) link(l *link) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -137,19 +140,29 @@ func (s *server) link(l *link) bool {
 	return true
 }
 
+func (s *server) established(l *link) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l.early = false
+}
+
 func (s *server) unlink(l *link) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.links, l)
 }
 
-// endAll closes all established connections, and says why unless that is "".
+// endAll closes all connections, and says why unless that is "". Clients that have heard nothing
+// from the server yet stay and go to another one.
 func (s *server) endAll(why string) {
 	s.mu.Lock()
-	n := len(s.links)
+	n := 0
 	for l := range s.links {
-		l.client.Close()
 		l.backend.Close()
+		if !l.early {
+			l.client.Close()
+			n++
+		}
 	}
 	s.mu.Unlock()
 	if n > 0 && why != "" {
