@@ -49,7 +49,7 @@ func (a *App) commands() []command {
 		{name: "inspect", usage: ExitUsage, sudo: true, build: a.newInspect},
 		{name: "join", usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, build: a.newJoin},
 		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
-		{name: "leave", usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, perm}, sudo: true, build: a.newLeave},
+		{name: "leave", usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, build: a.newLeave},
 		{name: "logs", usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
 		{name: "refresh-certs", usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
 		{name: "remove-node", usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, build: a.newRemoveNode},
