@@ -53,10 +53,10 @@ func TestFromEndpoints(t *testing.T) {
 	subset := func(port int32, addresses ...string) corev1.EndpointSubset { //nolint:staticcheck // as in FromEndpoints
 		s := corev1.EndpointSubset{NotReadyAddresses: []corev1.EndpointAddress{{IP: "10.9.9.9"}}} //nolint:staticcheck // as in FromEndpoints
 		if port != 0 {
-			s.Ports = []corev1.EndpointPort{{Name: "other", Port: 1}, {Name: "https", Port: port}} //nolint:staticcheck // as in FromEndpoints
+			s.Ports = []corev1.EndpointPort{{Name: "other", Port: 1}, {Name: "https", Port: port}}
 		}
 		for _, a := range addresses {
-			s.Addresses = append(s.Addresses, corev1.EndpointAddress{IP: a}) //nolint:staticcheck // as in FromEndpoints
+			s.Addresses = append(s.Addresses, corev1.EndpointAddress{IP: a})
 		}
 		return s
 	}
