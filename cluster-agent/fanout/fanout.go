@@ -149,6 +149,17 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 	})
 }
 
+// RenewSecrets changes the key of callback secrets and shows every node its new one. A worker
+// that sees a secret that it does not know asks the control plane for its own; from then on
+// the old one is refused. Nodes that cannot be reached notice within an hour after they come
+// back; see [Failed]. It is for when a node was removed that may know the key.
+func (c *Cluster) RenewSecrets(ctx context.Context) ([]Result, error) {
+	if err := (callback.Keys{Core: c.core}).Rotate(ctx); err != nil {
+		return nil, err
+	}
+	return c.Configure(ctx, api.ConfigureRequest{})
+}
+
 // SetArgument sets one option of an argument file on all nodes and restarts its service, for
 // example ("kubelet", "--cluster-dns", "10.152.183.10"). An empty value removes the option.
 func (c *Cluster) SetArgument(ctx context.Context, service, option, value string) ([]Result, error) {

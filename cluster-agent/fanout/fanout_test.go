@@ -239,3 +239,24 @@ func TestRolling(t *testing.T) {
 		t.Errorf("asked %v", order)
 	}
 }
+
+func TestRenewSecrets(t *testing.T) {
+	a := newAgents(t)
+	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")
+	keys := callback.Keys{Core: a.api.Core}
+	old, err := keys.Get(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	results, err := a.c.RenewSecrets(t.Context())
+	if err != nil || Failed(results) != nil {
+		t.Fatal(err, Failed(results))
+	}
+	now, err := keys.Get(t.Context())
+	if err != nil || string(now) == string(old) {
+		t.Fatalf("the key did not change: %v", err)
+	}
+	if calls := a.calls["w1"]; len(calls) != 1 || !strings.Contains(calls[0], token.Callback(now, "w1")) || strings.Contains(calls[0], token.Callback(old, "w1")) {
+		t.Errorf("the node was told %v", calls)
+	}
+}

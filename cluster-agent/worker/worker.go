@@ -39,7 +39,7 @@ import (
 const (
 	firstRetry  = 10 * time.Second // after a failure, then twice as long each time
 	lastRetry   = 5 * time.Minute  // up to this; a node that just joins is known to the cluster soon
-	longest     = 12 * time.Hour   // between two looks
+	longest     = time.Hour        // between two looks: a secret may have changed while this node was cut off
 	callTimeout = 30 * time.Second // of one control-plane node
 	pause       = 5 * time.Second  // between two questions about the callback secret
 	maxAnswer   = 1 << 20

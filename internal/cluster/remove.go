@@ -11,7 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/fanout"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
@@ -172,7 +172,10 @@ func (n *Node) deleteNode(ctx context.Context, p *removeParams) error {
 }
 
 // revoke changes the key of the nodes' callback secrets, which a control-plane node could read.
-// Whether it was one cannot be told of a node that has left, so it is done for every node.
+// Whether it was one cannot be told of a node that has left, so it is done for every node. Nodes
+// that are not reached now take up their new secret by themselves later.
 func (n *Node) revoke(ctx context.Context) error {
-	return callback.Keys{Core: func() (*kube.Core, error) { return n.Kube("client.config", "") }}.Rotate(ctx)
+	all := &fanout.Cluster{Env: n.Env, Core: func() (*kube.Core, error) { return n.Kube("client.config", "") }}
+	_, err := all.RenewSecrets(ctx)
+	return err
 }
