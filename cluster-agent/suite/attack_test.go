@@ -53,6 +53,8 @@ var attacks = []struct {
 	{defence.CSRSignature, "a request for somebody else's key", foreignKey},
 	{defence.SignOnce, "a second certificate", signTwice},
 	{defence.SignExpiry, "a certificate an hour after the join", signLate},
+	{defence.CSRSubject, "a worker's certificate for other identities", workerRenewsOthers},
+	{defence.CAPI, "a worker's credentials against every call of the control plane", workerCredentials},
 	{defence.ClientCert, "renewal with a certificate of another CA", foreignClient},
 	{defence.Member, "renewal of a node that was removed", removedNode},
 	{defence.Callback, "calls with a worker's callback secret, or none", wrongCallback},
@@ -722,6 +724,12 @@ func proofOfChosen(t *testing.T, s *site) {
 // renewWith asks over TLS with a client certificate for this node, made by this CA.
 func (s *site) renewWith(ca *x509.Certificate, caKey any, nodeName pkix.Name) int {
 	s.t.Helper()
+	node := strings.TrimPrefix(nodeName.CommonName, "system:node:")
+	return s.renewFor(ca, caKey, nodeName, api.RenewRequest{Kubelet: csr(s.t, kubeletName(node), []string{node})})
+}
+
+func (s *site) renewFor(ca *x509.Certificate, caKey any, nodeName pkix.Name, request api.RenewRequest) int {
+	s.t.Helper()
 	address, roots := s.live()
 	_, key := csrKey(s.t, nodeName, nil)
 	der, err := issueWith(ca, caKey, nodeName, &key.PublicKey)
@@ -733,7 +741,7 @@ func (s *site) renewWith(ca *x509.Certificate, caKey any, nodeName pkix.Name) in
 	}}}
 	defer client.CloseIdleConnections()
 	node := strings.TrimPrefix(nodeName.CommonName, "system:node:")
-	body, err := json.Marshal(api.RenewRequest{Kubelet: csr(s.t, kubeletName(node), []string{node})})
+	body, err := json.Marshal(request)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -798,4 +806,49 @@ func removedNode(t *testing.T, s *site) {
 	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
 		t.Errorf("%d", status)
 	}
+}
+
+// workerRenewsOthers has the worker w1 ask, with its own certificate, for what is not its own.
+func workerRenewsOthers(t *testing.T, s *site) {
+	ca, key := s.ca()
+	masters := pkix.Name{CommonName: "admin", Organization: []string{"system:masters"}}
+	for what, r := range map[string]api.RenewRequest{
+		"the administrator":        {Kubelet: csr(t, masters, nil)},
+		"the administrator, again": {Proxy: csr(t, masters, nil)},
+		"another node":             {Kubelet: csr(t, kubeletName("n1"), nil)},
+		"itself as the proxy":      {Proxy: csr(t, kubeletName("w1"), nil)},
+		"the API server's name":    {Kubelet: csr(t, kubeletName("w1"), []string{"kubernetes"})},
+		"another node's address":   {Kubelet: csr(t, kubeletName("w1"), nil, here)},
+	} {
+		if status := s.renewFor(ca, key, kubeletName("w1"), r); status == http.StatusOK {
+			t.Errorf("a worker gets the certificate of %s", what)
+		}
+	}
+}
+
+// workerCredentials shows all secrets that a worker has, in every place of every call.
+func workerCredentials(t *testing.T, s *site) {
+	s.write(s.env.HostPath("capi/etc/token"), "a provider's\n")
+	joinToken := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(joinToken, "w2", true))
+	if status, e := s.finish(api.PathConfirm, joinToken, "w2"); status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	for _, secret := range []string{joinToken, token.Callback(s.cluster.key, "w1"), token.Callback(s.cluster.key, "w2")} {
+		f := from{address: workers, header: map[string]string{api.HeaderCallback: secret, api.HeaderCAPI: secret, "Authorization": "Bearer " + secret}}
+		for path, body := range map[string]any{
+			api.PathJoin:         request(secret, "w3", false),
+			api.PathPreflight:    api.PreflightRequest{JoinRequest: request(secret, "w3", false)},
+			api.PathSignCert:     api.SignRequest{Token: secret + api.SuffixKubelet, Request: csr(t, kubeletName("n1"), nil)},
+			api.PathConfigure:    api.ConfigureRequest{Callback: secret, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}},
+			api.PathImageImport:  "an image",
+			api.PathDqliteRemove: api.RemoveRequest{Endpoint: here + ":19001"},
+			api.PathRenew:        api.RenewRequest{Kubelet: csr(t, kubeletName("w1"), nil)},
+		} {
+			if status, answer, _ := s.call(f, path, body); status == http.StatusOK || bytes.Contains(answer, []byte("PRIVATE KEY")) {
+				t.Errorf("%s with %.8s…: %d %s", path, secret, status, answer)
+			}
+		}
+	}
+	s.nothingDone()
 }
