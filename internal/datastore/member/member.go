@@ -71,6 +71,8 @@ type Member struct {
 	dialTLS *tls.Config // nil without TLS
 	domain  uint64
 
+	dialLimit time.Duration // for the C node's connections to other members
+
 	asking, listing ownClient
 
 	marks markers
@@ -132,7 +134,7 @@ func Start(opt Options) (_ *Member, err error) {
 	}
 	marks.note(false)
 
-	m := &Member{marks: marks, opt: opt, node: node, dir: d, domain: domain, changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
+	m := &Member{marks: marks, opt: opt, node: node, dir: d, domain: domain, dialLimit: max(time.Second, 10*tuning.NetworkLatency), changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
 	for _, c := range []*ownClient{&m.asking, &m.listing} {
 		c.m = m
 	}
@@ -395,6 +397,10 @@ func (m *Member) join(ctx context.Context, a, b net.Conn) {
 // spoken by a copying goroutine on the other end of a socket pair.
 func (m *Member) dialPeer(ctx context.Context, config *tls.Config) client.DialFunc {
 	return func(dial context.Context, address string) (net.Conn, error) {
+		// The C library's four helper threads, which write to the disk as well, wait here for
+		// each other: one member that does not answer must not hold them up for long.
+		dial, cancel := context.WithTimeout(dial, m.dialLimit)
+		defer cancel()
 		d := m.dialer()
 		conn, err := d.DialContext(dial, "tcp", address)
 		if err != nil || config == nil {
