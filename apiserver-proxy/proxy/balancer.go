@@ -79,15 +79,15 @@ type Balancer struct {
 	switcher tcp.HandlerSwitcher
 
 	mu      sync.Mutex
-	servers []*server          // in the list, sorted by address
-	removed map[string]*server // not in the list any more, for a while
-	told    time.Time          // when it was last said that no server answers
+	servers []*server            // in the list, sorted by address
+	removed map[string]*server   // not in the list any more, for a while
+	told    map[string]time.Time // when these things were said last
 }
 
 // NewBalancer makes a balancer without servers, which closes every connection. probe may be nil:
 // then a server is well that accepts connections.
 func NewBalancer(probe Prober, times Times, log *slog.Logger) *Balancer {
-	b := &Balancer{log: log, times: times.withDefaults(), probe: probe, removed: map[string]*server{}}
+	b := &Balancer{log: log, times: times.withDefaults(), probe: probe, removed: map[string]*server{}, told: map[string]time.Time{}}
 	if b.probe == nil {
 		b.probe = connectProber{}
 	}
@@ -252,7 +252,7 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 		select {
 		case slots <- struct{}{}:
 		default:
-			b.log.Warn("there are as many connections as are allowed; others wait", "limit", limit)
+			b.seldom("there are as many connections as are allowed; others wait", "limit", limit)
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
@@ -293,12 +293,12 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 	}
 }
 
-// noServer says that a client found no server, at most once in ten seconds.
-func (b *Balancer) noServer(err error) {
+// seldom logs what clients may cause as often as they like, at most once in ten seconds.
+func (b *Balancer) seldom(msg string, args ...any) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if now := time.Now(); now.Sub(b.told) > 10*time.Second {
-		b.told = now
-		b.log.Error("no API server can be reached", "err", err)
+	if now := time.Now(); now.Sub(b.told[msg]) > 10*time.Second {
+		b.told[msg] = now
+		b.log.Error(msg, args...)
 	}
 }

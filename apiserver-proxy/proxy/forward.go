@@ -48,7 +48,7 @@ func (b *Balancer) forward(client tcp.WriteCloser, servers []*server) {
 		servers, patience, wait = b.usableFirst(slow), 10*patience, true
 	}
 	if b.ctx.Err() == nil {
-		b.noServer(last)
+		b.seldom("no API server can be reached", "err", last)
 	}
 }
 
