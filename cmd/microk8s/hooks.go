@@ -25,19 +25,24 @@ import (
 
 // runHook runs one of snapd's hooks.
 func runHook(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) error {
-	r := &hook.Runner{
+	return hooks(env, log).Run(ctx, name)
+}
+
+// hooks ties the hooks to the packages that do the work.
+func hooks(env snapenv.Env, log *slog.Logger) *hook.Runner {
+	return &hook.Runner{
 		Env:         env,
 		Log:         log,
 		Snapctl:     snapctl(env),
 		Install:     setup.Install,
 		Configure:   setup.Configure,
+		Refresh:     setup.Refresh,
 		Remove:      remove,
 		Members:     peers.Members,
 		CheckConfig: func(text []byte, strict bool) error { return checkConfig(text, strict, log) },
 		PreInit:     launchconf.PreInit,
 		Health:      func(ctx context.Context) (state, message string) { return health(ctx, env) },
 	}
-	return r.Run(ctx, name)
 }
 
 // checkConfig finds all mistakes in a launch configuration. What is a warning about a file,

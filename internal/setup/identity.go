@@ -23,7 +23,7 @@ type identity struct {
 }
 
 // ErrOtherCluster is wrapped by the error of [CheckIdentity].
-var ErrOtherCluster = errors.New("the data of this revision is from before the node joined or left a cluster")
+var ErrOtherCluster = errors.New("the data of this revision is from before the node joined or left a cluster, or got another CA")
 
 // CheckIdentity refuses a node that came back, by snap revert, to a $SNAP_DATA from before it
 // last joined or left a cluster: the certificates there are another cluster's than the

@@ -45,6 +45,7 @@ func TestSnap(t *testing.T) {
 	step("refresh", m.testRefresh)
 	step("failing refresh", m.testFailingRefresh)
 	step("revert", m.testRevert)
+	step("revert to another CA", m.testOtherCA)
 	step("reboot", m.testReboot)
 	step("remove", func(t *testing.T) {
 		m.run(t, "snap", "remove", "microk8s")
@@ -407,6 +408,29 @@ func (m *machine) testRevert(t *testing.T) {
 	if _, err := m.client.CoreV1().ConfigMaps("default").Get(t.Context(), "failing-0", metav1.GetOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		t.Error(err)
 	}
+}
+
+// testOtherCA goes to a revision whose $SNAP_DATA is from before the node got another CA, as
+// joining and leaving a cluster give it one: it does not start, and says how to go back.
+func (m *machine) testOtherCA(t *testing.T) {
+	m.run(t, "microk8s", "refresh-certs", "-e", "ca.crt")
+	m.connect(t)
+	m.waitReady(t)
+	m.run(t, "snap", "revert", "microk8s", "--revision=x2")
+	eventually(t, time.Minute, func() error {
+		out := m.run(t, "journalctl", "--no-pager", "--output=cat", "-t", "microk8s.daemon-kubelite")
+		if !strings.Contains(out, "sudo snap revert microk8s --revision=x1") {
+			return errors.New("kubelite does not say what to do")
+		}
+		return nil
+	})
+	if conn, err := m.dial(t.Context(), "tcp", "127.0.0.1:16443"); err == nil {
+		conn.Close()
+		t.Error("the API server runs with the certificates of another cluster")
+	}
+	m.run(t, "snap", "revert", "microk8s", "--revision=x1")
+	m.waitReady(t)
+	m.testServicesActive(t)
 }
 
 func (m *machine) testReboot(t *testing.T) {
