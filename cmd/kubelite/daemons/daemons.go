@@ -28,6 +28,9 @@ const (
 	Kubelet           = "kubelet"
 )
 
+// daemonOrder is the order in which the daemons' words are looked at.
+var daemonOrder = []string{APIServer, ControllerManager, Scheduler, Proxy, Kubelet}
+
 // Daemon is a parsed daemon, ready to run once.
 type Daemon struct {
 	Name string
@@ -53,12 +56,13 @@ var parsers = map[string]func(words []string) (func(ctx context.Context) error, 
 // all of them; call it once in a process. words maps the daemon's name to its command line
 // without the program name. All errors are returned together, each naming its daemon.
 func Parse(words map[string][]string) (map[string]*Daemon, error) {
-	// Several daemons apply their logging options to the one process; the first wins.
+	// Each daemon applies its logging options to the one process, so they must be the same.
 	logsapi.ReapplyHandling = logsapi.ReapplyHandlingIgnoreUnchanged
+	words = shareLogging(words)
 
 	out := make(map[string]*Daemon, len(words))
 	var errs []error
-	for _, name := range []string{APIServer, ControllerManager, Scheduler, Proxy, Kubelet} {
+	for _, name := range daemonOrder {
 		w, wanted := words[name]
 		if !wanted {
 			continue
