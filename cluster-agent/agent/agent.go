@@ -22,6 +22,7 @@ import (
 	"microk8s/cluster-agent/launchconf"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/node"
+	"microk8s/cluster-agent/remount"
 	"microk8s/cluster-agent/renewal"
 	"microk8s/cluster-agent/server"
 	"microk8s/cluster-agent/worker"
@@ -138,6 +139,10 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 			return (&launchconf.Applier{Env: env, Services: services, Run: node.Runner(env), Log: log}).Watch(ctx)
 		})
 	}
+	group.Go(func() error {
+		kubelet := func() (*kube.Core, error) { return kube.FromFile(env.Credential("kubelet.config")) }
+		return (&remount.Keeper{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
+	})
 	if isWorker {
 		group.Go(func() error { return remote.Run(ctx) })
 	} else {

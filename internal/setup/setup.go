@@ -99,7 +99,16 @@ func (in *Installer) Refresh(ctx context.Context) error {
 	return in.run(ctx, append([]step{
 		{"set the datastore of an undone refresh aside", in.setAside},
 		{"move the datastore to where it stays", in.datastore},
+		{"note that pods may mount the old revision", in.noteRefresh},
 	}, in.configureSteps()...))
+}
+
+// noteRefresh makes the lock anew each time: when it was made counts.
+func (in *Installer) noteRefresh(context.Context) error {
+	if err := in.access().WriteShared(in.Env.Lock(snapenv.LockRemount), nil); err != nil {
+		return err
+	}
+	return in.changed(snapenv.LockRemount)
 }
 
 func (in *Installer) configureSteps() []step {

@@ -202,7 +202,9 @@ const (
 	LockNoDqlite  = "no-k8s-dqlite"
 	LockCIS       = "cis-hardening"
 	LockNoReissue = "no-cert-reissue"
-	LockAddons    = ".microk8s-addon-lock" // held, by a record lock, while addons are changed
+	LockRemount   = "snapdata-mounts-need-reload" // pods that mount an older revision are to be restarted
+	LockNoRemount = "no-cni-reload"               // they are not
+	LockAddons    = ".microk8s-addon-lock"        // held, by a record lock, while addons are changed
 )
 
 // Backend is the documented path of the datastore directory, $SNAP_DATA/var/kubernetes/backend:

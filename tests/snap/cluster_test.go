@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -41,9 +42,11 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 	for _, m := range nodes {
 		m.waitVoters(t, 3)
 	}
-	next := make([]string, len(nodes))
-	for i, m := range nodes {
-		next[i] = m.repack(t, "v1.37.99", nil)
+	next := nodes[0].repack(t, "v1.37.99", nil)
+	for _, m := range nodes[1:] {
+		if err := os.Link(filepath.Join(nodes[0].scratch, filepath.Base(next)), filepath.Join(m.scratch, filepath.Base(next))); err != nil {
+			t.Fatal(err)
+		}
 	}
 	tr := startClusterTraffic(t, nodes)
 
@@ -57,7 +60,7 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 		}
 		return nil
 	})
-	if out, code := nodes[2].try(t, "snap", "install", "--dangerous", "--classic", next[2]); code == 0 || !strings.Contains(out, "cannot refresh this node now") {
+	if out, code := nodes[2].try(t, "snap", "install", "--dangerous", "--classic", next); code == 0 || !strings.Contains(out, "cannot refresh this node now") {
 		t.Fatalf("a refresh that costs the quorum: exit code %d\n%s", code, out)
 	}
 	if out := nodes[2].run(t, "microk8s", "version"); !strings.Contains(out, "revision x1") {
@@ -69,9 +72,9 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 		m.waitVoters(t, 3)
 	}
 
-	for i, m := range nodes {
+	for _, m := range nodes {
 		written := tr.written()
-		m.run(t, "snap", "install", "--dangerous", "--classic", next[i])
+		m.run(t, "snap", "install", "--dangerous", "--classic", next)
 		m.waitReady(t)
 		if out := m.run(t, "microk8s", "version"); !strings.Contains(out, "v1.37.99") {
 			t.Errorf("%s after its refresh: %s", m.name, out)
