@@ -3,9 +3,13 @@ package daemon
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
+
+	"microk8s/internal/datastore/peers"
 
 	"go.etcd.io/etcd/client/v3/kubernetes"
 	"k8s.io/apimachinery/pkg/api/apitesting"
@@ -132,9 +136,28 @@ func (s *testStore) compact(ctx context.Context, t *testing.T, resourceVersion s
 	}
 }
 
-func newStore(t *testing.T) (context.Context, *testStore, *storagetesting.KubernetesRecorder) {
-	p := start(t, newDir(t))
-	return newStoreOn(t, p)
+// single starts the only member of a cluster.
+func single(t *testing.T) *process { return start(t, newDir(t)) }
+
+// follower starts a cluster of two and gives the member that does not lead.
+func follower(t *testing.T) *process {
+	t.Helper()
+	leader := start(t, newDir(t))
+	leader.client.Close()
+	dir := t.TempDir()
+	for _, f := range []string{peers.CertFile, peers.KeyFile} {
+		data, err := os.ReadFile(filepath.Join(leader.cfg.StorageDir, f))
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, f), data)
+	}
+	members, err := peers.Members(testContext(t), leader.cfg.StorageDir)
+	if err != nil || len(members) != 1 {
+		t.Fatal(members, err)
+	}
+	writeFile(t, filepath.Join(dir, "init.yaml"), []byte("Address: "+freeAddress(t)+"\nCluster: ["+members[0].Address+"]\n"))
+	return start(t, dir)
 }
 
 func newStoreOn(t *testing.T, p *process) (context.Context, *testStore, *storagetesting.KubernetesRecorder) {
@@ -165,7 +188,12 @@ func newStoreOn(t *testing.T, p *process) (context.Context, *testStore, *storage
 	return ctx, &testStore{Interface: s, t: t, tr: tr, client: client, codec: codec}, recorder
 }
 
-func TestStorageSuite(t *testing.T) {
+func TestStorageSuite(t *testing.T)           { storageSuite(t, single) }
+func TestStorageSuiteOnFollower(t *testing.T) { storageSuite(t, follower) }
+func TestWatchSuite(t *testing.T)             { watchSuite(t, single) }
+func TestWatchSuiteOnFollower(t *testing.T)   { watchSuite(t, follower) }
+
+func storageSuite(t *testing.T, member func(*testing.T) *process) {
 	none := func(*testing.T, uint64, uint64) {}
 	for name, run := range map[string]func(context.Context, *testing.T, *testStore){
 		"Create": func(ctx context.Context, t *testing.T, s *testStore) {
@@ -258,7 +286,7 @@ func TestStorageSuite(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx, s, _ := newStore(t)
+			ctx, s, _ := newStoreOn(t, member(t))
 			run(ctx, t, s)
 		})
 	}
@@ -266,33 +294,33 @@ func TestStorageSuite(t *testing.T) {
 		t.Run(fmt.Sprintf("RangeStream=%t", stream), func(t *testing.T) {
 			featuregatetesting.SetFeatureGateDuringTest(t, utilfeature.DefaultFeatureGate, features.EtcdRangeStream, stream)
 			t.Run("List", func(t *testing.T) {
-				ctx, s, recorder := newStore(t)
+				ctx, s, recorder := newStoreOn(t, member(t))
 				storagetesting.RunTestList(ctx, t, s, s.compact, false, recorder)
 				if n := s.client.KV.(*storagetesting.KVRecorder).GetStreamReadsAndReset(); (n > 0) != stream {
 					t.Errorf("%d lists were streamed", n)
 				}
 			})
 			t.Run("ConsistentList", func(t *testing.T) {
-				ctx, s, _ := newStore(t)
+				ctx, s, _ := newStoreOn(t, member(t))
 				storagetesting.RunTestConsistentList(ctx, t, s, s.increase, false, true, false)
 			})
 			t.Run("WatchSemantics", func(t *testing.T) {
-				ctx, s, _ := newStore(t)
+				ctx, s, _ := newStoreOn(t, member(t))
 				storagetesting.RunWatchSemantics(ctx, t, s)
 			})
 			t.Run("WatchSemanticInitialEventsExtended", func(t *testing.T) {
-				ctx, s, _ := newStore(t)
+				ctx, s, _ := newStoreOn(t, member(t))
 				storagetesting.RunWatchSemanticInitialEventsExtended(ctx, t, s)
 			})
 			t.Run("WatchListMatchSingle", func(t *testing.T) {
-				ctx, s, _ := newStore(t)
+				ctx, s, _ := newStoreOn(t, member(t))
 				storagetesting.RunWatchListMatchSingle(ctx, t, s)
 			})
 		})
 	}
 }
 
-func TestWatchSuite(t *testing.T) {
+func watchSuite(t *testing.T, member func(*testing.T) *process) {
 	for name, run := range map[string]func(context.Context, *testing.T, *testStore){
 		"Watch": func(ctx context.Context, t *testing.T, s *testStore) { storagetesting.RunTestWatch(ctx, t, s) },
 		"ClusterScopedWatch": func(ctx context.Context, t *testing.T, s *testStore) {
@@ -338,7 +366,7 @@ func TestWatchSuite(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			ctx, s, _ := newStore(t)
+			ctx, s, _ := newStoreOn(t, member(t))
 			run(ctx, t, s)
 		})
 	}
