@@ -29,7 +29,7 @@ func TestHA(t *testing.T) {
 		c.start(t, "n1")
 		c.wantHA(t, "n1", "no", 1)
 		c.join(t, "n1", "n2")
-		if out := c.run(t, "n2", "microk8s", "status"); !strings.Contains(out, "two nodes do not tolerate a loss") {
+		if out := c.status(t, "n2").out; !strings.Contains(out, "two nodes do not tolerate a loss") {
 			t.Errorf("status of two nodes:\n%s", out)
 		}
 		c.join(t, "n2", "n3")
@@ -45,7 +45,7 @@ func TestHA(t *testing.T) {
 		}
 		for _, n := range controlPlane {
 			c.wantHA(t, n, "yes", 3)
-			out := c.run(t, n, "microk8s", "status")
+			out := c.status(t, n).out
 			if line := "  datastore master nodes: " + strings.Join(want, " ") + "\n  datastore standby nodes: none\n"; !strings.Contains(out, line) {
 				t.Errorf("status of %s does not say %q:\n%s", n, line, out)
 			}
@@ -102,7 +102,7 @@ func TestHA(t *testing.T) {
 			t.Fatal(err)
 		}
 		eventually(t, time.Minute, func() error {
-			out := c.try(t, "n1", "microk8s", "status").out
+			out := c.status(t, "n1").out
 			if !strings.Contains(out, c.ip(t, "n3")+":19001 does not answer") || !strings.Contains(out, "high-availability: no") {
 				return fmt.Errorf("status: %s", out)
 			}
@@ -159,7 +159,7 @@ func TestHA(t *testing.T) {
 func (c *cluster) wantHA(t *testing.T, host, yes string, members int) {
 	t.Helper()
 	eventually(t, time.Minute, func() error {
-		r := c.try(t, host, "microk8s", "status")
+		r := c.status(t, host)
 		if !strings.Contains(r.out, "high-availability: "+yes+"\n") {
 			return fmt.Errorf("status of %s: %s", host, r)
 		}

@@ -129,6 +129,12 @@ func (c *cluster) run(t *testing.T, host string, args ...string) string {
 	return r.out
 }
 
+// status asks a node how it is, and gives it time to say so: no test depends on the machine's speed.
+func (c *cluster) status(t *testing.T, host string) result {
+	t.Helper()
+	return c.try(t, host, "env", "MICROK8S_STATUS_BUDGET=10s", "microk8s", "status")
+}
+
 // start starts a single node and waits until it is Ready.
 func (c *cluster) start(t *testing.T, host string) {
 	t.Helper()

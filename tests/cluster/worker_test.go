@@ -41,7 +41,7 @@ func TestWorker(t *testing.T) {
 				t.Errorf("%s does not contain %s: %v\n%s", file, want, err, data)
 			}
 		}
-		if r := c.try(t, "w1", "microk8s", "status"); !strings.Contains(r.out, "acting as a node in a cluster") {
+		if r := c.status(t, "w1"); !strings.Contains(r.out, "acting as a node in a cluster") {
 			t.Errorf("status: %s", r)
 		}
 		if r := c.try(t, "w1", c.line(t, "n1")...); r.code != 1 || !strings.Contains(r.err, "microk8s leave") {
