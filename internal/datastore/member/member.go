@@ -345,7 +345,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 					conn.Close()
 				}
 			}()
-			remote := conn
+			var remote net.Conn
 			if config != nil {
 				t := tls.Server(conn, config)
 				hs, cancel := context.WithTimeout(ctx, handshakeTimeout)

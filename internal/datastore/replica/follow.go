@@ -40,8 +40,12 @@ func (r *Replica) follow(ctx context.Context, address string) {
 	case errors.Is(err, errDiverged):
 		r.fail(err)
 	case err != nil && ctx.Err() == nil:
-		r.because(fmt.Errorf("cannot follow %s: %s", address, describe(err)))
-		if !isNotLeading(err) {
+		why := fmt.Errorf("cannot follow %s: %s", address, describe(err))
+		r.mu.Lock()
+		again := r.why == why.Error() // it is tried ten times a second
+		r.mu.Unlock()
+		r.because(why)
+		if !isNotLeading(err) && !again {
 			r.log.Info("the stream of the leader ended", "leader", address, "reason", describe(err))
 		}
 	}

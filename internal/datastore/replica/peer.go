@@ -16,7 +16,6 @@ import (
 type peer struct {
 	address string
 	stop    context.CancelFunc
-	done    chan struct{}
 
 	// Guarded by the replica's lock.
 	conn  *grpc.ClientConn
