@@ -37,6 +37,7 @@ func TestSnap(t *testing.T) {
 		m.run(t, "snap", "install", "--dangerous", "--classic", packed(t))
 		m.connect(t)
 		m.waitReady(t)
+		onlyOurs(t, before, m.takeState(t))
 	})
 	step("services", m.testServices)
 	step("commands", m.testCommands)
@@ -338,6 +339,7 @@ func (m *machine) testSettings(t *testing.T) {
 func (m *machine) testRefresh(t *testing.T) {
 	next := m.repack(t, "v1.37.99", nil)
 	was := m.waitPod(t)
+	before := m.takeState(t)
 	tr := m.startTraffic(t, "refresh")
 	m.run(t, "snap", "install", "--dangerous", "--classic", next)
 	m.connect(t)
@@ -347,6 +349,7 @@ func (m *machine) testRefresh(t *testing.T) {
 		t.Errorf("after the refresh: %s", out)
 	}
 	m.samePod(t, was)
+	m.sameButRevision(t, before)
 	m.testServicesActive(t)
 	for _, link := range []string{"/var/lib/kubelet", "/etc/cni/net.d", "/opt/cni/bin"} {
 		if target := m.run(t, "readlink", "-f", link); strings.Contains(target, "/x1/") {
@@ -395,6 +398,7 @@ func (m *machine) testFailingRefresh(t *testing.T) {
 
 func (m *machine) testRevert(t *testing.T) {
 	was := m.waitPod(t)
+	before := m.takeState(t)
 	tr := m.startTraffic(t, "revert")
 	m.run(t, "snap", "revert", "microk8s")
 	m.waitReady(t)
@@ -403,6 +407,7 @@ func (m *machine) testRevert(t *testing.T) {
 		t.Errorf("after the revert: %s", out)
 	}
 	m.samePod(t, was)
+	m.sameButRevision(t, before)
 	m.testServicesActive(t)
 	// What was written between refresh and revert is part of the cluster, not of the revision.
 	if _, err := m.client.CoreV1().ConfigMaps("default").Get(t.Context(), "failing-0", metav1.GetOptions{}); err != nil && !apierrors.IsNotFound(err) {

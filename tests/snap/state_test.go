@@ -2,6 +2,8 @@ package snap
 
 import (
 	"bytes"
+	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -73,6 +75,66 @@ true`
 		s[k] = slices.Compact(s[k])
 	}
 	return s
+}
+
+var revisionPart = regexp.MustCompile(`\bx\d+\b`)
+
+// anyRevision makes states of different revisions of the snap comparable.
+func (s state) anyRevision() state {
+	out := state{}
+	for kind, lines := range s {
+		same := make([]string, 0, len(lines))
+		for _, l := range lines {
+			same = append(same, revisionPart.ReplaceAllString(l, "x0"))
+		}
+		slices.Sort(same)
+		out[kind] = slices.Compact(same)
+	}
+	return out
+}
+
+// sameButRevision fails if a refresh or revert changed more of the machine than the revision.
+func (m *machine) sameButRevision(t *testing.T, before state) {
+	t.Helper()
+	eventually(t, time.Minute, func() error {
+		if diff := cmp.Diff(before.anyRevision(), m.takeState(t).anyRevision()); diff != "" {
+			return fmt.Errorf("the machine is not as it was before (- before, + now):\n%s", diff)
+		}
+		return nil
+	})
+}
+
+// ours are what an installation may add to a machine (docs/install.md), by kind.
+var ours = map[string]*regexp.Regexp{
+	"files": regexp.MustCompile(`^/(var/lib/(kubelet|calico|cni)|etc/cni|opt/cni|var/log/(pods|containers)|run/(containerd|netns|flannel|xtables.lock|microk8s)|var/snap/microk8s|etc/systemd/system/([a-z.-]*.wants/)?snap[.-]microk8s)`),
+	"links": regexp.MustCompile(`^(cni0|flannel\.1|veth)`), "addresses": regexp.MustCompile(`cni0|flannel\.1|veth`),
+	"mounts": regexp.MustCompile(`microk8s|/run/netns`), "cgroups": regexp.MustCompile(`kubepods|snap\.microk8s`),
+	"processes": regexp.MustCompile(`.`), "units": regexp.MustCompile(`snap[.-]microk8s`), "netns": regexp.MustCompile(`^cni-`),
+}
+
+// onlyOurs fails if an installation took something from the machine, or added what it may not.
+func onlyOurs(t *testing.T, before, after state) {
+	t.Helper()
+	for kind, lines := range before {
+		for _, l := range lines {
+			if !slices.Contains(after[kind], l) {
+				t.Errorf("%s: the installation took away or changed %q", kind, l)
+			}
+		}
+	}
+	for kind, lines := range after {
+		for _, l := range lines {
+			if kind == "nft" && !strings.HasPrefix(l, "table ") || slices.Contains(before[kind], l) {
+				continue
+			}
+			if kind == "nft" && regexp.MustCompile(`^table (ip|ip6|inet) (kube-proxy|microk8s-pods)\b`).MatchString(l) {
+				continue
+			}
+			if ours[kind] == nil || !ours[kind].MatchString(l) {
+				t.Errorf("%s: the installation added %q", kind, l)
+			}
+		}
+	}
 }
 
 // sameState fails if the machine is not what it was. It gives what ends in the background some
