@@ -141,6 +141,9 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		group.Go("shipped objects", untilDone(func(ctx context.Context) error {
 			return applyManifests(ctx, admin, env, log)
 		}))
+		group.Go("DNS servers", func(ctx context.Context) error {
+			return keepDNS(ctx, admin, env, log)
+		})
 	}
 	group.Start(parsed[daemons.Proxy])
 	group.Go("pod network", func(ctx context.Context) error {
@@ -280,6 +283,16 @@ func reconcileAddons(ctx context.Context, admin *rest.Config, env snapenv.Env, l
 		return err
 	}
 	return set.Reconcile(ctx)
+}
+
+// keepDNS has a second DNS server started when there is a second node.
+func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
+	set, err := addon.Open(env, admin, log)
+	if err != nil {
+		return err
+	}
+	set.KeepSpread(ctx)
+	return nil
 }
 
 func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words map[string][]string, log *slog.Logger) error {

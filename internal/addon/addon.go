@@ -61,6 +61,7 @@ var defaults = []string{"dns"}
 var (
 	configMaps = schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}
 	services   = schema.GroupVersionResource{Version: "v1", Resource: "services"}
+	nodes      = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
 )
 
 // part is what an addon does beyond its manifests.
@@ -76,9 +77,11 @@ type part struct {
 // parts are the addons that can be enabled.
 var parts = map[string]part{
 	"dns": {
-		check: checkDNS, values: renderDNS, title: "DNS",
-		usage: `dns [SERVERS]   names of Services and pods; SERVERS, separated by commas, are asked for all
-                other names instead of the host's name servers`,
+		check: check(readDNS), values: renderDNS, title: "DNS",
+		usage: `dns [SERVERS [ADDRESS [DOMAIN]]]
+                names of Services and pods; SERVERS, separated by commas, are asked for all
+                other names instead of the host's name servers ("" for those); ADDRESS is
+                that of the DNS service, DOMAIN the cluster's instead of cluster.local`,
 	},
 	"hostpath-storage": {
 		check: check(readStorage), values: renderStorage,

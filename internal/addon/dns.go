@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"slices"
 	"strings"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -32,17 +33,37 @@ type dnsValues struct {
 	Upstreams []string // name servers for names outside; empty: those of the host
 }
 
-// checkDNS checks the arguments of `enable dns [servers]`.
-func checkDNS(args []string) error {
-	_, err := dnsServers(args)
-	return err
+// dnsArgs are the arguments of `enable dns [servers] [service IP] [domain]`.
+type dnsArgs struct {
+	servers []string
+	ip      netip.Addr // the zero value where it is not given
+	domain  string     // "" where it is not given
+}
+
+func readDNS(words []string) (dnsArgs, error) {
+	var v dnsArgs
+	var err error
+	if len(words) > 3 {
+		return v, &ArgumentError{fmt.Sprintf("unexpected argument %q", words[3])}
+	}
+	if v.servers, err = dnsServers(words[:min(1, len(words))]); err != nil {
+		return v, err
+	}
+	if len(words) > 1 {
+		if v.ip, err = netip.ParseAddr(words[1]); err != nil {
+			return v, &ArgumentError{fmt.Sprintf("%q is not an address for the DNS service; name servers are one word, separated by commas", words[1])}
+		}
+	}
+	if len(words) > 2 {
+		if v.domain = words[2]; !validDomain(v.domain) {
+			return v, &ArgumentError{fmt.Sprintf("%q is not a domain name", v.domain)}
+		}
+	}
+	return v, nil
 }
 
 func dnsServers(words []string) ([]string, error) {
-	if len(words) > 1 {
-		return nil, &ArgumentError{fmt.Sprintf("unexpected argument %q: name servers are one word, separated by commas", words[1])}
-	}
-	if len(words) == 0 {
+	if len(words) == 0 || words[0] == "" {
 		return nil, nil
 	}
 	var out []string
@@ -67,10 +88,11 @@ func dnsServers(words []string) ([]string, error) {
 
 func renderDNS(ctx context.Context, s *Set, words []string) (any, error) {
 	v := dnsValues{Domain: defaultDomain}
-	var err error
-	if v.Upstreams, err = dnsServers(words); err != nil {
+	given, err := readDNS(words)
+	if err != nil {
 		return nil, err
 	}
+	v.Upstreams = given.servers
 	kubelet, err := args.Load(s.Env.Args("kubelet"), args.GrammarA)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
@@ -80,11 +102,59 @@ func renderDNS(ctx context.Context, s *Set, words []string) (any, error) {
 			v.Domain = d
 		}
 	}
+	if given.domain != "" {
+		v.Domain = given.domain
+	}
 	if !validDomain(v.Domain) {
 		return nil, fmt.Errorf("--cluster-domain=%s in %s is not a domain name", v.Domain, s.Env.Args("kubelet"))
 	}
+	if given.ip.IsValid() {
+		v.ClusterIP = given.ip
+		return v, s.freeAddress(ctx, given.ip)
+	}
 	v.ClusterIP, err = s.dnsAddress(ctx)
 	return v, err
+}
+
+// freeAddress checks that the DNS service can have an address.
+func (s *Set) freeAddress(ctx context.Context, ip netip.Addr) error {
+	ranges, err := serviceRanges(s.Env)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+		return &ArgumentError{fmt.Sprintf("%s is not in the range of Services, %v", ip, ranges)}
+	}
+	list, err := s.client.Resource(services).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("cannot list the Services: %w", err)
+	}
+	for _, svc := range list.Items {
+		all, _, _ := unstructured.NestedStringSlice(svc.Object, "spec", "clusterIPs")
+		if slices.Contains(all, ip.String()) && !(svc.GetNamespace() == metav1.NamespaceSystem && svc.GetName() == "kube-dns") {
+			return &ArgumentError{fmt.Sprintf("Service %s/%s has the address %s", svc.GetNamespace(), svc.GetName(), ip)}
+		}
+	}
+	return nil
+}
+
+// serviceRanges gives the ranges of the addresses of Services.
+func serviceRanges(env snapenv.Env) ([]netip.Prefix, error) {
+	text := defaultServiceCIDR
+	if f, err := args.Load(env.Args("kube-apiserver"), args.GrammarA); err == nil {
+		if v, ok := f.Value("service-cluster-ip-range", env.Lookup); ok {
+			text = v
+		}
+	}
+	var out []netip.Prefix
+	for part := range strings.SplitSeq(text, ",") {
+		prefix, err := netip.ParsePrefix(strings.TrimSpace(part))
+		if err != nil {
+			return nil, fmt.Errorf("cannot use --service-cluster-ip-range=%s in %s: %w", text, env.Args("kube-apiserver"), err)
+		}
+		out = append(out, prefix)
+	}
+	return out, nil
 }
 
 // dnsAddress is the address of the DNS service: the one it has, else the one at the fixed place
@@ -106,23 +176,17 @@ func (s *Set) dnsAddress(ctx context.Context) (netip.Addr, error) {
 // DNSAddress gives the address that the DNS service gets on this installation, from the
 // Service range of the API server.
 func DNSAddress(env snapenv.Env) (netip.Addr, error) {
-	text := defaultServiceCIDR
-	if f, err := args.Load(env.Args("kube-apiserver"), args.GrammarA); err == nil {
-		if v, ok := f.Value("service-cluster-ip-range", env.Lookup); ok {
-			text = v
-		}
-	}
-	first, _, _ := strings.Cut(text, ",")
-	prefix, err := netip.ParsePrefix(strings.TrimSpace(first))
+	ranges, err := serviceRanges(env)
 	if err != nil {
-		return netip.Addr{}, fmt.Errorf("cannot use --service-cluster-ip-range=%s in %s: %w", text, env.Args("kube-apiserver"), err)
+		return netip.Addr{}, err
 	}
+	prefix := ranges[0]
 	addr := prefix.Masked().Addr()
 	for range dnsOffset {
 		addr = addr.Next()
 	}
 	if !prefix.Contains(addr) {
-		return netip.Addr{}, fmt.Errorf("--service-cluster-ip-range=%s in %s has no room for the DNS service at its address %d", text, env.Args("kube-apiserver"), dnsOffset)
+		return netip.Addr{}, fmt.Errorf("--service-cluster-ip-range=%s in %s has no room for the DNS service at its address %d", prefix, env.Args("kube-apiserver"), dnsOffset)
 	}
 	return addr, nil
 }
@@ -140,8 +204,8 @@ func validDomain(s string) bool {
 	return true
 }
 
-// DNS gives the address of the DNS service, if that is what was enabled.
-func (a Applied) DNS() (netip.Addr, bool) {
+// DNS gives address and domain of the DNS service, if that is what was enabled.
+func (a Applied) DNS() (ip netip.Addr, domain string, ok bool) {
 	v, ok := a.Values.(dnsValues)
-	return v.ClusterIP, ok
+	return v.ClusterIP, v.Domain, ok
 }

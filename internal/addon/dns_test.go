@@ -21,15 +21,19 @@ func TestDNSServers(t *testing.T) {
 		{args: []string{"192.0.2.1,2001:db8::1"}, want: []string{"192.0.2.1", "2001:db8::1"}},
 		{args: []string{"192.0.2.1:5353,[2001:db8::1]:53"}, want: []string{"192.0.2.1:5353", "[2001:db8::1]:53"}},
 		{args: []string{"router"}, err: `"router" is not the address`},
-		{args: []string{""}, err: `"" is not the address`},
+		{args: []string{""}},
 		{args: []string{"192.0.2.1,"}, err: `"" is not the address`},
 		{args: []string{"192.0.2.1 {\n}"}, err: "is not the address"},
 		{args: []string{"127.0.0.53"}, err: "cannot reach"},
 		{args: []string{"[::1]:53"}, err: "cannot reach"},
 		{args: []string{"0.0.0.0"}, err: "cannot reach"},
-		{args: []string{"192.0.2.1", "192.0.2.2"}, err: "unexpected argument"},
+		{args: []string{"192.0.2.1", "192.0.2.2,192.0.2.3"}, err: "is not an address for the DNS service"},
+		{args: []string{"192.0.2.1", "10.152.183.20", "not_a_domain"}, err: "is not a domain name"},
+		{args: []string{"192.0.2.1", "10.152.183.20", "a.test", "x"}, err: "unexpected argument"},
+		{args: []string{"192.0.2.1", "10.152.183.20", "a.test"}, want: []string{"192.0.2.1"}},
 	} {
-		got, err := dnsServers(tc.args)
+		v, err := readDNS(tc.args)
+		got := v.servers
 		if tc.err == "" && err != nil || tc.err != "" && (err == nil || !strings.Contains(err.Error(), tc.err)) {
 			t.Errorf("%q: error %v, want %q", tc.args, err, tc.err)
 		}

@@ -54,6 +54,8 @@ func (s *Set) waitOne(ctx context.Context, gvr schema.GroupVersionResource, o *u
 			return nil
 		case apierrors.IsNotFound(err):
 			return fmt.Errorf("%s was deleted by someone else", workload)
+		case err == nil && now.GetKind() == "DaemonSet" && s.restIsDown(ctx, now, say):
+			return nil
 		case err == nil:
 			reason, over := s.obstacle(ctx, now)
 			if over {
@@ -99,6 +101,45 @@ func ready(o *unstructured.Unstructured) bool {
 	}
 	want := number("spec", "replicas")
 	return number("status", "updatedReplicas") == want && number("status", "replicas") == want && number("status", "availableReplicas") == want
+}
+
+// restIsDown says whether a DaemonSet is ready but for its pods on nodes that are down: those
+// are started when the nodes are back, by themselves. It says which nodes they are.
+func (s *Set) restIsDown(ctx context.Context, o *unstructured.Unstructured, say func(string)) bool {
+	number := func(field string) int64 {
+		n, _, _ := unstructured.NestedInt64(o.Object, "status", field)
+		return n
+	}
+	observed, want := number("observedGeneration"), number("desiredNumberScheduled")
+	if observed < o.GetGeneration() || want == 0 {
+		return false
+	}
+	list, err := s.client.Resource(nodes).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return false
+	}
+	var down []string
+	for i := range list.Items {
+		if !nodeReady(&list.Items[i]) {
+			down = append(down, list.Items[i].GetName())
+		}
+	}
+	if len(down) == 0 || number("numberAvailable")+int64(len(down)) < want || number("updatedNumberScheduled")+int64(len(down)) < want {
+		return false
+	}
+	say(fmt.Sprintf("nodes that are not ready get it when they are back: %s", strings.Join(down, " ")))
+	return true
+}
+
+// nodeReady says whether a node's kubelet reports that it is ready.
+func nodeReady(node *unstructured.Unstructured) bool {
+	conditions, _, _ := unstructured.NestedSlice(node.Object, "status", "conditions")
+	for _, c := range conditions {
+		if m, ok := c.(map[string]any); ok && m["type"] == "Ready" {
+			return m["status"] == "True"
+		}
+	}
+	return false
 }
 
 // obstacle says in a few words what keeps the pods of a workload from being ready, "" where

@@ -284,13 +284,28 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured) er
 		return err
 	}
 	err = apply()
-	if apierrors.IsInvalid(err) && replaceable[o.GetKind()] {
+	if apierrors.IsInvalid(err) && (replaceable[o.GetKind()] || movedService(ctx, resource, o)) {
 		if gone := resource.Delete(ctx, o.GetName(), metav1.DeleteOptions{}); gone != nil && !apierrors.IsNotFound(gone) {
 			return err
 		}
 		return apply()
 	}
 	return err
+}
+
+// movedService says whether o is a Service that is there with another address: it cannot be
+// changed, and a Service holds nothing.
+func movedService(ctx context.Context, resource dynamic.ResourceInterface, o *unstructured.Unstructured) bool {
+	want, _, _ := unstructured.NestedString(o.Object, "spec", "clusterIP")
+	if o.GetKind() != "Service" || want == "" {
+		return false
+	}
+	now, err := resource.Get(ctx, o.GetName(), metav1.GetOptions{})
+	if err != nil {
+		return false
+	}
+	have, _, _ := unstructured.NestedString(now.Object, "spec", "clusterIP")
+	return have != want
 }
 
 // replaceable are kinds whose fields cannot be changed, and which hold nothing: an object with

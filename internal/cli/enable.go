@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/cluster-agent/api"
 	"microk8s/internal/addon"
 	"microk8s/internal/args"
 	"microk8s/internal/snapenv"
@@ -351,9 +352,12 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 	}); err != nil {
 		return err
 	}
-	if ip, ok := applied.DNS(); ok {
+	if ip, domain, ok := applied.DNS(); ok {
 		fmt.Fprintf(a.Out, "CoreDNS service deployed with IP address %s\n", ip)
-		if err := a.kubeletDNS(ctx, p, ip.String()); err != nil {
+		if err := a.kubeletDNS(ctx, p, ip.String(), domain); err != nil {
+			return err
+		}
+		if err := set.Spread(ctx); err != nil {
 			return err
 		}
 	}
@@ -374,9 +378,9 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 	return nil
 }
 
-// kubeletDNS makes the kubelet of this node give pods the address of the DNS service, where
-// its argument says something else.
-func (a *App) kubeletDNS(ctx context.Context, p *progress, ip string) error {
+// kubeletDNS makes the kubelets of all nodes give pods address and domain of the DNS service,
+// where this node's arguments say something else.
+func (a *App) kubeletDNS(ctx context.Context, p *progress, ip, domain string) error {
 	file, err := args.Load(a.Env.Args("kubelet"), args.GrammarA)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -384,16 +388,23 @@ func (a *App) kubeletDNS(ctx context.Context, p *progress, ip string) error {
 	if err != nil {
 		return err
 	}
-	if has, _ := file.Value("cluster-dns", a.Env.Lookup); has == ip {
+	hasIP, _ := file.Value("cluster-dns", a.Env.Lookup)
+	hasDomain, _ := file.Value("cluster-domain", a.Env.Lookup)
+	if hasIP == ip && hasDomain == domain {
 		return nil
 	}
-	if err := file.Set("cluster-dns", ip); err != nil {
+	if err := errors.Join(file.Set("cluster-dns", ip), file.Set("cluster-domain", domain)); err != nil {
 		return err
 	}
 	if err := file.Save(a.Env.Args("kubelet")); err != nil {
 		return explain("cannot set --cluster-dns of the kubelet", err)
 	}
-	return p.step("Restarting the kubelet with --cluster-dns="+ip, func() error {
+	update := []map[string]string{{"--cluster-dns": ip}, {"--cluster-domain": domain}}
+	if err := a.configureOthers(ctx, "Adding arguments --cluster-dns and --cluster-domain to nodes.",
+		api.ConfigureRequest{Services: []api.ConfigureService{{Name: "kubelet", Update: update, Restart: true}}}); err != nil {
+		return err
+	}
+	return p.step(fmt.Sprintf("Restarting the kubelet with --cluster-dns=%s --cluster-domain=%s", ip, domain), func() error {
 		return a.Services.Restart(ctx, "kubelite")
 	})
 }

@@ -1,10 +1,23 @@
 package node
 
 import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -26,6 +39,10 @@ func TestAddonsServices(t *testing.T) {
 	step("storage", n.testStorage)
 	step("helm", n.testHelm)
 	step("repositories", n.testRepositories)
+	step("images", n.testImages)
+	step("metrics", n.testMetrics)
+	step("ingress", n.testIngress)
+	step("host access", n.testHostAccess)
 }
 
 const statefulSet = `
@@ -301,4 +318,198 @@ func (n *node) wantRepoAddon(t *testing.T, name, state string) {
 	if out := n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status", "--format", "short"); !strings.Contains(out, "\nmine/"+name+": "+state+"\n") {
 		t.Errorf("status lacks mine/%s: %s:\n%s", name, state, out)
 	}
+}
+
+// testImages takes images out of the node and brings them back.
+func (n *node) testImages(t *testing.T) {
+	if out := n.run(t, "microk8s", "images", "list"); !strings.Contains(out, "microk8s.io/traefik:") || !regexp.MustCompile(`(?m)^microk8s\.io/coredns:\S+ .* product +1$`).MatchString(out) {
+		t.Errorf("images list printed:\n%s", out)
+	}
+	n.run(t, "microk8s", "images", "export-local", "/web.tar", webImage)
+	n.run(t, "microk8s", "ctr", "images", "rm", "--sync", webImage)
+	if out, err := n.tryAll(t, "", "microk8s", "images", "export-local", "/web2.tar", webImage); err == nil || !strings.Contains(out, "is not on this node") {
+		t.Errorf("exporting what is not there: %v\n%s", err, out)
+	}
+	archive, err := os.ReadFile(filepath.Join(n.lab.Root(n.name), "web.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	damaged := bytes.Clone(archive)
+	damaged[len(damaged)/2] ^= 1
+	if out, err := n.tryAll(t, string(damaged), "microk8s", "images", "import"); exitCode(err) != 1 || !strings.Contains(out, "Error: failed to read -: it is damaged") {
+		t.Errorf("a damaged archive: %v\n%s", err, out)
+	}
+	if out, err := n.tryAll(t, "", "microk8s", "images", "import", "/no-such-file"); exitCode(err) != 1 || !strings.Contains(out, "Error: failed to read /no-such-file") {
+		t.Errorf("no archive: %v\n%s", err, out)
+	}
+	if out := n.runIn(t, string(archive), "microk8s", "images", "import"); !strings.Contains(out, "Pushing OCI images to "+n.ip(t)+":25000") {
+		t.Errorf("images import printed %q", out)
+	}
+	n.run(t, "microk8s", "images", "import", "/web.tar")
+	if out := n.run(t, "microk8s", "images", "list"); !strings.Contains(out, webImage) {
+		t.Errorf("the image was not imported:\n%s", out)
+	}
+}
+
+// testMetrics asks for figures about the node and its pods.
+func (n *node) testMetrics(t *testing.T) {
+	n.run(t, "microk8s", "enable", "metrics-server")
+	n.wantAddon(t, "metrics-server", "enabled")
+	eventually(t, 3*time.Minute, func() error {
+		out, err := n.try(t, "microk8s", "kubectl", "top", "node", n.name)
+		if err == nil && !regexp.MustCompile(`(?m)^`+n.name+` +\d+m +\d+% +\d+Mi`).MatchString(out) {
+			err = fmt.Errorf("kubectl top printed %q", out)
+		}
+		return err
+	})
+	eventually(t, time.Minute, func() error {
+		_, err := n.try(t, "microk8s", "kubectl", "top", "pod", "-n", "kube-system", "-l", "k8s-app=metrics-server")
+		return err
+	})
+}
+
+const ingress = `
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: shop}
+spec:
+  selector: {matchLabels: {app: shop}}
+  template:
+    metadata: {labels: {app: shop}}
+    spec:
+      terminationGracePeriodSeconds: 1
+      containers:
+      - {name: web, image: "microk8s.test/web:1", imagePullPolicy: Never}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: shop}
+spec:
+  selector: {app: shop}
+  ports: [{port: 80, targetPort: 8080}]
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: shop}
+spec:
+  tls: [{hosts: [shop.example.test], secretName: shop}]
+  rules:
+  - host: shop.example.test
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  name: old
+spec:
+  ingressClassName: nginx
+  rules:
+  - host: old.example.test
+    http: {paths: [{path: /client, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+`
+
+// testIngress routes by host name, with TLS and without.
+func (n *node) testIngress(t *testing.T) {
+	if out, err := n.tryAll(t, "", "microk8s", "enable", "ingress", "--default-ssl-certificate", "default/x"); exitCode(err) != 1 || !strings.Contains(out, "must be in the namespace ingress") {
+		t.Errorf("a Secret elsewhere: %v\n%s", err, out)
+	}
+	n.run(t, "microk8s", "enable", "ingress")
+	n.wantAddon(t, "ingress", "enabled")
+	cert, key := selfSigned(t, "shop.example.test")
+	n.runIn(t, cert, "sh", "-c", "cat > /tls.crt")
+	n.runIn(t, key, "sh", "-c", "cat > /tls.key")
+	n.run(t, "microk8s", "kubectl", "create", "secret", "tls", "shop", "--cert=/tls.crt", "--key=/tls.key")
+	n.runIn(t, ingress, "microk8s", "kubectl", "apply", "-f", "-")
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(cert))
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{RootCAs: roots},
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			_, port, err := net.SplitHostPort(address)
+			if err != nil {
+				return nil, err
+			}
+			return n.lab.Dial(ctx, n.name, network, net.JoinHostPort(n.ip(t), port))
+		},
+	}}
+	get := func(url string, code int, want string) {
+		t.Helper()
+		eventually(t, 2*time.Minute, func() error {
+			resp, err := client.Get(url)
+			if err != nil {
+				return err
+			}
+			defer resp.Body.Close()
+			body, err := io.ReadAll(resp.Body)
+			if err == nil && (resp.StatusCode != code || !strings.Contains(string(body), want)) {
+				err = fmt.Errorf("%s: %s, %q, want %d and %q", url, resp.Status, body, code, want)
+			}
+			return err
+		})
+	}
+	get("http://shop.example.test/", 200, "shop-")
+	get("https://shop.example.test/", 200, "shop-")
+	get("http://other.example.test/", 404, "")
+	get("http://old.example.test/client", 200, ":") // an address with its port
+	n.run(t, "microk8s", "disable", "ingress")
+	eventually(t, time.Minute, func() error {
+		resp, err := client.Get("http://shop.example.test/")
+		if err != nil {
+			return nil
+		}
+		resp.Body.Close()
+		return fmt.Errorf("after disable the answer is %s", resp.Status)
+	})
+	n.run(t, "microk8s", "kubectl", "delete", "ingress/shop", "ingress/old", "service/shop", "deployment/shop", "secret/shop")
+}
+
+// selfSigned makes a certificate for a name.
+func selfSigned(t *testing.T, host string) (certPEM, keyPEM string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), DNSNames: []string{host}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
+		string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: private}))
+}
+
+// testHostAccess looks for the address on the loopback.
+func (n *node) testHostAccess(t *testing.T) {
+	for _, args := range [][]string{{"ip=router"}, {"ip=127.0.0.1"}, {"10.0.9.1"}} {
+		if out, err := n.tryAll(t, "", append([]string{"microk8s", "enable", "host-access"}, args...)...); exitCode(err) != 1 || !strings.Contains(out, "cannot enable host-access") {
+			t.Errorf("enable host-access %q: %v\n%s", args, err, out)
+		}
+	}
+	n.run(t, "microk8s", "enable", "host-access", "ip=10.0.9.1")
+	if out := n.run(t, "ip", "-o", "addr", "show", "dev", "lo"); !strings.Contains(out, "10.0.9.1/32") || !strings.Contains(out, "lo:microk8s") {
+		t.Errorf("the loopback has\n%s", out)
+	}
+	n.run(t, "ip", "addr", "del", "10.0.9.1/32", "dev", "lo")
+	eventually(t, time.Minute, func() error {
+		if out := n.run(t, "ip", "-o", "addr", "show", "dev", "lo"); !strings.Contains(out, "10.0.9.1/32") {
+			return fmt.Errorf("it was not put back:\n%s", out)
+		}
+		return nil
+	})
+	n.run(t, "microk8s", "disable", "host-access")
+	eventually(t, time.Minute, func() error {
+		if out := n.run(t, "ip", "-o", "addr", "show", "dev", "lo"); strings.Contains(out, "10.0.9.1/32") {
+			return fmt.Errorf("it is still there:\n%s", out)
+		}
+		return nil
+	})
 }

@@ -1,0 +1,189 @@
+package cluster
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/tests/lab"
+)
+
+// TestAddonsCluster uses addons on a control-plane node and a worker, which was down when most
+// of them were enabled.
+func TestAddonsCluster(t *testing.T) {
+	c := newCluster(t, "n1", "w1")
+	step := steps(t)
+	c.start(t, "n1")
+	c.join(t, "n1", "w1", "--worker")
+	c.waitReady(t, "n1", "w1")
+
+	step("a second DNS server, on the second node", func(t *testing.T) {
+		eventually(t, 2*time.Minute, func() error {
+			pods, err := c.client(t, "n1").CoreV1().Pods("kube-system").List(t.Context(), metav1.ListOptions{LabelSelector: "k8s-app=kube-dns"})
+			if err != nil {
+				return err
+			}
+			at := map[string]bool{}
+			for _, p := range pods.Items {
+				if p.DeletionTimestamp == nil && podReady(&p) {
+					at[p.Spec.NodeName] = true
+				}
+			}
+			if len(at) != 2 {
+				return fmt.Errorf("DNS servers that are ready are on %v", at)
+			}
+			return nil
+		})
+	})
+	step("images on all nodes", func(t *testing.T) {
+		c.copyWebImage(t, "n1", "/web.tar")
+		out := c.run(t, "n1", "microk8s", "images", "import", "/web.tar")
+		for _, h := range []string{"n1", "w1"} {
+			if !strings.Contains(out, "Pushing OCI images to "+c.ip(t, h)+":25000\n") {
+				t.Errorf("%s is missing:\n%s", h, out)
+			}
+			if out := c.run(t, h, "microk8s", "ctr", "images", "ls", "-q"); !strings.Contains(out, webImage) {
+				t.Errorf("%s has not got the image:\n%s", h, out)
+			}
+		}
+	})
+	step("names resolve on both", func(t *testing.T) {
+		for _, h := range []string{"n1", "w1"} {
+			c.startPod(t, "asker-"+h, h, webImage, corev1.PullNever, "")
+			eventually(t, 2*time.Minute, func() error {
+				r := c.try(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "lookup", "kubernetes.default.svc.cluster.local")
+				if r.code != 0 || strings.TrimSpace(r.out) != "10.152.183.1" {
+					return fmt.Errorf("on %s: %s", h, r)
+				}
+				return nil
+			})
+		}
+	})
+	step("enable while a node is down", func(t *testing.T) {
+		if err := c.lab.Kill(t.Context(), "w1"); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 5*time.Minute, func() error {
+			n, err := c.node(t, "n1", "w1")
+			if err == nil && isReady(n) {
+				err = errors.New("w1 still counts as ready")
+			}
+			return err
+		})
+		r := c.try(t, "n1", "microk8s", "enable", "registry")
+		if r.code != 0 || !strings.Contains(r.err, "nodes that are not ready get it when they are back: w1") {
+			t.Errorf("enable registry: %s", r)
+		}
+		if r := c.try(t, "n1", "microk8s", "images", "import", "/web.tar"); r.code != 1 || !strings.Contains(r.err, "1 of 2 nodes have not got the images") {
+			t.Errorf("images import: %s", r)
+		}
+		if err := c.lab.Start(t.Context(), "w1"); err != nil {
+			t.Fatal(err)
+		}
+		c.waitReady(t, "n1", "w1")
+	})
+	step("a pushed image runs on the other node", func(t *testing.T) {
+		const name = "localhost:32000/team/app:1"
+		c.run(t, "n1", "microk8s", "ctr", "images", "tag", webImage, name)
+		eventually(t, 2*time.Minute, func() error {
+			if r := c.try(t, "n1", "microk8s", "ctr", "images", "push", "--plain-http", name); r.code != 0 {
+				return fmt.Errorf("push: %s", r)
+			}
+			return nil
+		})
+		c.startPod(t, "app", "w1", name, corev1.PullAlways, "")
+		c.waitPod(t, "app")
+	})
+	step("a volume on the other node", func(t *testing.T) {
+		c.runIn(t, "n1", claim, "microk8s", "kubectl", "apply", "-f", "-")
+		c.startPod(t, "writer", "w1", webImage, corev1.PullNever, "data")
+		c.waitPod(t, "writer")
+		c.run(t, "n1", "microk8s", "kubectl", "exec", "writer", "--", "/web", "write", "/data/file", "kept")
+		out := c.run(t, "w1", "sh", "-c", "cat /var/snap/microk8s/common/default-storage/default-data-*/file")
+		if strings.TrimSpace(out) != "kept" {
+			t.Errorf("w1 has %q", out)
+		}
+	})
+}
+
+const claim = `
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: {name: data}
+spec:
+  accessModes: [ReadWriteOnce]
+  resources: {requests: {storage: 1Mi}}
+`
+
+// startPod runs a pod of one container on a node, with a claim at /data unless it is "".
+func (c *cluster) startPod(t *testing.T, name, host, image string, pull corev1.PullPolicy, claim string) {
+	t.Helper()
+	grace := int64(1)
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name},
+		Spec: corev1.PodSpec{
+			NodeSelector:                  map[string]string{corev1.LabelHostname: host},
+			TerminationGracePeriodSeconds: &grace,
+			Containers:                    []corev1.Container{{Name: "c", Image: image, ImagePullPolicy: pull}},
+		},
+	}
+	if claim != "" {
+		pod.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{
+			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim},
+		}}}
+		pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "data", MountPath: "/data"}}
+	}
+	eventually(t, time.Minute, func() error { // the service account may not be there yet
+		_, err := c.client(t, "n1").CoreV1().Pods("default").Create(t.Context(), pod, metav1.CreateOptions{})
+		return err
+	})
+}
+
+func (c *cluster) waitPod(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, 3*time.Minute, func() error {
+		p, err := c.client(t, "n1").CoreV1().Pods("default").Get(t.Context(), name, metav1.GetOptions{})
+		if err == nil && !podReady(p) {
+			err = fmt.Errorf("pod %s is %s: %+v", name, p.Status.Phase, p.Status.ContainerStatuses)
+		}
+		return err
+	})
+}
+
+func podReady(p *corev1.Pod) bool {
+	for _, c := range p.Status.Conditions {
+		if c.Type == corev1.PodReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
+// copyWebImage puts the archive of the test image into a host.
+func (c *cluster) copyWebImage(t *testing.T, host, path string) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(build, "test-images/web.tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(c.lab.Root(host), path), data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// runIn is run with a standard input.
+func (c *cluster) runIn(t *testing.T, host, stdin string, args ...string) {
+	t.Helper()
+	var out bytes.Buffer
+	if err := c.lab.Exec(t.Context(), host, lab.Command{Args: args, Stdin: strings.NewReader(stdin), Stdout: &out, Stderr: &out}); err != nil {
+		t.Fatalf("%s: %s: %v\n%s", host, strings.Join(args, " "), err, &out)
+	}
+}
