@@ -285,13 +285,23 @@ func reconcileAddons(ctx context.Context, admin *rest.Config, env snapenv.Env, l
 	return set.Reconcile(ctx)
 }
 
-// keepDNS has a second DNS server started when there is a second node.
+// keepDNS has a second DNS server started when there is a second node, and all of them started
+// anew when the host gets other name servers.
 func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
 	set, err := addon.Open(env, admin, log)
 	if err != nil {
 		return err
 	}
-	set.KeepSpread(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		set.KeepSpread(ctx)
+	}()
+	err = set.FollowResolvers(ctx, env.HostPath("etc/resolv.conf"), env.HostPath("run/systemd/resolve/resolv.conf"))
+	if err != nil {
+		log.Warn("a change of the host's name servers will not be noticed", "error", err)
+	}
+	<-done
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -65,6 +66,7 @@ func run(ctx context.Context, build string, settle, idle time.Duration) (err err
 		{"status", b.status},
 		{"memory", func(ctx context.Context) error { return b.memory(ctx, settle) }},
 		{"idle CPU", func(ctx context.Context) error { return b.cpu(ctx, idle) }},
+		{"addons", func(ctx context.Context) error { return b.addons(ctx, settle) }},
 		{"status, API down", b.statusDown},
 	}
 	for _, s := range steps {
@@ -215,6 +217,79 @@ func (b *bench) memory(ctx context.Context, settle time.Duration) error {
 	}
 	b.add("idle memory, all our processes", fmt.Sprintf("%d MB", sum/1024), "600 MB")
 	return nil
+}
+
+// addons takes the addons on, one after the other, until their pods are ready, and tells the
+// memory of all processes that came with each. dns is on already: it is taken off first.
+func (b *bench) addons(ctx context.Context, settle time.Duration) error {
+	if _, err := b.timed(ctx, "microk8s", "disable", "dns"); err != nil {
+		return err
+	}
+	began := time.Now()
+	if _, err := b.timed(ctx, "microk8s", "enable", "--no-wait", "dns"); err != nil {
+		return err
+	}
+	if err := b.firstAnswer(ctx); err != nil {
+		return err
+	}
+	b.add("enable dns → first answer", fmt.Sprintf("%.1f s", time.Since(began).Seconds()), "")
+	before, err := b.allMemory(ctx, settle)
+	if err != nil {
+		return err
+	}
+	all := time.Duration(0)
+	for _, name := range []string{"hostpath-storage", "metrics-server", "ingress", "registry", "host-access"} {
+		took, err := b.timed(ctx, "microk8s", "enable", name)
+		if err != nil {
+			return err
+		}
+		all += took
+		after, err := b.allMemory(ctx, settle)
+		if err != nil {
+			return err
+		}
+		b.add("  enable "+name, fmt.Sprintf("%.1f s, %+d MB", took.Seconds(), (after-before)/1024), "")
+		before = after
+	}
+	b.add("enable of all of these", fmt.Sprintf("%.1f s", all.Seconds()), "")
+	return nil
+}
+
+// firstAnswer asks the DNS service from inside the host until it answers.
+func (b *bench) firstAnswer(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	resolver := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return b.lab.Dial(ctx, host, network, "10.152.183.10:53")
+	}}
+	for {
+		try, done := context.WithTimeout(ctx, time.Second)
+		_, err := resolver.LookupHost(try, "kubernetes.default.svc.cluster.local.")
+		done()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// allMemory is the PSS of every process in the host, in kB, when it has come to rest.
+func (b *bench) allMemory(ctx context.Context, settle time.Duration) (int, error) {
+	select {
+	case <-time.After(settle / 2):
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	procs, err := b.processes(ctx)
+	sum := 0
+	for _, p := range procs {
+		sum += p.pss
+	}
+	return sum, err
 }
 
 func (b *bench) cpu(ctx context.Context, idle time.Duration) error {

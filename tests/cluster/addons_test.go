@@ -90,8 +90,8 @@ func TestAddonsCluster(t *testing.T) {
 		}
 		c.waitReady(t, "n1", "w1")
 	})
+	const name = "localhost:32000/team/app:1"
 	step("a pushed image runs on the other node", func(t *testing.T) {
-		const name = "localhost:32000/team/app:1"
 		c.run(t, "n1", "microk8s", "ctr", "images", "tag", webImage, name)
 		eventually(t, 2*time.Minute, func() error {
 			if r := c.try(t, "n1", "microk8s", "ctr", "images", "push", "--plain-http", name); r.code != 0 {
@@ -104,7 +104,9 @@ func TestAddonsCluster(t *testing.T) {
 	})
 	step("a volume on the other node", func(t *testing.T) {
 		c.runIn(t, "n1", claim, "microk8s", "kubectl", "apply", "-f", "-")
-		c.startPod(t, "writer", "w1", webImage, corev1.PullNever, "data")
+		// By the name of the registry: a kubelet that has pulled an image no longer takes another
+		// name of it for one that was brought along.
+		c.startPod(t, "writer", "w1", name, corev1.PullIfNotPresent, "data")
 		c.waitPod(t, "writer")
 		c.run(t, "n1", "microk8s", "kubectl", "exec", "writer", "--", "/web", "write", "/data/file", "kept")
 		out := c.run(t, "w1", "sh", "-c", "cat /var/snap/microk8s/common/default-storage/default-data-*/file")

@@ -87,6 +87,19 @@ func TestAddons(t *testing.T) {
 		n.waitLookup(t, outsideName, outsideAddr)
 		n.waitLookup(t, clusterName, "10.152.183.1")
 	})
+	step("other name servers of the host", func(t *testing.T) {
+		const resolved = "/run/systemd/resolve/resolv.conf"
+		n.runIn(t, "nameserver 10.152.183.10\n", "sh", "-c", "cat > "+resolved+".new && mv "+resolved+".new "+resolved)
+		eventually(t, 2*time.Minute, func() error {
+			if out, err := n.lookup(t, outsideName); err == nil {
+				return fmt.Errorf("%s still has the address %s", outsideName, out)
+			}
+			_, err := n.lookup(t, clusterName)
+			return err
+		})
+		n.runIn(t, "nameserver "+server+"\n", "sh", "-c", "cat > "+resolved+".new && mv "+resolved+".new "+resolved)
+		n.waitLookup(t, outsideName, outsideAddr)
+	})
 	step("the user's own configuration, and a new start", func(t *testing.T) {
 		n.run(t, "microk8s", "kubectl", "create", "configmap", "-n", "kube-system", "coredns-custom",
 			"--from-literal=mine.server=example.test {\n  hosts {\n    192.0.2.99 www.example.test\n  }\n}\n")

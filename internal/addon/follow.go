@@ -1,0 +1,110 @@
+package addon
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// resolversAnnotation is on the pods of CoreDNS; it changes when they are to read the host's
+// name servers anew, which a pod has from its start.
+const resolversAnnotation = "microk8s.io/resolvers-changed"
+
+// resolverPause is how long a resolver configuration must have stayed as it is: programs write it
+// in several steps.
+const resolverPause = time.Second
+
+// FollowResolvers starts the DNS servers anew when the name servers in one of the files change,
+// until ctx ends. Where `enable dns` was given name servers, the host's do not matter.
+func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("cannot watch the host's name servers: %w", err)
+	}
+	defer w.Close()
+	var real []string
+	for _, f := range files { // the folders: the files are replaced by others of their names
+		real = append(real, f)
+		if target, err := filepath.EvalSymlinks(f); err == nil && target != f {
+			real = append(real, target)
+		}
+	}
+	for _, f := range real {
+		_ = w.Add(filepath.Dir(f)) // one that is not there has no name servers either
+	}
+	now := nameServers(files)
+	var due <-chan time.Time
+	for {
+		select {
+		case e := <-w.Events:
+			if slices.Contains(real, e.Name) {
+				due = time.After(resolverPause)
+			}
+		case err := <-w.Errors:
+			s.Log.Warn("watching the host's name servers", "error", err)
+			due = time.After(resolverPause)
+		case <-due:
+			due = nil
+			fresh := nameServers(files)
+			if slices.Equal(fresh, now) {
+				continue
+			}
+			if err := s.restartDNS(ctx, fresh); err != nil {
+				s.Log.Warn("cannot give the host's new name servers to CoreDNS", "error", err, "again in", spreadRetry)
+				due = time.After(spreadRetry)
+				continue
+			}
+			now = fresh
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// nameServers gives the lines with name servers of several files.
+func nameServers(files []string) []string {
+	var out []string
+	for _, f := range files {
+		data, _ := os.ReadFile(f)
+		for line := range strings.Lines(string(data)) {
+			if words := strings.Fields(line); len(words) > 1 && words[0] == "nameserver" {
+				out = append(out, words[1])
+			}
+		}
+		out = append(out, "") // the end of a file
+	}
+	return out
+}
+
+// restartDNS has the pods of CoreDNS replaced, one after the other, if they use the host's name
+// servers.
+func (s *Set) restartDNS(ctx context.Context, servers []string) error {
+	args, on, err := s.Enabled(ctx, "dns")
+	if err != nil || !on || len(args) > 0 && args[0] != "" {
+		return err
+	}
+	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"template": map[string]any{"metadata": map[string]any{
+		"annotations": map[string]string{resolversAnnotation: time.Now().UTC().Format(time.RFC3339)},
+	}}}})
+	if err != nil {
+		return err
+	}
+	_, err = s.client.Resource(deployments).Namespace(metav1.NamespaceSystem).Patch(ctx, "coredns", types.MergePatchType, patch, metav1.PatchOptions{FieldManager: "microk8s-resolvers"})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err == nil {
+		s.Log.Info("the host has other name servers: CoreDNS starts anew", "servers", strings.Join(servers, " "))
+	}
+	return err
+}
