@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
 	"microk8s/internal/snapenv"
@@ -25,8 +26,9 @@ import (
 type fakeAPI struct {
 	mu      sync.Mutex
 	objects map[string]map[string]any // by path
-	changes int                       // requests that change something, so far
-	limit   int                       // changes after which everything is refused; 0 is no limit
+	nodes   []any
+	changes int // requests that change something, so far
+	limit   int // changes after which everything is refused; 0 is no limit
 }
 
 var apis = map[string][]metav1.APIResource{
@@ -71,6 +73,8 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			list.Groups = append(list.Groups, metav1.APIGroup{Name: group, Versions: []metav1.GroupVersionForDiscovery{v}, PreferredVersion: v})
 		}
 		answer(200, list)
+	case path == "v1/nodes":
+		answer(200, map[string]any{"apiVersion": "v1", "kind": "NodeList", "items": f.nodes})
 	case apis[path] != nil:
 		answer(200, metav1.APIResourceList{GroupVersion: path, APIResources: apis[path]})
 	case r.Method == http.MethodPatch:
@@ -78,6 +82,11 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		if err := json.Unmarshal(body, &o); err != nil {
 			status(http.StatusBadRequest, metav1.StatusReasonBadRequest)
+			return
+		}
+		if old := f.objects[path]; old != nil && r.Header.Get("Content-Type") == string(types.MergePatchType) {
+			merge(old, o)
+			answer(200, old)
 			return
 		}
 		o["metadata"].(map[string]any)["uid"] = "uid of " + path
@@ -101,6 +110,18 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(200, map[string]any{"apiVersion": "v1", "kind": "List", "items": items})
 	default:
 		status(http.StatusNotFound, metav1.StatusReasonNotFound)
+	}
+}
+
+// merge does what a merge patch without deletions does.
+func merge(into, patch map[string]any) {
+	for k, v := range patch {
+		old, isMap := into[k].(map[string]any)
+		if fresh, ok := v.(map[string]any); ok && isMap {
+			merge(old, fresh)
+			continue
+		}
+		into[k] = v
 	}
 }
 
