@@ -1,11 +1,13 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -16,7 +18,9 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -47,6 +51,13 @@ func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 		f.listen(ts, env.DatastoreSocket(), http.NotFoundHandler())
 		f.listen(ts, env.ContainerdSocket(), http.NotFoundHandler())
 	}
+	if f.kind != "failing" && f.kind != "silent" {
+		ts.Check(os.MkdirAll(env.BackendLive(), 0o755))
+		ctx, cancel := context.WithCancel(context.Background())
+		wait, err := peers.Serve(ctx, env.BackendLive(), slog.New(slog.DiscardHandler), func() []peers.Member { return members(env) })
+		ts.Check(err)
+		ts.Defer(func() { cancel(); wait() })
+	}
 	api := httptest.NewUnstartedServer(http.HandlerFunc(f.api))
 	api.EnableHTTP2 = true
 	api.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that hang up early are part of the tests
@@ -68,6 +79,18 @@ func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Check(os.MkdirAll(env.CredentialsDir(), 0o755))
 	ts.Check(os.WriteFile(env.AdminKubeconfig(), config, 0o644))
+}
+
+// members are those of the script's cluster.yaml, all of them alive.
+func members(env snapenv.Env) (list []peers.Member) {
+	data, err := os.ReadFile(filepath.Join(env.Backend(), "cluster.yaml"))
+	if err != nil || yaml.Unmarshal(data, &list) != nil {
+		return nil
+	}
+	for i := range list {
+		list[i].Online, list[i].LastSeen = true, time.Now()
+	}
+	return list
 }
 
 type node struct {
