@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -186,14 +187,15 @@ func TestKilledAnywhereAndRunAgain(t *testing.T) {
 
 func TestKilledBetweenKeys(t *testing.T) {
 	whole := machine(t)
-	keys, source := 0, whole.Maker.NewKey
-	whole.Maker.NewKey = func(bits int) (*rsa.PrivateKey, error) { keys++; return source(bits) }
+	var made atomic.Int64 // by two goroutines
+	source := whole.Maker.NewKey
+	whole.Maker.NewKey = func(bits int) (*rsa.PrivateKey, error) { made.Add(1); return source(bits) }
 	if err := whole.Install(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	want := tree(t, whole.Env.Host)
 	killed := errors.New("killed")
-	for stop := 1; stop <= keys; stop++ {
+	for stop := 1; stop <= int(made.Load()); stop++ {
 		in := machine(t)
 		var n int
 		source := in.Maker.NewKey

@@ -15,12 +15,8 @@ import (
 )
 
 // TestMany grows a cluster to five control-plane nodes under bad circumstances. It takes several
-// minutes, so it is for long runs.
+// minutes, so the gate leaves it out (scripts/test).
 func TestMany(t *testing.T) {
-	if !long() {
-		t.Log("part of make test-long")
-		return
-	}
 	all := []string{"n1", "n2", "n3", "n4", "n5"}
 	c := newCluster(t, all...)
 	step := steps(t)

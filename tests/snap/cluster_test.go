@@ -18,11 +18,8 @@ import (
 )
 
 // Three machines make a cluster and are refreshed one by one, under steady writing through
-// whichever API server answers. It takes many minutes, so only the long run has it.
+// whichever API server answers. It takes many minutes, so the gate leaves it out (scripts/test).
 func TestClusterIsRefreshedNodeByNode(t *testing.T) {
-	if os.Getenv("MICROK8S_TEST_LONG") == "" {
-		return // not a skip: the gate is complete without it
-	}
 	prepare(t)
 	var nodes []*machine
 	for _, name := range []string{"n1", "n2", "n3"} {
