@@ -106,10 +106,18 @@ func (c *Client) Start(ctx context.Context, names ...string) error {
 	}
 	_, err := c.call(ctx, http.MethodPost, "/v1/start", names)
 	if absent(err) {
-		if err := c.Spawn(ctx); err != nil {
-			return fmt.Errorf("cannot start the supervisor of the services: %w", err)
-		}
-		_, err = c.call(ctx, http.MethodPost, "/v1/start", names)
+		return c.callNew(ctx, "/v1/start", names)
+	}
+	return err
+}
+
+// callNew starts a supervisor and calls it. Another one may have been on its way up, at boot for
+// instance: then the new one gives up, and the other answers.
+func (c *Client) callNew(ctx context.Context, path string, names []string) error {
+	spawnErr := c.Spawn(ctx)
+	_, err := c.call(ctx, http.MethodPost, path, names)
+	if spawnErr != nil && absent(err) {
+		return fmt.Errorf("cannot start their supervisor: %w", spawnErr)
 	}
 	return err
 }
@@ -125,10 +133,9 @@ func (c *Client) Stop(ctx context.Context, names ...string) error {
 		if !c.leftovers() {
 			return nil
 		}
-		if err := c.Spawn(ctx); err != nil {
-			return fmt.Errorf("cannot start the supervisor that ends what an earlier one left: %w", err)
+		if err = c.callNew(ctx, "/v1/stop", names); err != nil {
+			return fmt.Errorf("cannot end what an earlier supervisor left: %w", err)
 		}
-		_, err = c.call(ctx, http.MethodPost, "/v1/stop", names)
 	}
 	return err
 }
