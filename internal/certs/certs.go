@@ -451,19 +451,19 @@ func (s *Store) reason(sp spec, want wanted) (why string, old bool, err error) {
 }
 
 // missingFrom names something that the certificate should carry and does not.
-func (w csr) missingFrom(cert *x509.Certificate) string {
-	for _, name := range w.dns {
+func (c csr) missingFrom(cert *x509.Certificate) string {
+	for _, name := range c.dns {
 		if !slices.Contains(cert.DNSNames, name) {
 			return name
 		}
 	}
-	for _, ip := range w.ips {
+	for _, ip := range c.ips {
 		if !slices.ContainsFunc(cert.IPAddresses, ip.Equal) {
 			return ip.String()
 		}
 	}
-	if cert.Subject.CommonName != w.subject.CommonName {
-		return "the name " + w.subject.CommonName
+	if cert.Subject.CommonName != c.subject.CommonName {
+		return "the name " + c.subject.CommonName
 	}
 	return ""
 }

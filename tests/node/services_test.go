@@ -147,7 +147,7 @@ spec:
 	n.run(t, "microk8s", "kubectl", "delete", "statefulset/db", "pvc/data-db-0", "--wait=true")
 	eventually(t, time.Minute, func() error {
 		if _, err := os.Stat(dir); !os.IsNotExist(err) {
-			return fmt.Errorf("%s is still there: %v", dir, err)
+			return fmt.Errorf("%s is still there", dir)
 		}
 		_, err := n.client.CoreV1().PersistentVolumes().Get(t.Context(), pv.Name, metav1.GetOptions{})
 		if err == nil {
