@@ -335,6 +335,45 @@ func TestThreeMembers(t *testing.T) {
 	}
 }
 
+// A leader that was frozen while another began to lead finds requests waiting when it runs
+// again, before it hears of the other. Those that write nothing must not be answered from its
+// past either: a compare that fails is a read.
+func TestFrozenLeaderAnswersNothingOld(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	for i := range 3 {
+		old := c.leader()
+		old.put(t, "/k", fmt.Sprint(i, " before"))
+		old.cmd.Process.Signal(syscall.SIGSTOP)
+		now := c.other(old).put(t, "/k", fmt.Sprint(i, " after"))
+
+		exists := clientv3.Compare(clientv3.ModRevision("/k"), "=", 0)
+		asked := map[string]clientv3.Txn{
+			"create": old.client.Txn(testContext(t)).If(exists).Then(clientv3.OpPut("/k", "x")),
+			"update": old.client.Txn(testContext(t)).If(exists).Then(clientv3.OpPut("/k", "x")).Else(clientv3.OpGet("/k")),
+			"read":   old.client.Txn(testContext(t)).Then(clientv3.OpGet("/k")),
+		}
+		var answers sync.WaitGroup
+		for name, txn := range asked {
+			answers.Add(1)
+			go func() {
+				defer answers.Done()
+				r, err := txn.Commit()
+				if err != nil {
+					return // its outcome is not known, which is right
+				}
+				if r.Header.Revision < now {
+					t.Errorf("%s was answered at revision %d, and %d had been acknowledged before", name, r.Header.Revision, now)
+				}
+			}()
+		}
+		time.Sleep(100 * time.Millisecond) // the requests wait in the socket; it is frozen and cannot say so
+		old.cmd.Process.Signal(syscall.SIGCONT)
+		answers.Wait()
+		c.waitRoles(3)
+	}
+}
+
 // roleOf gives what a member says of itself.
 func (m *testMember) roleOf(t *testing.T) (role peers.Role, ok bool) {
 	for _, p := range m.list(t) {

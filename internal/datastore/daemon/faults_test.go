@@ -421,8 +421,11 @@ func (tr *trial) check(final *modelState) error {
 	add := func(o operation) {
 		decided = append(decided, porcupine.Operation{ClientId: o.client, Input: o.in, Call: o.call, Output: o.out, Return: o.end})
 	}
-	slices.SortFunc(tr.pending, func(a, b operation) int { return int(a.call - b.call) })
-	for _, o := range append(tr.pending, ops...) {
+	// Of several deletions in doubt that may have been the one in the history, the one called
+	// first is taken: whatever was seen after it fits.
+	ops = append(tr.pending, ops...)
+	slices.SortFunc(ops, func(a, b operation) int { return int(a.call - b.call) })
+	for _, o := range ops {
 		if !o.doubt {
 			add(o)
 			if o.out.ok && o.in.value != "" && written[o.in.value].rev != o.out.rev {
@@ -459,10 +462,58 @@ func (tr *trial) check(final *modelState) error {
 		if err := porcupine.VisualizePath(model(tr.state), info, file); err == nil {
 			tr.t.Logf("the history: %s", file)
 		}
-		return fmt.Errorf("the history is not linearizable (%s)", result)
+		return fmt.Errorf("the history is not linearizable (%s)%s", result, explain(tr.state, history, decided))
 	}
 	tr.state = final
 	return nil
+}
+
+// explain names answers that cannot be right: each answer tells a revision, and so the state
+// that it was made from and those that other answers had shown before its call.
+func explain(start *modelState, history []event, ops []porcupine.Operation) string {
+	at := map[int64]*modelState{start.rev: start}
+	for s, i := start, 0; i < len(history); i++ {
+		e := history[i]
+		if e.rev <= s.rev {
+			continue
+		}
+		var r *record
+		if e.value != "" {
+			r = &record{e.value, e.rev}
+		}
+		s = s.with(e.key, r)
+		at[e.rev] = s
+	}
+	var out strings.Builder
+	say := func(o porcupine.Operation, format string, args ...any) {
+		in, res := o.Input.(opIn), o.Output.(opOut)
+		fmt.Fprintf(&out, "\n  client %d, %.3f to %.3f s: %v %s (expects %d): ok %v, revision %d: %s", o.ClientId, float64(o.Call)/1e9, float64(o.Return)/1e9,
+			in.kind, in.key, in.expect, res.ok, res.rev, fmt.Sprintf(format, args...))
+	}
+	ends := slices.Clone(ops)
+	slices.SortFunc(ends, func(a, b porcupine.Operation) int { return int(a.Return - b.Return) })
+	for _, o := range ops {
+		in, res := o.Input.(opIn), o.Output.(opOut)
+		before := res.rev
+		if in.kind <= opDelete && res.ok {
+			before--
+		}
+		if s := at[before]; s == nil {
+			say(o, "nobody has seen this revision")
+		} else if ok, _ := step(s, in, res); !ok {
+			say(o, "not from the state at %d: the key has %v there, and the answer shows %v %v", before, s.kv[in.key], res.kv, res.list)
+		}
+		for _, p := range ends {
+			if p.Return >= o.Call {
+				break
+			}
+			if r := p.Output.(opOut).rev; r > res.rev {
+				say(o, "client %d had been shown %d at %.3f s (%v)", p.ClientId, r, float64(p.Return)/1e9, p.Input.(opIn).kind)
+				break
+			}
+		}
+	}
+	return out.String()
 }
 
 // cut drops what two members send each other, both ways.

@@ -60,6 +60,11 @@ type Options struct {
 	// the same for somebody else. Nil means always.
 	Alone func() bool
 
+	// Confirm says, by a question to others that is asked after the call, whether this member
+	// leads (see Engine.Confirm). Answers that wrote nothing wait for it. Nil means that nobody
+	// else can lead.
+	Confirm func(context.Context) error
+
 	// Twice makes the engine apply every group twice. It is a fault of tests that check what
 	// finds such faults.
 	Twice bool
@@ -130,6 +135,8 @@ type job struct {
 	stage func(*state.State) error
 	alone func(context.Context) error
 	err   error
+	epoch int64 // of the log when the answer was made
+	wrote bool  // it tried to commit, or its group did: it did not come from the state alone
 	done  chan struct{}
 }
 
@@ -146,6 +153,9 @@ func New(opt Options) *Engine {
 	}
 	if opt.Alone == nil {
 		opt.Alone = func() bool { return true }
+	}
+	if opt.Confirm == nil {
+		opt.Confirm = func(context.Context) error { return nil }
 	}
 	if opt.Compacted == nil {
 		opt.Compacted = func() {}
@@ -458,17 +468,36 @@ func (e *Engine) do(ctx context.Context, j *job) error {
 	}
 	select {
 	case <-j.done:
-		return j.err
+		return e.settle(ctx, t, j)
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-t.done:
 		select {
 		case <-j.done:
-			return j.err
+			return e.settle(ctx, t, j)
 		default:
 			return ErrNotLeading // it was never taken from the queue
 		}
 	}
+}
+
+// settle gives the answer of a job that is done. One that has written nothing is a read of the
+// state: a member that was frozen while another began to lead, and does not know it yet, would
+// answer from the past. So it counts only if this member leads after it, and has led since.
+func (e *Engine) settle(ctx context.Context, t *term, j *job) error {
+	if j.wrote || errors.Is(j.err, ErrNotLeading) || errors.Is(j.err, ErrUnknown) || errors.Is(j.err, ErrNotApplied) {
+		return j.err
+	}
+	if err := e.opt.Confirm(ctx); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("%w: %w", ErrNotLeading, err)
+	}
+	if j.epoch&1 != 0 || e.epoch.Load() != j.epoch || e.term.Load() != t {
+		return fmt.Errorf("%w: leadership began anew", ErrNotLeading)
+	}
+	return j.err
 }
 
 // Txn evaluates a transaction and makes it durable. size is about its size in bytes. The
@@ -603,7 +632,10 @@ func (e *Engine) run(ctx context.Context, t *term) {
 			return
 		}
 		if j.alone != nil {
+			before := e.epoch.Load()
 			j.err = j.alone(ctx)
+			j.epoch = e.epoch.Load()
+			j.wrote = j.err == nil || j.epoch != before // else the error is an answer from the state
 			close(j.done)
 			continue
 		}
@@ -636,11 +668,13 @@ var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c
 func (e *Engine) write(ctx context.Context, group []*job) {
 	e.mu.Lock()
 	for _, j := range group {
-		j.err = j.stage(e.st)
+		j.epoch, j.err = e.epoch.Load(), j.stage(e.st)
 	}
 	e.mu.Unlock()
 	again := e.st.Staged()
+	writes := len(again)+len(e.st.StagedLeases()) > 0
 	if err := e.flush(ctx); err != nil {
+		writes = false
 		for _, j := range group {
 			if j.err == nil {
 				j.err = err
@@ -659,6 +693,7 @@ func (e *Engine) write(ctx context.Context, group []*job) {
 		_ = e.flush(ctx)
 	}
 	for _, j := range group {
+		j.wrote = writes
 		close(j.done)
 	}
 }

@@ -213,6 +213,38 @@ func TestUnknownOutcome(t *testing.T) {
 	}
 }
 
+// What writes nothing is answered only by a member that leads after it.
+func TestFailedCompareIsConfirmed(t *testing.T) {
+	deposed := errors.New("another leads")
+	var confirm error
+	asked := 0
+	e := open(t, &memory{}, Options{Confirm: func(context.Context) error { asked++; return confirm }})
+	ctx := context.Background()
+	if _, err := e.Txn(ctx, put("a", "1"), 0); err != nil || asked != 0 {
+		t.Fatalf("a write: %v, confirmed %d times", err, asked)
+	}
+	create := put("a", "2")
+	create.Compare = []*pb.Compare{{Key: []byte("a"), Target: pb.Compare_MOD, Result: pb.Compare_EQUAL, TargetUnion: &pb.Compare_ModRevision{ModRevision: 0}}}
+	if r, err := e.Txn(ctx, create, 0); err != nil || r.Succeeded || asked != 1 {
+		t.Errorf("a create of what exists: %v, %v, confirmed %d times", r, err, asked)
+	}
+	if err := e.Revoke(ctx, 7); !errors.Is(err, state.ErrLeaseNotFound) || asked != 2 {
+		t.Errorf("an unknown lease: %v, confirmed %d times", err, asked)
+	}
+	confirm = deposed
+	if _, err := e.Txn(ctx, create, 0); !errors.Is(err, ErrNotLeading) || !errors.Is(err, deposed) {
+		t.Errorf("a create on a deposed leader: %v", err)
+	}
+	if err := e.Revoke(ctx, 7); !errors.Is(err, ErrNotLeading) {
+		t.Errorf("an unknown lease on a deposed leader: %v", err)
+	}
+	confirm = nil
+	e.opt.Confirm = func(context.Context) error { e.epoch.Add(2); return nil } // leadership ended and began again meanwhile
+	if _, err := e.Txn(ctx, create, 0); !errors.Is(err, ErrNotLeading) {
+		t.Errorf("a create across two leaderships: %v", err)
+	}
+}
+
 // Leases of unknown outcome are found as well.
 func TestUnknownOutcomeOfLease(t *testing.T) {
 	m := &memory{}

@@ -12,6 +12,8 @@
 //     daemons ask their own nodes, which name this one, and then the connection is seen to live
 //     (engine.Confirm). So no other leader can have committed anything before the read came that
 //     is not in the state. Followers ask for the leader's revision and wait until they have it.
+//   - A write whose compare fails is a read: it is answered after such a round, too, unless it
+//     shared a statement with a write that was committed.
 //   - A write is forwarded once. When its outcome is not known, the client is told so.
 package replica
 
@@ -110,7 +112,7 @@ func Start(opt Options) *Replica {
 		peers: map[string]*peer{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, NoSpace: r.noSpace, Compacted: r.turned, Twice: opt.Twice})
+	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, NoSpace: r.noSpace, Compacted: r.turned, Twice: opt.Twice})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
