@@ -64,7 +64,7 @@ build/components/%.stamp: scripts/components/build scripts/components/%/go.mod s
 	@touch $@
 
 build/components/coredns.stamp: scripts/components/coredns/main.go
-build/components/registry.stamp: scripts/components/registry/main.go
+build/components/registry.stamp: scripts/components/registry/main.go scripts/components/registry/full.go
 build/components/traefik.stamp: scripts/components/traefik/nodns.go.txt
 
 PEERS := etcd kine

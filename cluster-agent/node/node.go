@@ -24,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"microk8s/cluster-agent/api"
@@ -334,10 +335,20 @@ func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
 		"image", "import", "--platform", platform(), "-")
 	n.audit(r, "image-import", err, "bytes", body.bytes)
 	if err != nil {
-		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, fmt.Sprintf("Failed to import the image: %v", err))
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, "Failed to import the image: "+importFailure(err))
 		return
 	}
 	server.WriteJSON(w, http.StatusOK, map[string]string{"status": "OK"})
+}
+
+// importFailure is what matters of a failed import: the last line of what ctr printed, or that
+// there is no room.
+func importFailure(err error) string {
+	text := strings.TrimSpace(err.Error())
+	if strings.Contains(text, syscall.ENOSPC.Error()) {
+		return "the disk of this node is full, free some space there"
+	}
+	return strings.TrimPrefix(text[strings.LastIndexByte(text, '\n')+1:], "ctr: ")
 }
 
 // capiToken is where a Cluster API provider leaves its token.

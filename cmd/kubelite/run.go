@@ -122,7 +122,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 
 	group := daemons.NewGroup(ctx, log)
-	group.Go("image import", untilDone(func(ctx context.Context) error { return images.Load(ctx, env, log) }))
+	group.Go("image import", untilDone(func(ctx context.Context) error { return loadImages(ctx, env, log) }))
 	if f.startControlPlane {
 		group.Start(parsed[daemons.APIServer])
 		admin, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
@@ -215,6 +215,26 @@ func untilDone(job func(context.Context) error) func(context.Context) error {
 		}
 		<-ctx.Done()
 		return nil
+	}
+}
+
+// imageRetry is the pause before images are loaded again that had no room.
+const imageRetry = 10 * time.Second
+
+// loadImages loads the product's images. A full disk is waited out: it must not take the API
+// server away.
+func loadImages(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
+	for {
+		err := images.Load(ctx, env, log)
+		if err == nil || !strings.Contains(err.Error(), syscall.ENOSPC.Error()) { // containerd's errors are texts
+			return err
+		}
+		log.Warn("the disk is full", "error", err, "again in", imageRetry)
+		select {
+		case <-time.After(imageRetry):
+		case <-ctx.Done():
+			return nil
+		}
 	}
 }
 

@@ -267,17 +267,21 @@ func (s *Set) ForeignOn(ctx context.Context, a Addon) (bool, error) {
 	return on[a.FullName()], nil
 }
 
-// Enabled says whether an addon is on, and with which arguments.
-func (s *Set) Enabled(ctx context.Context, name string) (args []string, on bool, err error) {
+// Complete says whether all objects of the addon have reached the cluster: an enable that was
+// interrupted, or refused by the API server, leaves a record without them.
+func (r Record) Complete() bool { return r.applied != "" }
+
+// Enabled says whether an addon is on, and what is written down about it.
+func (s *Set) Enabled(ctx context.Context, name string) (r Record, on bool, err error) {
 	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
-		return nil, false, nil
+		return Record{}, false, nil
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("cannot find out whether %s is enabled: %w", name, err)
+		return Record{}, false, fmt.Errorf("cannot find out whether %s is enabled: %w", name, err)
 	}
-	r, err := readRecord(o)
-	return r.Args, !r.removing, err
+	r, err = readRecord(o)
+	return r, !r.removing, err
 }
 
 // Applied is what Enable brought into the cluster.

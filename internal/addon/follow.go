@@ -89,8 +89,8 @@ func nameServers(files []string) []string {
 // restartDNS has the pods of CoreDNS replaced, one after the other, if they use the host's name
 // servers.
 func (s *Set) restartDNS(ctx context.Context, servers []string) error {
-	args, on, err := s.Enabled(ctx, "dns")
-	if err != nil || !on || len(args) > 0 && args[0] != "" {
+	r, on, err := s.Enabled(ctx, "dns")
+	if err != nil || !on || len(r.Args) > 0 && r.Args[0] != "" {
 		return err
 	}
 	patch, err := json.Marshal(map[string]any{"spec": map[string]any{"template": map[string]any{"metadata": map[string]any{

@@ -261,9 +261,9 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	if !strings.Contains(corefile, "forward . 192.0.2.53\n") {
 		t.Errorf("the Corefile lost the servers:\n%s", corefile)
 	}
-	args, on, err := s.Enabled(t.Context(), "dns")
-	if err != nil || !on || !slices.Equal(args, []string{"192.0.2.53"}) {
-		t.Errorf("recorded: %q, %v, %v", args, on, err)
+	got, on, err := s.Enabled(t.Context(), "dns")
+	if err != nil || !on || !got.Complete() || !slices.Equal(got.Args, []string{"192.0.2.53"}) {
+		t.Errorf("recorded: %+v, %v, %v", got, on, err)
 	}
 }
 
@@ -337,6 +337,7 @@ func TestPodObstacle(t *testing.T) {
 		`{"status":{"containerStatuses":[{"state":{"running":{}}},{"state":{"waiting":{"reason":"ErrImagePull","message":"no route"}}}]}}`: "ErrImagePull: no route",
 		`{"status":{"initContainerStatuses":[{"state":{"waiting":{"reason":"CrashLoopBackOff"}}}]}}`:                                       "CrashLoopBackOff, for good",
 		`{"status":{"conditions":[{"type":"PodScheduled","status":"False","message":"0/1 nodes are available"}]}}`:                         "no node can take it: 0/1 nodes are available",
+		`{"status":{"phase":"Failed","reason":"Evicted","message":"The node was low on resource: ephemeral-storage. "}}`:                   "Evicted: The node was low on resource: ephemeral-storage.",
 		`{"status":{"conditions":[{"type":"PodScheduled","status":"True"}]}}`:                                                              "",
 	} {
 		o := &unstructured.Unstructured{}

@@ -131,11 +131,31 @@ func (s *Set) restIsDown(ctx context.Context, o *unstructured.Unstructured, say 
 	return true
 }
 
+// Disks gives the nodes that are ready by whether they have disk for pods.
+func (s *Set) Disks(ctx context.Context) (pressed, roomy []string, err error) {
+	list, err := s.client.Resource(nodes).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot list the nodes: %w", err)
+	}
+	for i := range list.Items {
+		switch node := &list.Items[i]; {
+		case !nodeReady(node):
+		case conditionTrue(node, "DiskPressure"):
+			pressed = append(pressed, node.GetName())
+		default:
+			roomy = append(roomy, node.GetName())
+		}
+	}
+	return pressed, roomy, nil
+}
+
 // nodeReady says whether a node's kubelet reports that it is ready.
-func nodeReady(node *unstructured.Unstructured) bool {
-	conditions, _, _ := unstructured.NestedSlice(node.Object, "status", "conditions")
+func nodeReady(node *unstructured.Unstructured) bool { return conditionTrue(node, "Ready") }
+
+func conditionTrue(o *unstructured.Unstructured, name string) bool {
+	conditions, _, _ := unstructured.NestedSlice(o.Object, "status", "conditions")
 	for _, c := range conditions {
-		if m, ok := c.(map[string]any); ok && m["type"] == "Ready" {
+		if m, ok := c.(map[string]any); ok && m["type"] == name {
 			return m["status"] == "True"
 		}
 	}
@@ -192,6 +212,12 @@ func podObstacle(p *unstructured.Unstructured) (why string, over bool) {
 			}
 			return strings.TrimSuffix(reason+": "+message, ": "), final[reason]
 		}
+	}
+	// One that was evicted, or that the kubelet did not take.
+	if phase, _, _ := unstructured.NestedString(p.Object, "status", "phase"); phase == "Failed" {
+		reason, _, _ := unstructured.NestedString(p.Object, "status", "reason")
+		message, _, _ := unstructured.NestedString(p.Object, "status", "message")
+		return strings.TrimSuffix(strings.TrimSpace(reason+": "+message), ":"), false
 	}
 	conditions, _, _ := unstructured.NestedSlice(p.Object, "status", "conditions")
 	for _, c := range conditions {

@@ -335,9 +335,15 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 	if err != nil {
 		return err
 	}
-	if on && (len(r.args) == 0 || slices.Equal(had, r.args)) {
+	if on && len(r.args) == 0 {
+		r.args = had.Args
+	}
+	if on && had.Complete() && slices.Equal(had.Args, r.args) {
 		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
 		return nil
+	}
+	if err := a.room(ctx, set, r); err != nil {
+		return err
 	}
 	for _, name := range r.addon.Needs(r.args) {
 		if err := a.enableNeeded(ctx, set, name); err != nil {
@@ -405,7 +411,13 @@ func (a *App) kubeletDNS(ctx context.Context, p *progress, ip, domain string) er
 		return err
 	}
 	return p.step(fmt.Sprintf("Restarting the kubelet with --cluster-dns=%s --cluster-domain=%s", ip, domain), func() error {
-		return a.Services.Restart(ctx, "kubelite")
+		if err := a.Services.Restart(ctx, "kubelite"); err != nil {
+			return err
+		}
+		ready, cancel := context.WithTimeout(ctx, addonAPIWait) // it was the API server's restart, too
+		defer cancel()
+		a.prober().WaitReady(ready)
+		return ctx.Err()
 	})
 }
 
@@ -481,10 +493,33 @@ func (a *App) enableNeeded(ctx context.Context, set *addon.Set, name string) err
 	if err != nil {
 		return err
 	}
-	if _, on, err := set.Enabled(ctx, name); err != nil || on {
+	if had, on, err := set.Enabled(ctx, name); err != nil || on && had.Complete() {
 		return err
 	}
 	return a.enable(ctx, set, request{addon: x}, true)
+}
+
+// room refuses an addon that no node has disk for: the kubelet would evict its pods, or take
+// none. Nothing has been changed then.
+func (a *App) room(ctx context.Context, set *addon.Set, r request) error {
+	pressed, roomy, err := set.Disks(ctx)
+	if err != nil {
+		return err
+	}
+	full := status.FullDisk(a.Env)
+	if full != nil {
+		here := nodeName()
+		roomy = slices.DeleteFunc(roomy, func(n string) bool { return n == here })
+	}
+	switch {
+	case len(roomy) > 0:
+		return nil
+	case full != nil:
+		return failf("free some space there and run the same command again", "cannot enable %s: %s", r.addon.Name, full.What)
+	case len(pressed) > 0:
+		return failf("free some space there and run the same command again", "cannot enable %s: not enough disk for pods on %s", r.addon.Name, strings.Join(pressed, ", "))
+	}
+	return nil // no node is ready: the wait says so
 }
 
 // lockAddons waits for the lock that lets one enable or disable at a time change this node. It

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -70,6 +71,9 @@ func atMost(n int) cobra.PositionalArgs {
 // failed, and then fails.
 func (a *App) importImages(ctx context.Context, file string) error {
 	path, done, err := a.spool(file)
+	if errors.Is(err, syscall.ENOSPC) {
+		return explain("cannot keep what comes from standard input", err)
+	}
 	if err != nil {
 		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
 		return exitError(ExitError)
@@ -103,7 +107,7 @@ func (a *App) importImages(ctx context.Context, file string) error {
 		}
 	}
 	if failed > 0 {
-		return failf("run the same command again when they are back", "%d of %d nodes have not got the images", failed, len(results))
+		return failf("run the same command again when that is mended", "%d of %d nodes have not got the images", failed, len(results))
 	}
 	return nil
 }
@@ -140,7 +144,7 @@ func (a *App) exportImages(ctx context.Context, output string, names []string) e
 	defer os.Remove(f.Name()) // not there any more when all went well
 	err = images.Export(ctx, a.Env, f, names, say)
 	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
-		return err
+		return explain("cannot write "+output, err)
 	}
 	return os.Rename(f.Name(), output)
 }

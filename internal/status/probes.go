@@ -53,6 +53,28 @@ const (
 	evictBelow = 1 << 30
 )
 
+// FullDisk is the problem of a disk of the product without room, nil where there is none.
+func FullDisk(env snapenv.Env) *Problem {
+	for _, dir := range []string{env.Data, env.Common} {
+		var fs unix.Statfs_t
+		if unix.Statfs(dir, &fs) != nil {
+			continue
+		}
+		if free := fs.Bavail * uint64(fs.Bsize); free < fullBelow {
+			p := fullDisk(dir, free)
+			return &p
+		}
+	}
+	return nil
+}
+
+func fullDisk(dir string, free uint64) Problem {
+	return Problem{
+		What: fmt.Sprintf("the disk of %s is full (%d MiB left)", dir, free>>20),
+		Do:   "free some space there; the services go on by themselves",
+	}
+}
+
 func diskProblems(env snapenv.Env) []Problem {
 	var out []Problem
 	seen := map[unix.Fsid]bool{}
@@ -65,10 +87,7 @@ func diskProblems(env snapenv.Env) []Problem {
 		free := fs.Bavail * uint64(fs.Bsize)
 		switch {
 		case free < fullBelow:
-			out = append(out, Problem{
-				What: fmt.Sprintf("the disk of %s is full (%d MiB left)", dir, free>>20),
-				Do:   "free some space there; the services go on by themselves",
-			})
+			out = append(out, fullDisk(dir, free))
 		case free < evictBelow:
 			out = append(out, Problem{
 				What: fmt.Sprintf("the disk of %s has %d MiB left, pods are evicted below 1 GiB", dir, free>>20),

@@ -91,7 +91,7 @@ var images = []image{
 	},
 	{
 		archive:   "registry",
-		refs:      []string{"microk8s.io/registry:3.0.0-1"},
+		refs:      []string{"microk8s.io/registry:3.0.0-2"},
 		program:   "/registry",
 		user:      "65532:65532",
 		title:     "registry",

@@ -22,6 +22,10 @@ func TestAddonsCluster(t *testing.T) {
 	c := newCluster(t, "n1", "w1")
 	step := steps(t)
 	c.start(t, "n1")
+	// Which the kubelets of nodes that join later tell their pods, too.
+	const dnsIP, domain = "10.152.183.20", "corp.test"
+	c.run(t, "n1", "microk8s", "disable", "dns")
+	c.run(t, "n1", "microk8s", "enable", "--no-wait", "dns", "", dnsIP, domain)
 	c.join(t, "n1", "w1", "--worker")
 	c.waitReady(t, "n1", "w1")
 
@@ -58,8 +62,13 @@ func TestAddonsCluster(t *testing.T) {
 	step("names resolve on both", func(t *testing.T) {
 		for _, h := range []string{"n1", "w1"} {
 			c.startPod(t, "asker-"+h, h, webImage, corev1.PullNever, "")
+			c.waitPod(t, "asker-"+h)
+			out := c.run(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "cat", "/etc/resolv.conf")
+			if !strings.Contains(out, "nameserver "+dnsIP+"\n") || !strings.Contains(out, " svc."+domain+" ") {
+				t.Errorf("a pod on %s has the resolv.conf\n%s", h, out)
+			}
 			eventually(t, 2*time.Minute, func() error {
-				r := c.try(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "lookup", "kubernetes.default.svc.cluster.local")
+				r := c.try(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "lookup", "kubernetes.default.svc."+domain)
 				if r.code != 0 || strings.TrimSpace(r.out) != "10.152.183.1" {
 					return fmt.Errorf("on %s: %s", h, r)
 				}

@@ -375,6 +375,21 @@ func (n *node) testBadDatastore(t *testing.T) {
 	n.usable(t)
 }
 
+// loadNothing asks a node with a full disk for what needs room: one line says so, and nothing
+// is changed.
+func (n *node) loadNothing(t *testing.T) {
+	t.Helper()
+	n.copyWebImage(t)
+	n.fails(t, 1, []string{"cannot enable ingress: the disk of /var/snap/microk8s/"}, "microk8s", "enable", "ingress")
+	n.wantAddon(t, "ingress", "disabled")
+	n.fails(t, 1, []string{"(n1): Failed to import the image: the disk of this node is full, free some space there"}, "microk8s", "images", "import", "/web.tar")
+	n.fails(t, 1, []string{"no space left on device\n  free some space"}, "sh", "-c", "microk8s images import < /web.tar")
+	n.fails(t, 1, []string{"no space left on device\n  free some space"}, "microk8s", "images", "export-local", "/var/snap/microk8s/common/all.tar")
+	if out := n.run(t, "sh", "-c", "cd /var/snap/microk8s/; find current/tmp common -maxdepth 1 -name '*.tar*'"); out != "" {
+		t.Errorf("files are left:\n%s", out)
+	}
+}
+
 // testFullDisk fills the disk under a running node and frees it again.
 func (n *node) testFullDisk(t *testing.T) {
 	// The kubelet wants more than the gigabyte that it sets aside for the host.
@@ -394,6 +409,7 @@ func (n *node) testFullDisk(t *testing.T) {
 		}
 		return nil
 	})
+	n.loadNothing(t)
 	acknowledged := []string{}
 	var refused error
 	big := strings.Repeat("x", 100<<10)

@@ -131,6 +131,18 @@ func (n *node) loadWebImage(t *testing.T) {
 	}
 }
 
+// copyWebImage puts the archive of the test image into the host, as /web.tar.
+func (n *node) copyWebImage(t *testing.T) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(build, "test-images/web.tar"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(n.lab.Root(n.name), "web.tar"), data, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // httpGet asks from inside the named host.
 func (n *node) httpGet(t *testing.T, host, url string) (string, error) {
 	t.Helper()
