@@ -13,13 +13,18 @@ import (
 #include <sqlite3.h>
 #include <uv.h>
 
-static int singleThread(void) { return sqlite3_config(SQLITE_CONFIG_SINGLETHREAD); }
+static int multiThread(void) { return sqlite3_config(SQLITE_CONFIG_MULTITHREAD); }
 */
 import "C"
 
-// All of SQLite runs on dqlite's one thread, so that its mutexes are not needed. The setting
-// must come before its first use; go-dqlite makes it too, except with the tag nosqlite3.
-func init() { C.singleThread() }
+// Since 1.18 dqlite runs statements on the threads of libuv's pool, several at a time, each on
+// a connection of its own (https://github.com/canonical/go-dqlite/pull/408). The setting must come before
+// SQLite's first use. Without the tag nosqlite3 go-dqlite asks for a single thread, which is wrong.
+func init() {
+	if code := C.multiThread(); code != 0 {
+		panic(fmt.Sprintf("SQLite cannot be set to several threads: code %d", code))
+	}
+}
 
 // socketPair gives two connected Unix stream sockets.
 func socketPair() (net.Conn, net.Conn, error) {
