@@ -66,7 +66,11 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 			if a != address {
 				return nil, fmt.Errorf("%s leads, not this node (%s)", a, address)
 			}
-			return dial(ctx)
+			conn, err := dial(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return newTogether(conn), nil
 		},
 	}
 	attempt, cancel := context.WithTimeout(ctx, openTimeout)
