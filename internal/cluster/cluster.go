@@ -57,6 +57,7 @@ type Node struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	removeWait time.Duration // of the removal of a member, during which leadership may move
+	silence    time.Duration // of the whole cluster, after which a join gives up
 }
 
 func (n *Node) defaults() {
@@ -80,6 +81,9 @@ func (n *Node) defaults() {
 	}
 	if n.removeWait == 0 {
 		n.removeWait = 30 * time.Second
+	}
+	if n.silence == 0 {
+		n.silence = silence
 	}
 	if n.Dial == nil {
 		n.Dial = (&net.Dialer{Timeout: dialTimeout}).DialContext

@@ -55,6 +55,7 @@ type fakeServices struct {
 	running map[string]bool
 	stop    func() // the datastore's sockets
 	refuse  string // a service that cannot be started
+	dies    func() // instead of the datastore becoming a member
 }
 
 func (f *fakeServices) Start(_ context.Context, names ...string) error {
@@ -89,6 +90,10 @@ func (f *fakeServices) startStore() {
 	ini, err := os.ReadFile(filepath.Join(dir, "init.yaml"))
 	if err == nil && strings.Contains(string(ini), "Cluster") {
 		check(os.Rename(filepath.Join(dir, "init.yaml"), filepath.Join(dir, "join")))
+	}
+	if f.dies != nil {
+		f.dies()
+		return
 	}
 	own := net.JoinHostPort(ownIP, "19001")
 	check(os.WriteFile(filepath.Join(dir, "info.yaml"), []byte("Address: "+own+"\nID: 7\nRole: 2\n"), 0o600))
@@ -559,6 +564,26 @@ func TestJoinFails(t *testing.T) {
 				t.Errorf("the agent saw %q", s.events)
 			}
 		})
+	}
+}
+
+// TestClusterDiesDuringJoin: nobody waits for a cluster that is gone until the time of a step is
+// over. The node is what it was.
+func TestClusterDiesDuringJoin(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	before := s.tree(t)
+	s.services.dies = func() { go s.agent.Close() } // it waits for connections
+	n := s.node()
+	n.silence = 100 * time.Millisecond
+	err := n.Join(t.Context(), s.journal(t), s.options(t, false))
+	var failed *journal.Failed
+	if !errors.As(err, &failed) || !failed.Undone || !errors.Is(err, errSilent) {
+		t.Errorf("error: %v", err)
+	}
+	compare(t, before, s.tree(t))
+	if !slices.ContainsFunc(s.said, func(l string) bool { return strings.Contains(l, "the token is free for others in ten minutes") }) {
+		t.Errorf("said: %q", s.said)
 	}
 }
 

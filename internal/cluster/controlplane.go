@@ -174,20 +174,25 @@ func (s *joinRun) joinDatastore(ctx context.Context) error {
 	if err := s.Services.Start(ctx, service.Datastore); err != nil {
 		return fmt.Errorf("cannot start the datastore: %w", err)
 	}
-	return waitFor(ctx, storeWait, func(ctx context.Context) error {
-		list, err := peers.Members(ctx, live)
-		if err != nil {
-			return fmt.Errorf("%w%s", err, s.lastWords(service.Datastore))
-		}
-		if !slices.ContainsFunc(list, func(m peers.Member) bool { return m.Address == own }) {
-			return errors.New("this node is not a member of the datastore yet")
-		}
-		conn, err := net.DialTimeout("unix", s.Env.DatastoreSocket(), time.Second)
-		if err != nil {
-			return fmt.Errorf("the datastore does not serve yet: %w", err)
-		}
-		return conn.Close()
+	return s.whileAnswering(ctx, func(ctx context.Context) error {
+		return waitFor(ctx, storeWait, func(ctx context.Context) error { return s.serves(ctx, own) })
 	})
+}
+
+// serves fails while this node's member is not one of the datastore's, or does not serve.
+func (s *joinRun) serves(ctx context.Context, own string) error {
+	list, err := peers.Members(ctx, s.Env.BackendLive())
+	if err != nil {
+		return fmt.Errorf("%w%s", err, s.lastWords(service.Datastore))
+	}
+	if !slices.ContainsFunc(list, func(m peers.Member) bool { return m.Address == own }) {
+		return errors.New("this node is not a member of the datastore yet")
+	}
+	conn, err := net.DialTimeout("unix", s.Env.DatastoreSocket(), time.Second)
+	if err != nil {
+		return fmt.Errorf("the datastore does not serve yet: %w", err)
+	}
+	return conn.Close()
 }
 
 // storeWait is how long this node's member may take to copy the data and become one.
@@ -218,7 +223,7 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 		return nil
 	}
 	others := slices.DeleteFunc(slices.Concat(members(live), a.Voters), func(m string) bool { return m == own }) // its daemon is stopped
-	if err := s.removeMember(ctx, live, own, others); err != nil {
+	if err := s.removeMember(ctx, s.patience(ctx, s.removeWait), live, own, others); err != nil {
 		s.Say("WARNING: this node could not be taken out of the datastore's list of members (%v); on a node of the cluster run: microk8s remove-node %s --force", err, s.Self)
 	} else if err := s.deleteNodeObject(ctx, a, s.Self); err != nil {
 		s.Log.Warn("cannot delete the Node object", "err", err)
@@ -227,8 +232,8 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 }
 
 // removeMember takes the member with this address out of the datastore, asking the given ones with
-// the key pair of the directory.
-func (n *Node) removeMember(ctx context.Context, storage, address string, ask []string) error {
+// the key pair of the directory until the limit is over.
+func (n *Node) removeMember(ctx context.Context, limit time.Duration, storage, address string, ask []string) error {
 	_, config, err := peers.KeyPair(storage, tls.VersionTLS12, 0)
 	if err != nil {
 		return nil //nolint:nilerr // without the pair it never became a member
@@ -241,7 +246,7 @@ func (n *Node) removeMember(ctx context.Context, storage, address string, ask []
 	if err := store.Set(ctx, list); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, n.removeWait)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	dial := dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config)
 	if err := peers.RemoveFrom(ctx, store, dial, address); err != nil && !errors.Is(err, peers.ErrNotMember) {

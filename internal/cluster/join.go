@@ -209,6 +209,7 @@ type joinRun struct {
 	*joinParams
 	conn *client.Client
 	got  *answer
+	gone *bool // the cluster, see patience
 }
 
 // answer is what the cluster said, kept in a file until the join is done or undone.
@@ -345,7 +346,7 @@ func parseKubeletArgs(text string) (*args.File, error) {
 func (s *joinRun) release(ctx context.Context) error {
 	c, err := s.connection()
 	if err == nil {
-		limit, cancel := context.WithTimeout(ctx, 2*dialTimeout)
+		limit, cancel := context.WithTimeout(ctx, s.patience(ctx, 2*dialTimeout))
 		defer cancel()
 		err = c.Release(limit, s.Self)
 		c.Close()

@@ -78,6 +78,10 @@ const (
 
 // waitForNode waits until the cluster knows this node.
 func (s *joinRun) waitForNode(ctx context.Context) error {
+	return s.whileAnswering(ctx, s.registered)
+}
+
+func (s *joinRun) registered(ctx context.Context) error {
 	file := "client.config"
 	if s.Worker {
 		file = "kubelet.config"

@@ -206,11 +206,11 @@ func (s *leaveRun) depart(ctx context.Context) error {
 	}
 	live := s.Env.BackendLive()
 	everyone := append(members(live), s.Member)
-	err := s.removeMember(ctx, live, s.Member, everyone)
+	err := s.removeMember(ctx, s.removeWait, live, s.Member, everyone)
 	if err != nil && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
 		if startErr := s.Services.Start(ctx, service.Datastore); startErr == nil {
 			err = waitFor(ctx, s.removeWait, func(ctx context.Context) error {
-				return s.removeMember(ctx, live, s.Member, everyone)
+				return s.removeMember(ctx, s.removeWait, live, s.Member, everyone)
 			})
 		}
 	}

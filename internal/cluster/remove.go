@@ -156,7 +156,7 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 	}
 	live := n.Env.BackendLive()
 	others := slices.DeleteFunc(append(members(live), ownMember(live)), func(m string) bool { return m == p.Member || m == "" })
-	err := n.removeMember(ctx, live, p.Member, others)
+	err := n.removeMember(ctx, n.removeWait, live, p.Member, others)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrContact, err)
 	}

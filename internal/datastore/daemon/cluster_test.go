@@ -638,3 +638,31 @@ func TestKillAllUnderLoad(t *testing.T) {
 		}
 	}
 }
+
+// A member that was taken out while it runs has nothing to hand over: it ends without waiting for a
+// leader that would take its role.
+func TestRemovedMemberEnds(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	leader := c.leader()
+	m := c.other(leader)
+	if err := peers.Remove(testContext(t), leader.dir, m.address); err != nil {
+		t.Fatal(err)
+	}
+	said := func(what string) int {
+		text, err := os.ReadFile(m.log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(text), what)
+	}
+	const stream = `reason="this node is not a member of the datastore"`
+	within(t, "it finds out, and does so again and again", func() bool { return said(stream) > 3 })
+	m.terminate(t)
+	if n := said("was removed from the cluster"); n != 1 {
+		t.Errorf("it says %d times that it was removed", n)
+	}
+	if said("stay with this member") > 0 {
+		t.Error("it waited for somebody to take its role")
+	}
+}

@@ -80,6 +80,7 @@ type Replica struct {
 	following atomic.Pointer[following]
 	alone     atomic.Bool // this node leads and is the only voter
 	stopping  atomic.Bool
+	removed   atomic.Bool // the others do not list this member any more
 	lowDisk   atomic.Bool
 	yielding  atomic.Bool
 	confirms  rounds
@@ -397,9 +398,12 @@ func (r *Replica) learn(nodes []member.Node) {
 	if !slices.ContainsFunc(nodes, func(n member.Node) bool { return n.ID == own.ID }) {
 		// The list is kept: with it this node can ask to join again, or be put right.
 		r.because(errRemoved)
-		r.log.Error(errRemoved.Error(), "address", own.Address, "id", own.ID)
+		if !r.removed.Swap(true) {
+			r.log.Error(errRemoved.Error(), "address", own.Address, "id", own.ID)
+		}
 		return
 	}
+	r.removed.Store(false)
 	r.setMembers(nodes)
 	if err := r.m.Remember(nodes); err != nil {
 		r.log.Warn("cannot write the list of members", "error", err)

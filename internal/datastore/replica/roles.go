@@ -218,9 +218,11 @@ func (r *Replica) Handover(ctx context.Context) error {
 			return err
 		}
 	}
-	// The new leader knows better who can replace this member.
+	// The new leader knows better who can replace this member. Where the others are gone there
+	// will be none.
 	own := r.m.Node()
-	for {
+	elected := time.After(electionWait)
+	for !r.removed.Load() { // a removed one has nothing to hand over
 		turn := r.now()
 		if f := r.following.Load(); f != nil {
 			_, err := call[empty](ctx, f.conn, "Handover", &handoverRequest{ID: own.ID})
@@ -231,11 +233,19 @@ func (r *Replica) Handover(ctx context.Context) error {
 		select {
 		case <-turn:
 		case <-time.After(retryEvery):
+		case <-elected:
+			if r.following.Load() == nil {
+				return errors.New("nobody leads")
+			}
 		case <-ctx.Done():
 			return fmt.Errorf("no new leader in time: %w", ctx.Err())
 		}
 	}
+	return nil
 }
+
+// electionWait is how long a daemon that ends waits for somebody to lead.
+const electionWait = 5 * time.Second
 
 // transfer gives leadership to another voter that is online. If there is none, the best other
 // member becomes one, where promote allows that.
