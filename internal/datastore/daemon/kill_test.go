@@ -269,3 +269,28 @@ func TestTerminatesUnderLoad(t *testing.T) {
 		}
 	}
 }
+
+// A first start that is interrupted between the two things that dqlite writes, the term and the
+// membership, is finished by the next one.
+func TestFirstStartInterrupted(t *testing.T) {
+	t.Parallel()
+	whole := start(t, newDir(t))
+	whole.stop()
+	dir := newDir(t)
+	for _, name := range []string{"info.yaml", "cluster.yaml"} {
+		data, err := os.ReadFile(filepath.Join(whole.cfg.StorageDir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, filepath.Join(dir, name), data)
+	}
+	if err := os.Remove(filepath.Join(dir, "init.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	term1 := []byte{0: 1, 8: 1, 16: 1, 31: 0} // format, version, term, vote
+	writeFile(t, filepath.Join(dir, "metadata1"), term1)
+	p := start(t, dir)
+	if _, err := p.client.Put(testContext(t), "/k", "v"); err != nil {
+		t.Fatal(err)
+	}
+}

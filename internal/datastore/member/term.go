@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"microk8s/internal/atomicfile"
 )
@@ -92,6 +93,43 @@ func checkTerm(dir string) error {
 	case theirs.version < ours.version, theirs.term < ours.term, theirs.version == ours.version && theirs != ours:
 		return fmt.Errorf("the metadata files in %s are damaged or from another time: they say term %d, vote %d (version %d), and %s says term %d, vote %d (version %d); restore the directory from a backup",
 			dir, theirs.term, theirs.vote, theirs.version, termFile, ours.term, ours.vote, ours.version)
+	}
+	return nil
+}
+
+// unborn tells the directory of a first member whose very first start was interrupted: dqlite writes
+// term 1 and then the membership (uvBootstrap in its raft/uv.c), and never again a membership where
+// there is a term. Nobody would ever lead. Nothing can have been stored yet, because for that the
+// member must have elected itself, which makes the term 2.
+func unborn(dir string) (bool, error) {
+	v, ok := readMetadata(dir)
+	if !ok || v != (termVote{version: 1, term: 1}) {
+		return false, nil
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false, fmt.Errorf("cannot list %s: %w", dir, err)
+	}
+	for _, e := range entries {
+		name := e.Name()
+		if name == "metadata2" || name == termFile || strings.HasPrefix(name, "open-") || strings.HasPrefix(name, "snapshot-") || name[0] >= '0' && name[0] <= '9' {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// beginAgain makes the first start of a first member anew, where it was interrupted.
+func (d directory) beginAgain(node Node) error {
+	if node.ID != BootstrapID {
+		return nil
+	}
+	again, err := unborn(d.path)
+	if err == nil && again {
+		err = os.Remove(d.file("metadata1"))
+	}
+	if err != nil {
+		return fmt.Errorf("cannot finish the interrupted first start: %w", err)
 	}
 	return nil
 }

@@ -46,3 +46,31 @@ func TestTermAndVoteAreCompared(t *testing.T) {
 		}
 	}
 }
+
+func TestUnborn(t *testing.T) {
+	first := termVote{1, 1, 0}.bytes()
+	for _, tc := range []struct {
+		name  string
+		files map[string][]byte
+		want  bool
+	}{
+		{"an interrupted first start", map[string][]byte{"metadata1": first, infoFile: nil, "dqlite-lock": nil}, true},
+		{"nothing yet", nil, false},
+		{"a finished one", map[string][]byte{"metadata1": first, "0000000000000001-0000000000000001": nil}, false},
+		{"a segment in use", map[string][]byte{"metadata1": first, "open-1": nil}, false},
+		{"a snapshot", map[string][]byte{"metadata1": first, "snapshot-1-1-1": nil}, false},
+		{"a member that has voted", map[string][]byte{"metadata1": termVote{1, 1, 7}.bytes()}, false},
+		{"a later term", map[string][]byte{"metadata1": first, "metadata2": termVote{2, 2, 1}.bytes()}, false},
+		{"a copy of the term", map[string][]byte{"metadata1": first, termFile: nil}, false},
+	} {
+		dir := t.TempDir()
+		for name, data := range tc.files {
+			if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := unborn(dir); err != nil || got != tc.want {
+			t.Errorf("%s: %t, %v", tc.name, got, err)
+		}
+	}
+}
