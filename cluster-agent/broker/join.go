@@ -166,9 +166,29 @@ func (c *call) problems(j *joining) (out []error) {
 	if j.nodes, err = b.Cluster.Nodes(ctx); err != nil {
 		add(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err))
 	}
+	j.local = b.ofCluster(j.local, j.nodes)
 	add(j.nameProblem())
 	add(j.ownerProblem())
 	return out
+}
+
+// ofCluster gives the address under which the cluster knows this node, where the request came in at
+// one of the other family than the pods': an API server cannot be announced there.
+func (b *Broker) ofCluster(local netip.Addr, nodes []corev1.Node) netip.Addr {
+	cidr, _, _ := strings.Cut(b.argument("kube-proxy", "cluster-cidr"), ",")
+	pods, err := netip.ParsePrefix(cidr)
+	if err != nil || pods.Addr().Is4() == local.Is4() {
+		return local
+	}
+	own, _ := b.Interfaces()
+	for _, n := range nodes {
+		for _, a := range addresses(n) {
+			if a.Is4() == pods.Addr().Is4() && slices.ContainsFunc(own, func(p Interface) bool { return p.Addr() == a }) {
+				return a
+			}
+		}
+	}
+	return local
 }
 
 // addressProblem settles under which address other nodes reach the joining one.

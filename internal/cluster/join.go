@@ -42,6 +42,9 @@ type joinParams struct {
 	SkipVerify bool   `json:"skip_verify,omitempty"`
 	Version    string `json:"version,omitempty"`
 	Self       string `json:"self"` // this node's name
+	// Advertise is the address under which other nodes reach this one, where that is not the one
+	// that the cluster sees.
+	Advertise string `json:"advertise,omitempty"`
 	// Stopped: the node was stopped, or never started, before the join.
 	Stopped bool `json:"stopped,omitempty"`
 }
@@ -260,6 +263,7 @@ func (s *joinRun) request() api.JoinRequest {
 	return api.JoinRequest{
 		Hostname: s.Self, Port: agentport.Of(s.Env), Worker: api.Worker(s.Worker),
 		Product: api.Product, Version: s.Version, DatastoreProtocol: api.DatastoreProtocol,
+		AdvertiseAddress: s.Advertise,
 	}
 }
 

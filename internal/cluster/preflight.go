@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -112,9 +113,8 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 		return nil, err
 	}
 	// The join itself uses the same connection; that of a failed preflight is not needed.
-	r := api.PreflightRequest{JoinRequest: s.request(), MachineID: s.readID("etc/machine-id"), SystemUUID: s.readID("sys/class/dmi/id/product_uuid")}
 	asked := s.Now()
-	resp, err := c.Preflight(ctx, r)
+	resp, err := s.askPreflight(ctx, c)
 	if err != nil {
 		c.Close()
 		var refused *client.ServerError
@@ -126,6 +126,9 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 	}
 	defer c.Close()
 	took := s.Now().Sub(asked)
+	if resp, err = s.settleAddress(ctx, c, resp); err != nil {
+		return nil, err
+	}
 	var out []Problem
 	agent := s.agentRuns(ctx)
 	for _, p := range resp.Problems {
@@ -140,6 +143,64 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "set them by the network, for example with systemd-timesyncd or chrony"})
 	}
 	return append(out, s.unreachable(ctx, resp)...), nil
+}
+
+func (s *joinRun) askPreflight(ctx context.Context, c *client.Client) (*api.PreflightResponse, error) {
+	return c.Preflight(ctx, api.PreflightRequest{
+		JoinRequest: s.request(), MachineID: s.readID("etc/machine-id"), SystemUUID: s.readID("sys/class/dmi/id/product_uuid"),
+	})
+}
+
+// settleAddress finds the address of this node that the others are to use. It is where the cluster
+// sees this node come from, unless that is somebody else's, as a balancer's in front of the agents,
+// or of the other family than the pods' addresses. Then it is the one with which this node
+// reaches the API servers, provided that the cluster reaches this node there.
+func (s *joinRun) settleAddress(ctx context.Context, c *client.Client, seen *api.PreflightResponse) (*api.PreflightResponse, error) {
+	foreign := !s.isOwn(seen.Address)
+	if seen.Address == "" || !foreign && sameFamily(seen.Address, seen.CIDR) {
+		return seen, nil
+	}
+	for _, server := range seen.Servers {
+		if !sameFamily(host(server), seen.CIDR) {
+			continue
+		}
+		limit, cancel := context.WithTimeout(ctx, portTimeout)
+		conn, err := s.Dial(limit, "tcp", server)
+		cancel()
+		if err != nil {
+			continue // said below
+		}
+		own := host(conn.LocalAddr().String())
+		conn.Close()
+		if !s.isOwn(own) || net.ParseIP(own).IsLoopback() {
+			continue
+		}
+		s.Advertise = own
+		resp, err := s.askPreflight(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		unreached := slices.ContainsFunc(resp.Problems, func(p api.Problem) bool { return p.Code == api.CodeAgent })
+		if !foreign || !unreached || !s.agentRuns(ctx) {
+			return resp, nil
+		}
+		s.Advertise = "" // behind a translation of addresses
+		break
+	}
+	return seen, nil
+}
+
+// sameFamily says whether an address, of IPv4 or IPv6, is of a family that a list of networks has.
+// Where there is no list it is.
+func sameFamily(address, networks string) bool {
+	a, err := netip.ParseAddr(address)
+	if err != nil || networks == "" {
+		return true
+	}
+	return slices.ContainsFunc(strings.Split(networks, ","), func(text string) bool {
+		p, err := netip.ParsePrefix(text)
+		return err != nil || p.Addr().Is4() == a.Unmap().Is4()
+	})
 }
 
 // agentRuns says whether this node's own agent could have been reached.
