@@ -134,10 +134,10 @@ func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
 		return k.Retry
 	}
 	next := time.Until(k.Store.NextRenewal())
-	if next < time.Minute { // due, and yet nothing more can be done: the CA itself ends
+	if next <= 0 { // due, and yet nothing more can be done: the CA itself ends
 		next = longest
 	}
-	return min(next, longest)
+	return min(max(next, time.Minute), longest)
 }
 
 // hostAddresses subscribes to the kernel's changes of addresses.
