@@ -13,8 +13,10 @@ import (
 	"testing"
 	"time"
 
+	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/peers"
 
+	"github.com/canonical/go-dqlite/v3/client"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -446,6 +448,33 @@ func TestFiveMembers(t *testing.T) {
 		return strings.Contains(string(text), "was removed from the cluster") || strings.Contains(string(text), "not a member of the datastore")
 	})
 	other.put(t, "/still", "works")
+}
+
+// The leader ends when only it knows that the other member votes as well. Neither can lead
+// without the other then, so the other has to vote although it does not know that it may.
+func TestVoterThatDoesNotKnowYet(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2)
+	a := c.leader()
+	b := c.other(a)
+	a.put(t, "/k", "1")
+	var members []client.NodeInfo
+	for _, p := range a.list(t) {
+		members = append(members, client.NodeInfo{ID: p.ID, Address: p.Address, Role: client.Voter})
+	}
+	b.kill(t)
+	a.kill(t)
+	if err := member.Reconfigure(a.dir, members); err != nil {
+		t.Fatal(err)
+	}
+	c.launch(a)
+	c.launch(b)
+	c.serves(a)
+	c.serves(b)
+	b.put(t, "/k", "2")
+	if got := a.get(t, "/k"); got != "2" {
+		t.Errorf("%q is read", got)
+	}
 }
 
 // Of two members only the leader votes. When it stops, the other goes on alone; when it is

@@ -814,11 +814,13 @@ func inNetwork(t *testing.T) bool {
 	return false
 }
 
-// TestFaults is left out of the gate (scripts/test): it has found what docs/datastore.md lists
-// under "Open", so a gate with it would tell about that and not about the change under test.
+// TestFaults makes 200 faults in the gate, 2,000 in the long run, 140 of 200 of them on three
+// members and 60 on five; both run at the same time, each in a network of its own. When and to
+// whom a fault comes is the seed's; what it meets there is not, so a run cannot be repeated exactly.
 func TestFaults(t *testing.T) {
 	for _, members := range []int{3, 5} {
 		t.Run(fmt.Sprintf("members-%d", members), func(t *testing.T) {
+			t.Parallel()
 			if !inNetwork(t) {
 				return
 			}
@@ -845,6 +847,7 @@ func TestFaults(t *testing.T) {
 func TestFaultsAreFound(t *testing.T) {
 	for name, broken := range map[string]Faults{"reads without barrier": {NoBarrier: true}, "groups twice": {Twice: true}} {
 		t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
+			t.Parallel()
 			if !inNetwork(t) {
 				return
 			}
