@@ -65,7 +65,7 @@ build/components/%.stamp: scripts/components/build scripts/components/%/go.mod s
 
 build/components/coredns.stamp: scripts/components/coredns/main.go
 build/components/registry.stamp: scripts/components/registry/main.go scripts/components/registry/full.go
-build/components/traefik.stamp: scripts/components/traefik/nodns.go.txt
+build/components/traefik.stamp: $(wildcard scripts/components/traefik/*.txt scripts/components/traefik/*/*.go scripts/components/traefik/*/*/*.go)
 
 PEERS := etcd kine
 .PHONY: peers

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 func testImage() image {
@@ -103,7 +105,18 @@ func TestArchiveIsComplete(t *testing.T) {
 	if len(manifest.Layers) != 1 || len(cfg.RootFS.DiffIDs) != 1 {
 		t.Fatalf("%d layers, %d diff ids, want one each", len(manifest.Layers), len(cfg.RootFS.DiffIDs))
 	}
-	blob(manifest.Layers[0].Digest)
+	layer := manifest.Layers[0]
+	if layer.MediaType != types.OCILayerZStd {
+		t.Errorf("the layer is %s", layer.MediaType)
+	}
+	packed := blob(layer.Digest)
+	content, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(packed)), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := content.DiffID(); err != nil || got != cfg.RootFS.DiffIDs[0] {
+		t.Errorf("the layer unpacks to %s, %v; the configuration says %s", got, err, cfg.RootFS.DiffIDs[0])
+	}
 }
 
 func TestUnchangedArchiveIsNotTouched(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -100,11 +101,11 @@ var images = []image{
 	},
 	{
 		archive:   "traefik",
-		refs:      []string{"microk8s.io/traefik:3.6.12-1"},
+		refs:      []string{"microk8s.io/traefik:3.6.12-2"},
 		program:   "/traefik",
 		user:      "65532:65532",
 		title:     "traefik",
-		note:      "Traefik without the DNS providers for ACME, built from its module.",
+		note:      "Traefik without the DNS providers for ACME and the lookup of machines at AWS, built from its module.",
 		component: "traefik",
 	},
 	{
@@ -149,17 +150,18 @@ func run(out, testOut, arch string) error {
 			continue
 		}
 		path := filepath.Join(dir, img.archive+".tar")
-		program := filepath.Join(tmp, img.archive)
+		var program string
 		if img.component != "" {
-			if program, err = b.component(img.component); err != nil {
-				return err
-			}
-			if newer(path, program) {
-				fmt.Printf("%s: up to date\n", path)
-				continue
-			}
-		} else if err := img.build(b, program); err != nil {
+			program, err = b.component(img.component)
+		} else {
+			program, err = b.own(img, tmp)
+		}
+		if err != nil {
 			return fmt.Errorf("cannot build the program of image %s: %w", img.archive, err)
+		}
+		if newer(path, program) {
+			fmt.Printf("%s: up to date\n", path)
+			continue
 		}
 		data, err := img.pack(program, arch)
 		if err != nil {
@@ -169,10 +171,9 @@ func run(out, testOut, arch string) error {
 		if err != nil {
 			return err
 		}
-		if now := time.Now(); img.component != "" { // see newer
-			if err := os.Chtimes(path, now, now); err != nil {
-				return err
-			}
+		now := time.Now() // see newer
+		if err := os.Chtimes(path, now, now); err != nil {
+			return err
 		}
 		state := "unchanged"
 		if changed {
@@ -228,6 +229,21 @@ func (b builder) component(name string) (string, error) {
 	return path, nil
 }
 
+// own builds a program of ours and keeps it, untouched when it is what it was.
+func (b builder) own(img image, tmp string) (string, error) {
+	made := filepath.Join(tmp, img.archive)
+	if err := img.build(b, made); err != nil {
+		return "", err
+	}
+	data, err := os.ReadFile(made)
+	if err != nil {
+		return "", err
+	}
+	kept := filepath.Join("build/image-programs", b.arch, img.archive)
+	_, err = writeChanged(kept, data)
+	return kept, err
+}
+
 // newer says that an archive was written after its program and after the sources of this one:
 // compressing a big program takes longer than building all the rest.
 func newer(archive, program string) bool {
@@ -239,6 +255,7 @@ func newer(archive, program string) bool {
 	if err != nil || len(sources) == 0 {
 		return false
 	}
+	sources = slices.DeleteFunc(sources, func(path string) bool { return strings.HasSuffix(path, "_test.go") })
 	for _, path := range append(sources, program) {
 		if fi, err := os.Stat(path); err != nil || !made.ModTime().After(fi.ModTime()) {
 			return false

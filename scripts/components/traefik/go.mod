@@ -1,5 +1,6 @@
-// Traefik, whole but for one thing: the 180 DNS providers for ACME challenges, which are half of
-// what it would link. scripts/components/build makes the folder of the last replacement.
+// Traefik, whole but for two things that are more than half of what it would link: the 180 DNS
+// providers for ACME challenges, and two clients of AWS that the provider for ECS uses.
+// scripts/components/build makes the folder of the first of the last replacements.
 module microk8s/components/traefik
 
 go 1.26.0
@@ -242,4 +243,8 @@ replace (
 	github.com/mailgun/minheap => github.com/containous/minheap v0.0.0-20190809180810-6e71eb837595
 )
 
-replace github.com/go-acme/lego/v4 => ../../../build/components/src/lego
+replace (
+	github.com/go-acme/lego/v4 => ../../../build/components/src/lego
+	github.com/aws/aws-sdk-go-v2/service/ec2 => ./ec2
+	github.com/aws/aws-sdk-go-v2/service/ssm => ./ssm
+)
