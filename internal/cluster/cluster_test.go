@@ -2,7 +2,9 @@ package cluster
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -155,7 +157,8 @@ type site struct {
 	said     []string
 
 	mu       sync.Mutex
-	upstream bool // the agent is one of upstream's
+	upstream bool           // the agent is one of upstream's
+	request  map[string]any // the last for a join
 	problems []api.Problem
 	events   []string // of the agent: join, confirm, release
 	ca       *x509.Certificate
@@ -245,6 +248,10 @@ func (s *site) note(event string) {
 
 func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 	data, _ := io.ReadAll(r.Body)
+	if s.upstream && !slices.Contains([]string{api.PathJoin, api.PathSignCert}, r.URL.Path) {
+		server.WriteError(w, http.StatusNotFound, "not found")
+		return
+	}
 	switch r.URL.Path {
 	case api.PathProof:
 		var q api.ProofRequest
@@ -253,15 +260,13 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 		exporter, _ := token.Exporter(r.TLS)
 		server.WriteJSON(w, http.StatusOK, api.ProofResponse{Proof: token.Proof(key, exporter, id, q.Nonce)})
 	case api.PathPreflight:
-		if s.upstream {
-			server.WriteError(w, http.StatusNotFound, "not found")
-			return
-		}
 		server.WriteJSON(w, http.StatusOK, api.PreflightResponse{Product: api.Product, Time: time.Now().UnixMilli(), Problems: s.problems,
 			Servers: []string{s.apis.Listener.Addr().String()}})
 	case api.PathJoin:
 		var q api.JoinRequest
 		_ = json.Unmarshal(data, &q)
+		s.request = nil
+		_ = json.Unmarshal(data, &s.request)
 		s.note("join")
 		out := api.JoinResponse{
 			CA: s.caPEM, CallbackToken: "the-callback-token", APIPort: "16443", AuthorizationMode: "Node,RBAC", HostnameOverride: ownIP,
@@ -606,19 +611,28 @@ func TestPreflight(t *testing.T) {
 }
 
 // TestUpstreamAgent has a worker join a cluster of upstream's: the pod network stands aside, and
-// nothing is confirmed. A control-plane node is refused.
+// nothing is confirmed. A control-plane node is refused. The far side is made after
+// cluster-agent.md: upstream's agent is not available as a Go module.
 func TestUpstreamAgent(t *testing.T) {
 	s := newSite(t)
 	s.upstream = true
+	// As upstream's add-node prints it.
+	sum := sha256.Sum256(s.agent.Certificate().Raw)
+	target, err := client.Parse(s.agent.Listener.Addr().String() + "/3a1f5c2e9b7d48061c3e5a7f9b2d4c6e/" + hex.EncodeToString(sum[:])[:12])
+	if err != nil {
+		t.Fatal(err)
+	}
+	options := JoinOptions{Target: target, Version: "v1.37.1"}
 	before := s.tree(t)
-	err := s.node().Join(t.Context(), s.journal(t), s.options(t, false))
+	err = s.node().Join(t.Context(), s.journal(t), options)
 	if err == nil || !strings.Contains(err.Error(), "--worker") {
 		t.Errorf("a control-plane join: %v", err)
 	}
 	compare(t, before, s.tree(t))
 	s.events = nil
 	j := s.journal2(t)
-	if err := s.node().Join(t.Context(), j, s.options(t, true)); err != nil {
+	options.Worker = true
+	if err := s.node().Join(t.Context(), j, options); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Equal(s.events, []string{"join"}) {
@@ -626,6 +640,14 @@ func TestUpstreamAgent(t *testing.T) {
 	}
 	if !strings.HasPrefix(read(t, s.env.CNIManifest()), "#") {
 		t.Error("the built-in pod network does not stand aside")
+	}
+	for key, want := range map[string]any{
+		"token": "3a1f5c2e9b7d48061c3e5a7f9b2d4c6e", "hostname": "n2", "port": "25000", "worker": "as-worker",
+		"can_handle_x509_auth": true, "can_handle_custom_etcd": true,
+	} {
+		if s.request[key] != want {
+			t.Errorf("the request says %s: %v, want %v", key, s.request[key], want)
+		}
 	}
 }
 
