@@ -54,6 +54,26 @@ func crc(sum uint32, data []byte) uint32 {
 	return sum
 }
 
+// finishCut removes what a crash leaves while dqlite cuts off the end of the log: it writes the
+// segment that stays, shorter, beside the old one, and then removes the old one. As long as both
+// are there the log has its old end, and nothing was added; dqlite would refuse to start.
+func finishCut(dir string) error {
+	names, err := filepath.Glob(filepath.Join(dir, strings.Repeat("[0-9]", 16)+"-"+strings.Repeat("[0-9]", 16)))
+	if err != nil {
+		return err
+	}
+	for i := 0; i+1 < len(names); i++ { // sorted, so that the longest of those that begin alike is the last
+		first, next := filepath.Base(names[i])[:16], filepath.Base(names[i+1])[:16]
+		if first != next {
+			continue
+		}
+		if err := os.Remove(names[i]); err != nil {
+			return fmt.Errorf("cannot remove a copy of a part of the log: %w", err)
+		}
+	}
+	return nil
+}
+
 // CheckFiles reads Raft's files as dqlite is going to, and refuses those whose damage dqlite
 // would not notice or would make good by dropping what was acknowledged: a bad batch with a
 // good one after it, a bad closed segment or description of a snapshot, and lost metadata.

@@ -125,6 +125,9 @@ func Start(opt Options) (_ *Member, err error) {
 	if err := d.beginAgain(node); err != nil {
 		return nil, err
 	}
+	if err := finishCut(opt.Dir); err != nil {
+		return nil, err
+	}
 	if err := CheckFiles(opt.Dir); err != nil {
 		return nil, err
 	}
