@@ -791,8 +791,8 @@ func runTrial(t *testing.T, rnd *rand.Rand, members, faults int, broken Faults) 
 	return tr, nil
 }
 
-// inNetwork runs a test again, as root, in a network namespace of its own, and says whether it
-// is in it now.
+// inNetwork runs a test again, as root, in a network namespace of its own, beside others that do
+// so, and says whether it is in it now.
 func inNetwork(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv("TEST_IN_NETWORK") == "1" {
@@ -804,6 +804,7 @@ func inNetwork(t *testing.T) bool {
 	if os.Getuid() != 0 {
 		t.Skip("needs root")
 	}
+	t.Parallel()
 	cmd := exec.Command("unshare", "-n", os.Args[0], "-test.v", "-test.timeout=90m", "-test.run=^"+strings.ReplaceAll(t.Name(), "/", "$/^")+"$")
 	cmd.Env = append(os.Environ(), "TEST_IN_NETWORK=1")
 	out, err := cmd.CombinedOutput()
@@ -820,7 +821,6 @@ func inNetwork(t *testing.T) bool {
 func TestFaults(t *testing.T) {
 	for _, members := range []int{3, 5} {
 		t.Run(fmt.Sprintf("members-%d", members), func(t *testing.T) {
-			t.Parallel()
 			if !inNetwork(t) {
 				return
 			}
@@ -847,7 +847,6 @@ func TestFaults(t *testing.T) {
 func TestFaultsAreFound(t *testing.T) {
 	for name, broken := range map[string]Faults{"reads without barrier": {NoBarrier: true}, "groups twice": {Twice: true}} {
 		t.Run(strings.ReplaceAll(name, " ", "-"), func(t *testing.T) {
-			t.Parallel()
 			if !inNetwork(t) {
 				return
 			}
