@@ -104,6 +104,7 @@ var parts = map[string]part{
 		usage: `ingress [--default-ssl-certificate ingress/SECRET]
                 Traefik on ports 80 and 443 of every node; SECRET has the certificate for
                 hosts without one of their own`,
+		notes: []string{"Annotations of ingress-nginx have no effect: the controller is Traefik, which has its own."},
 	},
 	"metrics-server": {values: none, title: "Metrics-Server"},
 	"registry": {

@@ -9,6 +9,10 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
 // storageValues fill the manifest of hostpath-storage.
@@ -72,3 +76,36 @@ func renderStorage(_ context.Context, s *Set, words []string) (any, error) {
 	v.Dirs = append([]string{s.Env.DefaultStorage()}, v.Dirs...)
 	return v, err
 }
+
+var volumes = schema.GroupVersionResource{Version: "v1", Resource: "persistentvolumes"}
+
+// VolumesElsewhere counts the volumes that the addon has made on nodes other than here.
+func (s *Set) VolumesElsewhere(ctx context.Context, here string) (map[string]int, error) {
+	list, err := s.client.Resource(volumes).List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the volumes: %w", err)
+	}
+	count := map[string]int{}
+	for _, o := range list.Items {
+		var pv corev1.PersistentVolume
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, &pv); err != nil {
+			return nil, fmt.Errorf("cannot read volume %s: %w", o.GetName(), err)
+		}
+		if pv.Annotations[provisionedBy] != storageProvisioner || pv.Spec.NodeAffinity == nil || pv.Spec.NodeAffinity.Required == nil {
+			continue
+		}
+		for _, term := range pv.Spec.NodeAffinity.Required.NodeSelectorTerms {
+			for _, e := range term.MatchExpressions {
+				if e.Key == corev1.LabelHostname && len(e.Values) == 1 && e.Values[0] != here {
+					count[e.Values[0]]++
+				}
+			}
+		}
+	}
+	return count, nil
+}
+
+const (
+	provisionedBy      = "pv.kubernetes.io/provisioned-by" // annotation of volumes that a provisioner made
+	storageProvisioner = "microk8s.io/hostpath"            // see internal/hostpath
+)

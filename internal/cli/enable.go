@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -441,12 +442,30 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) er
 		if err := a.progress().step("Deleting "+a.Env.DefaultStorage(), func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
 			return explain("cannot delete the data of volumes", err)
 		}
+		if err := a.sayElsewhere(ctx, set); err != nil {
+			return err
+		}
 	}
 	if !on {
 		fmt.Fprintf(a.Out, "Addon %s is already disabled\n", r.addon.FullName())
 		return nil
 	}
 	fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
+	return nil
+}
+
+// sayElsewhere names the nodes that still have data of volumes: a node's is deleted there only.
+func (a *App) sayElsewhere(ctx context.Context, set *addon.Set) error {
+	count, err := set.VolumesElsewhere(ctx, nodeName())
+	if err != nil || len(count) == 0 {
+		return err
+	}
+	var on []string
+	for _, node := range slices.Sorted(maps.Keys(count)) {
+		on = append(on, fmt.Sprintf("%s (%d)", node, count[node]))
+	}
+	fmt.Fprintf(a.Out, "The data of volumes on other nodes stays: %s\n", strings.Join(on, ", "))
+	fmt.Fprintf(a.Out, "To delete it, too, run there: sudo rm -r %s\n", a.Env.DefaultStorage())
 	return nil
 }
 

@@ -123,6 +123,28 @@ func TestAddonsCluster(t *testing.T) {
 			t.Errorf("w1 has %q", out)
 		}
 	})
+	step("ingress through both nodes", func(t *testing.T) {
+		c.run(t, "n1", "microk8s", "kubectl", "expose", "pod", "app", "--port=80", "--target-port=8080", "--selector=app=app")
+		c.run(t, "n1", "microk8s", "kubectl", "label", "pod", "app", "app=app")
+		c.runIn(t, "n1", everything, "microk8s", "kubectl", "apply", "-f", "-")
+		c.run(t, "n1", "microk8s", "enable", "ingress")
+		for _, h := range []string{"n1", "w1"} {
+			eventually(t, time.Minute, func() error {
+				out, err := c.httpGet("n1", "http://"+c.ip(t, h)+"/")
+				if err == nil && out != "app" {
+					err = fmt.Errorf("%s answers %q", h, out)
+				}
+				return err
+			})
+		}
+	})
+	step("the data of another node stays", func(t *testing.T) {
+		out := c.run(t, "n1", "microk8s", "disable", "hostpath-storage:destroy-storage")
+		if !strings.Contains(out, "The data of volumes on other nodes stays: w1 (") {
+			t.Errorf("disable printed %q", out)
+		}
+		c.run(t, "w1", "sh", "-c", "cat /var/snap/microk8s/common/default-storage/default-data-*/file")
+	})
 }
 
 const claim = `
@@ -132,6 +154,14 @@ metadata: {name: data}
 spec:
   accessModes: [ReadWriteOnce]
   resources: {requests: {storage: 1Mi}}
+`
+
+const everything = `
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: app}
+spec:
+  defaultBackend: {service: {name: app, port: {number: 80}}}
 `
 
 // startPod runs a pod of one container on a node, with a claim at /data unless it is "".

@@ -408,18 +408,42 @@ spec:
     http: {paths: [{path: /client, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
 `
 
+const oddIngress = `
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  name: odd
+  annotations: {nginx.ingress.kubernetes.io/rewrite-target: /}
+spec:
+  ingressClassName: haproxy
+  rules:
+  - host: odd.example.test
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+`
+
 // testIngress routes by host name, with TLS and without.
 func (n *node) testIngress(t *testing.T) {
 	if out, err := n.tryAll(t, "", "microk8s", "enable", "ingress", "--default-ssl-certificate", "default/x"); exitCode(err) != 1 || !strings.Contains(out, "must be in the namespace ingress") {
 		t.Errorf("a Secret elsewhere: %v\n%s", err, out)
 	}
-	n.run(t, "microk8s", "enable", "ingress")
+	if out := n.run(t, "microk8s", "enable", "ingress"); !strings.Contains(out, "Annotations of ingress-nginx have no effect") {
+		t.Errorf("enable ingress printed %q", out)
+	}
 	n.wantAddon(t, "ingress", "enabled")
 	cert, key := selfSigned(t, "shop.example.test")
 	n.runIn(t, cert, "sh", "-c", "cat > /tls.crt")
 	n.runIn(t, key, "sh", "-c", "cat > /tls.key")
 	n.run(t, "microk8s", "kubectl", "create", "secret", "tls", "shop", "--cert=/tls.crt", "--key=/tls.key")
 	n.runIn(t, ingress, "microk8s", "kubectl", "apply", "-f", "-")
+	eventually(t, time.Minute, func() error { // a policy is in force a moment after it was made
+		out, err := n.tryAll(t, oddIngress, "microk8s", "kubectl", "apply", "--dry-run=server", "-f", "-")
+		for _, want := range []string{"its classes are public, traefik and nginx", "annotations of ingress-nginx have no effect"} {
+			if err != nil || !strings.Contains(out, want) {
+				return fmt.Errorf("an odd Ingress: %v, want %q in\n%s", err, want, out)
+			}
+		}
+		return nil
+	})
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(cert))
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
