@@ -815,8 +815,8 @@ func inNetwork(t *testing.T) bool {
 	return false
 }
 
-// TestFaults makes 200 faults in the gate, 2,000 in the long run, 120 of 200 of them on three
-// members and 80 on five; both run at the same time, each in a network of its own. When and to
+// TestFaults makes 200 faults in the gate and 2,000 in the long run: three fifths on three members,
+// the rest on five. Both run at the same time, each in a network of its own. When and to
 // whom a fault comes is the seed's; what it meets there is not, so a run cannot be repeated exactly.
 func TestFaults(t *testing.T) {
 	for _, members := range []int{3, 5} {
