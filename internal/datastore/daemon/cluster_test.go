@@ -26,8 +26,8 @@ type testMember struct {
 	cmd          *exec.Cmd
 	client       *clientv3.Client
 	args         []string
-	log          string   // of all its lives
-	env          []string // the name of the C node's socket stays in all lives
+	log          string // of all its lives
+	env          []string
 }
 
 // testCluster is several daemons on loopback addresses.
@@ -90,7 +90,7 @@ func (c *testCluster) prepare(args ...string) *testMember {
 	}
 	writeFile(c.t, filepath.Join(m.dir, "init.yaml"), []byte(init))
 	m.log = filepath.Join(c.t.TempDir(), "log")
-	m.env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
+	m.env = append(os.Environ(), "TEST_K8S_DQLITE=1")
 	c.t.Cleanup(func() {
 		if m.cmd != nil {
 			if c.t.Failed() {
@@ -191,6 +191,15 @@ func (m *testMember) list(t *testing.T) []peers.Member {
 	defer cancel()
 	got, _ := peers.Members(ctx, m.dir)
 	return got
+}
+
+// tool runs a command of the program dqlite on a member's directory.
+func (c *testCluster) tool(m *testMember, command string) (string, error) {
+	file := func(name string) string { return filepath.Join(m.dir, name) }
+	cmd := exec.Command(os.Args[0], "-s", "file://"+file("cluster.yaml"), "-c", file(peers.CertFile), "-k", file(peers.KeyFile), "k8s", command)
+	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=tool")
+	out, err := cmd.CombinedOutput()
+	return string(out), err
 }
 
 // waitRoles waits until every running member names the same leader and so many voters that are

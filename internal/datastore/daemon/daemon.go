@@ -120,7 +120,7 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	}
 	m, err := member.Start(member.Options{
 		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
-		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, SocketName: c.socketName, FromOwn: c.faults.FromOwn,
+		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, FromOwn: c.faults.FromOwn,
 		Marker: c.marker, SnapRevision: c.snapRevision,
 	})
 	if err != nil {
@@ -210,7 +210,7 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		}
 	}
 	if c.StorageInterval > 0 {
-		background("low storage", func() error { return watchStorage(run, c, log, r) })
+		background("low storage", func() error { return watchStorage(run, c, log, m, r) })
 	}
 	log.Info("serving", "listen", c.Listen, "member", m.Node().Address, "id", id)
 	if ready != nil {
@@ -307,17 +307,15 @@ func cpuProfile(dir string) (stop func(), err error) {
 
 var errTerminate = errors.New("free space is below --watch-storage-available-size-min-bytes")
 
-// watchStorage takes the chosen action when free space runs low, once each time.
-func watchStorage(ctx context.Context, c *Config, log *slog.Logger, r *replica.Replica) error {
+// watchStorage takes the chosen action while free space is low.
+func watchStorage(ctx context.Context, c *Config, log *slog.Logger, m *member.Member, r *replica.Replica) error {
 	t := time.NewTicker(c.StorageInterval)
 	defer t.Stop()
 	low := false
 	for {
-		var fs unix.Statfs_t
-		if err := unix.Statfs(c.StorageDir, &fs); err != nil {
+		if free, err := m.Free(); err != nil {
 			log.Warn("cannot look at the free space", "directory", c.StorageDir, "error", err)
 		} else {
-			free := fs.Bavail * uint64(fs.Bsize)
 			was := low
 			low = free < c.StorageMin
 			switch {
@@ -325,17 +323,17 @@ func watchStorage(ctx context.Context, c *Config, log *slog.Logger, r *replica.R
 				return errTerminate
 			case low && !was:
 				r.LowDisk(true)
-				log.Error("the disk is nearly full; writes will fail", "directory", c.StorageDir, "free", free, "action", c.StorageAction)
-				if c.StorageAction == "handover" {
-					give, cancel := context.WithTimeout(ctx, shutdownTimeout/3)
-					if err := r.Yield(give); err != nil {
-						log.Warn("leadership stays here", "error", err)
-					}
-					cancel()
-				}
+				log.Error("the disk is nearly full", "directory", c.StorageDir, "free", free, "action", c.StorageAction)
 			case was && !low:
 				r.LowDisk(false)
 				log.Info("the disk has space again", "directory", c.StorageDir, "free", free)
+			}
+			if low && c.StorageAction == "handover" { // again, if leadership came back
+				give, cancel := context.WithTimeout(ctx, shutdownTimeout/3)
+				if err := r.Yield(give); err != nil && !was {
+					log.Warn("leadership stays here", "error", err)
+				}
+				cancel()
 			}
 		}
 		select {

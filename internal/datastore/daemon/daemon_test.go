@@ -19,7 +19,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +41,12 @@ func TestMain(m *testing.M) {
 		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, os.Getenv, faults))
 	case "tool":
 		os.Exit(Tool(os.Args[1:], os.Stdout, os.Stderr))
+	case "ask":
+		if err := askNode(os.Args[1]); err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	// Clients that outlive their daemon complain at length.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
@@ -98,8 +103,6 @@ func newDir(t testing.TB) string {
 	return dir
 }
 
-var sockets atomic.Int64
-
 // process is a daemon inside the test.
 type process struct {
 	t      testing.TB
@@ -131,7 +134,6 @@ func config(dir string) *Config {
 	return &Config{
 		StorageDir: dir, Listen: "unix://" + filepath.Join(dir, "kine.sock:12379"), EnableTLS: true,
 		ProgressInterval: 100 * time.Millisecond, StorageAction: "none",
-		socketName: fmt.Sprintf("@dqlite-test-%d-%d", os.Getpid(), sockets.Add(1)),
 	}
 }
 

@@ -40,8 +40,6 @@ type Config struct {
 
 	marker, snapRevision string // see member.Options
 
-	socketName string // of the C node; tests run several in one network namespace
-
 	// Warnings are about flags that are accepted and have no effect.
 	Warnings []string
 }

@@ -48,7 +48,7 @@ func launch(t *testing.T, dir string, args ...string) *exec.Cmd {
 	}
 	cmd := exec.Command(exe, append([]string{"--storage-dir", dir, "--listen", "unix://" + filepath.Join(dir, "kine.sock:12379")}, args...)...)
 	// The name of the C node's socket is free in each test by its instance name.
-	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1", fmt.Sprintf("SNAP_INSTANCE_NAME=test-%d-%d", os.Getpid(), sockets.Add(1)))
+	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=1")
 	// As on a node, where a marker outside of the directory says how far it has come.
 	common := dir + ".common"
 	if err := os.MkdirAll(filepath.Join(common, "var/kubernetes"), 0o755); err != nil {

@@ -32,8 +32,7 @@ type upstreamDB struct {
 // openUpstream starts dqlite on a directory and connects to its database.
 func openUpstream(t *testing.T, dir string) *upstreamDB {
 	t.Helper()
-	socket := fmt.Sprintf("@dqlite-test-%d-%d", os.Getpid(), sockets.Add(1))
-	m, err := member.Start(member.Options{Dir: dir, Logger: slog.New(slog.DiscardHandler), SocketName: socket})
+	m, err := member.Start(member.Options{Dir: dir, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +41,7 @@ func openUpstream(t *testing.T, dir string) *upstreamDB {
 		t.Fatal(err)
 	}
 	d, err := dqdriver.New(store, dqdriver.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		return m.DialOwn(ctx)
 	}), dqdriver.WithLogFunc(func(client.LogLevel, string, ...any) {}))
 	if err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ package member
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 
 	dqlite "github.com/canonical/go-dqlite/v3"
 	"github.com/canonical/go-dqlite/v3/client"
+	"golang.org/x/sys/unix"
 )
 
 // PeerProtocol is the ALPN name under which datastore daemons talk to each other on the port
@@ -47,10 +49,9 @@ type Options struct {
 	// one machine can cut members off from each other.
 	FromOwn bool
 
-	// SocketName is the abstract Unix socket of the C node, with its "@". Default:
-	// "@dqlite-<id>", or "@snap.<instance>.dqlite-<id>" when SnapInstance is set, because
-	// AppArmor allows nothing else inside a snap.
-	SocketName, SnapInstance string
+	// SnapInstance, where it is set, is part of the name of the C node's socket, because AppArmor
+	// allows nothing else inside a snap.
+	SnapInstance string
 
 	// Marker is a file outside of Dir that says how far Dir has come, so that an old copy of it
 	// does not start; "" for none. SnapRevision is noted in it.
@@ -64,6 +65,7 @@ type Member struct {
 	dir    directory
 	dqlite *dqlite.Node
 	listen net.Listener
+	socket string // the C node's, abstract; it answers this process only (src/server.c, listenCb)
 
 	leader  atomic.Pointer[client.NodeInfo] // who leads as of the last poll; nil: nobody
 	changed chan struct{}                   // has a value after leader changed
@@ -144,11 +146,10 @@ func Start(opt Options) (_ *Member, err error) {
 	for _, c := range []*ownClient{&m.asking, &m.listing} {
 		c.m = m
 	}
-	if m.opt.SocketName == "" {
-		m.opt.SocketName = fmt.Sprintf("@dqlite-%d", node.ID)
-		if opt.SnapInstance != "" {
-			m.opt.SocketName = fmt.Sprintf("@snap.%s.dqlite-%d", opt.SnapInstance, node.ID)
-		}
+	// With a part that nobody can guess, so that nobody can take the name before.
+	m.socket = fmt.Sprintf("@dqlite-%d-%s", node.ID, rand.Text())
+	if opt.SnapInstance != "" {
+		m.socket = fmt.Sprintf("@snap.%s.%s", opt.SnapInstance, m.socket[1:])
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m.stop = cancel
@@ -180,7 +181,7 @@ func Start(opt Options) (_ *Member, err error) {
 		strategy = dqlite.TrailingStrategyDynamic
 	}
 	m.dqlite, err = dqlite.New(node.ID, node.Address, opt.Dir,
-		dqlite.WithBindAddress(m.opt.SocketName),
+		dqlite.WithBindAddress(m.socket),
 		dqlite.WithDialFunc(m.dialPeer(ctx, dialTLS)),
 		dqlite.WithFailureDomain(domain),
 		dqlite.WithNetworkLatency(tuning.NetworkLatency),
@@ -226,16 +227,16 @@ func (d directory) tuning() (Tuning, []string, error) {
 // Node is who this member is.
 func (m *Member) Node() Node { return m.node }
 
-// dialOwn connects to the own node.
-func (m *Member) dialOwn(ctx context.Context) (net.Conn, error) {
+// DialOwn connects to the own node. Only this process can.
+func (m *Member) DialOwn(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer
-	return d.DialContext(ctx, "unix", m.opt.SocketName)
+	return d.DialContext(ctx, "unix", m.socket)
 }
 
 // Client connects to the own node with dqlite's administrative protocol.
 func (m *Member) Client(ctx context.Context) (*client.Client, error) {
 	return client.New(ctx, m.node.Address, client.WithLogFunc(m.logf),
-		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) { return m.dialOwn(ctx) }))
+		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) { return m.DialOwn(ctx) }))
 }
 
 // OpenLog opens the log on the own node. It waits until the node leads, and says every ten
@@ -244,7 +245,7 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 	const pause, report = 50 * time.Millisecond, 10 * time.Second
 	reported := time.Now()
 	for {
-		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.dialOwn, m.logf)
+		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.DialOwn, m.logf)
 		switch {
 		case err == nil:
 			if mig := l.Migrated; mig != nil {
@@ -372,7 +373,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 			} else {
 				remote = p
 			}
-			local, err := m.dialOwn(ctx)
+			local, err := m.DialOwn(ctx)
 			if err != nil {
 				m.opt.Logger.Warn("cannot reach the own dqlite node", "error", err)
 				return
@@ -443,6 +444,15 @@ func (m *Member) Close() error {
 	}
 	m.marks.note(true)
 	return nil
+}
+
+// Free gives the free space of the file system of the storage directory, in bytes.
+func (m *Member) Free() (uint64, error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(m.opt.Dir, &fs); err != nil {
+		return 0, err
+	}
+	return fs.Bavail * uint64(fs.Bsize), nil
 }
 
 // Versions gives the versions of the C libraries, "sqlite", "dqlite" and "libuv", for display.
