@@ -46,6 +46,9 @@ var (
 	ErrNotLeading = errors.New("this member does not lead")
 )
 
+// errFull is the error of what is not even tried without space.
+var errFull = fmt.Errorf("%w: %w", ErrNotApplied, dslog.ErrNoSpace)
+
 // Options of an Engine. Zero values mean the defaults.
 type Options struct {
 	Logger *slog.Logger
@@ -72,8 +75,9 @@ type Options struct {
 	// Compacted is called, and must not block, after a compaction.
 	Compacted func()
 
-	// NoSpace is called, and must not block, when an append failed because the disk is full.
-	NoSpace func()
+	// Full says that there is no space for more; it is asked often. Nothing is sent to the log
+	// then: it would fail with an unknown outcome, and end this member's leadership.
+	Full func() bool
 }
 
 // Engine is a running datastore. All methods may be called from any goroutine.
@@ -160,8 +164,8 @@ func New(opt Options) *Engine {
 	if opt.Compacted == nil {
 		opt.Compacted = func() {}
 	}
-	if opt.NoSpace == nil {
-		opt.NoSpace = func() {}
+	if opt.Full == nil {
+		opt.Full = func() bool { return false }
 	}
 	e := &Engine{opt: opt, wakeExpiry: make(chan struct{}, 1)}
 	e.hub = watch.NewHub(e, 0)
@@ -601,7 +605,7 @@ func (e *Engine) run(ctx context.Context, t *term) {
 		held = nil
 		if j == nil {
 			var idle chan struct{}
-			if len(e.dead) > 0 || e.sweep {
+			if (len(e.dead) > 0 || e.sweep) && !e.opt.Full() {
 				idle = closed // nothing else to do: delete dead rows
 			}
 			select {
@@ -705,6 +709,12 @@ func (e *Engine) flush(ctx context.Context) error {
 	if len(changes) == 0 && len(leases) == 0 {
 		return nil
 	}
+	if e.opt.Full() {
+		e.mu.Lock()
+		e.st.Rollback()
+		e.mu.Unlock()
+		return errFull
+	}
 	rows := make([]dslog.Row, 0, len(changes)+len(leases))
 	size := 0
 	for _, c := range changes {
@@ -748,9 +758,6 @@ func (e *Engine) resolve(ctx context.Context, rows []dslog.Row, cause error) err
 	e.mu.Lock()
 	e.st.Rollback()
 	e.mu.Unlock()
-	if errors.Is(cause, dslog.ErrNoSpace) {
-		e.opt.NoSpace()
-	}
 	alone := e.opt.Alone()
 	e.opt.Logger.Warn("a write has an unknown outcome; reading the log again", "error", cause)
 	if err := e.reopen(ctx); err != nil {
@@ -763,6 +770,9 @@ func (e *Engine) resolve(ctx context.Context, rows []dslog.Row, cause error) err
 	for _, r := range rows {
 		if f, ok := found[r.ID]; !ok || !sameRow(f, r) {
 			e.opt.Logger.Warn("the write was not applied", "revision", e.Rev())
+			if e.opt.Full() {
+				return errFull // most likely the cause, and dqlite's errors do not tell
+			}
 			return fmt.Errorf("%w: %w", ErrNotApplied, cause)
 		}
 	}

@@ -23,6 +23,10 @@ const (
 
 // expire ends the leases whose time is over and sets the timer for the next one.
 func (e *Engine) expire(ctx context.Context, timer *time.Timer) {
+	if e.opt.Full() {
+		timer.Reset(time.Second)
+		return
+	}
 	now := e.opt.Now()
 	e.mu.RLock()
 	due, next := e.st.Expired(now)
@@ -44,6 +48,9 @@ func (e *Engine) expire(ctx context.Context, timer *time.Timer) {
 // end deletes the keys of leases and then the leases.
 func (e *Engine) end(ctx context.Context, leases []int64) error {
 	for len(leases) > 0 {
+		if e.opt.Full() {
+			return errFull
+		}
 		budget := expireKeys
 		n := 0
 		e.mu.Lock()
@@ -93,6 +100,9 @@ func (e *Engine) compact(ctx context.Context, rev int64) error {
 	if err := e.st.CheckCompact(rev); err != nil {
 		return err
 	}
+	if e.opt.Full() {
+		return errFull
+	}
 	if err := e.log.SetCompacted(ctx, rev); err != nil {
 		return e.broken(ctx, err) // it may be remembered, and the next try or start finds it
 	}
@@ -111,6 +121,9 @@ func (e *Engine) compact(ctx context.Context, rev int64) error {
 
 // bury deletes some dead rows. What fails is tried again: they do no harm.
 func (e *Engine) bury(ctx context.Context) {
+	if e.opt.Full() {
+		return
+	}
 	if e.sweep {
 		e.sweep = false
 		if err := e.findDead(ctx); err != nil {

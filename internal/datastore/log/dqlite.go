@@ -212,11 +212,6 @@ func (l *Dqlite) failed(err error) error {
 		return nil
 	}
 	l.drop()
-	var de dqdriver.Error
-	const sqliteFull = 13
-	if errors.As(err, &de) && de.Code&0xff == sqliteFull || strings.Contains(err.Error(), "no space") {
-		return fmt.Errorf("%w: %w", ErrNoSpace, err)
-	}
 	return err
 }
 

@@ -60,7 +60,7 @@ func (r Row) VersionOf() *state.Version {
 	}
 }
 
-// ErrNoSpace says that an append failed because the disk is full.
+// ErrNoSpace says that nothing is appended because disks are full.
 var ErrNoSpace = errors.New("no space left for the datastore")
 
 // Log is the durable log as its only writer sees it. Its methods are called from one

@@ -2,9 +2,14 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"net"
+	"slices"
 	"time"
 
+	"microk8s/internal/datastore/member"
+
+	"github.com/canonical/go-dqlite/v3/client"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -135,8 +140,11 @@ func (r *Replica) connTo(address string) *grpc.ClientConn {
 }
 
 func (r *Replica) servePing(_ context.Context, q *pingRequest) (*pingAnswer, error) {
+	r.mu.Lock()
+	r.pinged[q.ID] = time.Now()
+	r.mu.Unlock()
 	n := r.m.Node()
-	a := &pingAnswer{ID: n.ID, Domain: r.m.FailureDomain(), Stopping: r.stopping.Load(), LowDisk: r.lowDisk.Load()}
+	a := &pingAnswer{ID: n.ID, Domain: r.m.FailureDomain(), Stopping: r.stopping.Load(), LowDisk: r.lowDisk.Load(), Full: r.full.Load()}
 	if l := r.m.Leader(); l != nil {
 		a.LeaderID, a.LeaderAddress = l.ID, l.Address
 	}
@@ -160,4 +168,43 @@ func (r *Replica) serveWho(ctx context.Context, _ *empty) (*whoAnswer, error) {
 		a.LeaderID = l.ID
 	}
 	return a, nil
+}
+
+// watchNode ends the daemon when its node takes no part any more. A node of libdqlite that could
+// not write its term or vote is of no use until it is started again (src/raft/recv.c,
+// convertToUnavailable), and says nothing: it knows of no leader. That alone may be the network's
+// fault. But when the leader and this daemon hear each other on the same port, the node is dead.
+func (r *Replica) watchNode() {
+	t := time.NewTicker(pingEvery)
+	defer t.Stop()
+	looks := 0
+	for {
+		select {
+		case <-r.ctx.Done():
+			return
+		case <-t.C:
+		}
+		if !r.leftOut() {
+			looks = 0
+		} else if looks++; looks == deadAfter {
+			r.fail(errors.New("the own dqlite node does not take part any more, and has to be started again; most likely it could not write to its disk"))
+		}
+	}
+}
+
+// leftOut says whether another member leads that sees this daemon and has this node among its
+// voters, and this node knows nothing of it.
+func (r *Replica) leftOut() bool {
+	if r.m.Leader() != nil {
+		return false
+	}
+	own := r.m.Node().ID
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, p := range r.peers {
+		if p.online(onlineFor) && p.last.Leads && time.Since(r.pinged[p.last.ID]) < onlineFor {
+			return slices.ContainsFunc(p.last.Members, func(n member.Node) bool { return n.ID == own && n.Role == int(client.Voter) })
+		}
+	}
+	return false
 }

@@ -49,6 +49,7 @@ const (
 	lookEvery   = 100 * time.Millisecond
 	reportEvery = 10 * time.Second
 	askLimit    = 2 * time.Second // for a question to another daemon
+	deadAfter   = 30              // looks, one with each ping, at an own node that knows of no leader
 )
 
 // Options of a Replica.
@@ -81,18 +82,21 @@ type Replica struct {
 	alone     atomic.Bool // this node leads and is the only voter
 	stopping  atomic.Bool
 	removed   atomic.Bool // the others do not list this member any more
-	lowDisk   atomic.Bool
+	lowDisk   atomic.Bool // the disk is nearly full, as the daemon's flags say
+	full      atomic.Bool // the disk has no space for the log to grow
+	noRoom    atomic.Bool // so do the disks of too many voters
 	yielding  atomic.Bool
 	confirms  rounds
 	rolesMu   sync.Mutex // one change of roles at a time
 	kick      chan struct{}
 
 	mu      sync.Mutex
-	members []member.Node    // as the last leader named them
-	peers   map[string]*peer // by address, without this one
-	turn    chan struct{}    // closed when who leads changes
-	why     string           // nothing can be served yet
-	weight  uint64           // of this node, as dqlite keeps it
+	members []member.Node        // as the last leader named them
+	peers   map[string]*peer     // by address, without this one
+	turn    chan struct{}        // closed when who leads changes
+	why     string               // nothing can be served yet
+	weight  uint64               // of this node, as dqlite keeps it
+	pinged  map[uint64]time.Time // when other members asked last, by id
 }
 
 // following is a stream from the daemon that leads.
@@ -110,10 +114,10 @@ func Start(opt Options) *Replica {
 	r := &Replica{
 		opt: opt, log: opt.Logger, m: opt.Member,
 		fatal: make(chan error, 1), ready: make(chan struct{}), kick: make(chan struct{}, 1),
-		peers: map[string]*peer{}, turn: make(chan struct{}), why: "nobody leads yet",
+		peers: map[string]*peer{}, pinged: map[uint64]time.Time{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, NoSpace: r.noSpace, Compacted: r.turned, Twice: opt.Twice})
+	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Twice: opt.Twice})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
@@ -134,6 +138,8 @@ func Start(opt Options) *Replica {
 		}
 	})
 	r.spawn(r.run)
+	r.spawn(r.watchDisk)
+	r.spawn(r.watchNode)
 	if r.m.Joining() {
 		r.spawn(r.join)
 	}

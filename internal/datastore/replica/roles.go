@@ -252,17 +252,24 @@ const electionWait = 5 * time.Second
 func (r *Replica) transfer(ctx context.Context, promote bool) error {
 	own := r.m.Node()
 	r.mu.Lock()
-	low := map[uint64]bool{}
+	low, full := map[uint64]bool{}, map[uint64]bool{}
 	for _, p := range r.peers {
-		low[p.last.ID] = p.last.LowDisk
+		low[p.last.ID], full[p.last.ID] = p.last.LowDisk, p.last.Full
 	}
 	r.mu.Unlock()
-	var to []candidate
+	var to, lowToo []candidate
 	all := r.candidates(time.Now())
 	for _, c := range all {
-		if c.ID != own.ID && c.Online && !c.Lost && c.Role == peers.Voter && !low[c.ID] {
+		switch {
+		case c.ID == own.ID || !c.Online || c.Lost || c.Role != peers.Voter || full[c.ID]:
+		case low[c.ID]:
+			lowToo = append(lowToo, c)
+		default:
 			to = append(to, c)
 		}
+	}
+	if r.full.Load() {
+		to = append(to, lowToo...)
 	}
 	if len(to) == 0 && promote {
 		if from := candidates(own.ID, all, peers.Voter, map[uint64]int{}); len(from) > 0 {
@@ -278,6 +285,9 @@ func (r *Replica) transfer(ctx context.Context, promote bool) error {
 		err = r.m.Change(ctx, func(d *client.Client) error { return d.Transfer(ctx, c.ID) })
 		if err == nil {
 			return nil
+		}
+		if l, askErr := r.m.AskLeader(ctx); askErr == nil && (l == nil || l.ID != own.ID) {
+			return nil // it is given away all the same
 		}
 	}
 	return fmt.Errorf("cannot hand leadership over: %w", err)
@@ -305,32 +315,4 @@ func (r *Replica) serveHandover(ctx context.Context, q *handoverRequest) (*empty
 	for r.step(ctx, time.Now(), &failed) {
 	}
 	return &empty{}, nil
-}
-
-// LowDisk says that the disk is nearly full, or has space again.
-func (r *Replica) LowDisk(low bool) { r.lowDisk.Store(low) }
-
-// Yield gives leadership to another voter, if this daemon leads and there is one.
-func (r *Replica) Yield(ctx context.Context) error {
-	if !r.e.Leads() || r.alone.Load() {
-		return nil
-	}
-	return r.transfer(ctx, false)
-}
-
-// noSpace is called when a write has failed because the disk is full: another member may have
-// space.
-func (r *Replica) noSpace() {
-	if r.alone.Load() || !r.yielding.CompareAndSwap(false, true) {
-		return
-	}
-	r.lowDisk.Store(true)
-	r.spawn(func() {
-		defer r.yielding.Store(false)
-		ctx, cancel := context.WithTimeout(r.ctx, handoverLimit)
-		defer cancel()
-		if err := r.Yield(ctx); err != nil {
-			r.log.Warn("the disk is full, and leadership stays here", "error", err)
-		}
-	})
 }

@@ -50,6 +50,7 @@ type pingAnswer struct {
 	Members       []member.Node // if it leads
 	Stopping      bool          // it is about to stop
 	LowDisk       bool          // its disk is nearly full
+	Full          bool          // its disk has no space for the log to grow
 	Domain        uint64
 	Weight        uint64
 	Size, InUse   int64 // of the database, if it leads
