@@ -103,6 +103,10 @@ test-unit: deps ## Tests that need no node: a few minutes
 test-long: deps ## Everything, with every seed and every case
 	scripts/test long
 
+.PHONY: fuzz
+fuzz: deps ## Fuzz every decoder, each for TIME (10s)
+	scripts/fuzz $(or $(TIME),10s)
+
 .PHONY: bench
 bench: build peers ## Measure against the budgets; prints a table
 	scripts/bench

@@ -155,7 +155,7 @@ type member struct {
 	kind       byte
 }
 
-func archive(t *testing.T, members ...member) []byte {
+func archive(t testing.TB, members ...member) []byte {
 	t.Helper()
 	var buf bytes.Buffer
 	z := gzip.NewWriter(&buf)
@@ -238,8 +238,25 @@ func TestPruneKeepsTheNewest(t *testing.T) {
 }
 
 func FuzzUnpack(f *testing.F) {
-	f.Add([]byte("x"))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	good := archive(f, member{"b/", "", tar.TypeDir}, member{"b/0.key", "/a", 0}, member{"b/0.data", "1", 0})
+	f.Add(good, false)
+	z, err := gzip.NewReader(bytes.NewReader(good))
+	if err != nil {
+		f.Fatal(err)
+	}
+	inner, err := io.ReadAll(z)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(inner, true)
+	f.Fuzz(func(t *testing.T, data []byte, compress bool) {
+		if compress { // past the checksum
+			var buf bytes.Buffer
+			z := gzip.NewWriter(&buf)
+			_, _ = z.Write(data)
+			z.Close()
+			data = buf.Bytes()
+		}
 		tmp := t.TempDir()
 		file := filepath.Join(tmp, "a")
 		if err := os.WriteFile(file, data, 0o600); err != nil {

@@ -1,6 +1,7 @@
 package member
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -244,9 +245,15 @@ func FuzzYAML(f *testing.F) {
 func FuzzSegments(f *testing.F) {
 	f.Add(segment(makeBatch("a"), makeBatch("b", "c")))
 	f.Add([]byte{})
+	f.Add(termVote{3, 2, 1}.bytes())
+	f.Add(append([]byte(lz4Magic), make([]byte, 32)...))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		_, _, _ = checkOpen(data)
 		_ = checkClosed(data, 1, 1)
 		_ = checkSnapshotMeta(data)
+		_ = checkSnapshotData(data)
+		if v, ok := parseTermVote(data); ok && !bytes.Equal(v.bytes(), data[:metadataSize]) {
+			t.Errorf("%+v was read from %x", v, data)
+		}
 	})
 }
