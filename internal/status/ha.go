@@ -37,7 +37,7 @@ func askHA(ctx context.Context, env snapenv.Env) HA {
 	ha = HA{Datastore: true, Asked: true}
 	voters, alive := 0, 0
 	for _, m := range list {
-		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: roles[int(m.Role)], Alive: m.Online})
+		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: roles[int(m.Role)], Alive: m.Online, full: m.DiskFull})
 		if m.Role == peers.Voter {
 			voters++
 			if m.Online {
@@ -116,6 +116,26 @@ func (r *Report) haProblems() {
 			return
 		}
 		r.add("%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")
+	}
+	voters, space := 0, 0
+	var full []string
+	for _, n := range r.HA.Nodes {
+		if n.full {
+			full = append(full, n.Address)
+		}
+		if n.Role == Voter {
+			voters++
+			if !n.full {
+				space++
+			}
+		}
+	}
+	if len(full) > 0 {
+		what := "the disk with the datastore is full at " + strings.Join(full, ", ")
+		if space <= voters/2 {
+			what += ", and nothing can be written"
+		}
+		r.add("%s", what)("free some space there (10 MiB or more); nothing has to be restarted")
 	}
 }
 

@@ -56,6 +56,8 @@ type Member struct {
 	Address string
 	Role    Role
 	Alive   bool
+
+	full bool // its disk
 }
 
 // Role is the part a member plays, in dqlite's words.

@@ -290,6 +290,11 @@ func TestHighAvailability(t *testing.T) {
 	member := func(n int, role peers.Role, online bool) peers.Member {
 		return peers.Member{ID: uint64(n), Address: fmt.Sprintf("10.0.0.%d:19001", n), Role: role, Online: online}
 	}
+	full := func(n int) peers.Member {
+		m := member(n, peers.Voter, true)
+		m.DiskFull = true
+		return m
+	}
 	v, s, sp := peers.Voter, peers.StandBy, peers.Spare
 	for _, tc := range []struct {
 		name           string
@@ -304,6 +309,8 @@ func TestHighAvailability(t *testing.T) {
 		{"no majority", []peers.Member{member(1, v, true), member(2, v, false), member(3, v, false)}, false, "lost its majority", "10.0.0.2:19001, voter 10.0.0.3:19001 do not answer, and without a majority"},
 		{"four", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true), member(4, s, true)}, true, "any one node", ""},
 		{"a silent stand-by", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true), member(4, s, false)}, true, "any one node", "10.0.0.4:19001 does not answer"},
+		{"a full disk", []peers.Member{member(1, v, true), full(2), member(3, v, true)}, true, "any one node", "is full at 10.0.0.2:19001; free some space"},
+		{"full disks", []peers.Member{member(1, v, true), full(2), full(3)}, true, "any one node", "is full at 10.0.0.2:19001, 10.0.0.3:19001, and nothing can be written"},
 		{"roles not given yet", []peers.Member{member(1, v, true), member(2, sp, true), member(3, sp, true)}, false, "until there are three voters", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"microk8s/internal/datastore/peers"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -223,7 +226,15 @@ func TestFullDisksOfMembers(t *testing.T) {
 		w.untilFull(m.client)
 	}
 	everywhere("all are full")
-	// A compaction, leases that end and a lost leader do no harm.
+	within(t, "every member says that all are full", func() bool {
+		for _, m := range c.members {
+			list := m.list(t)
+			if len(list) != 3 || slices.ContainsFunc(list, func(p peers.Member) bool { return !p.DiskFull }) {
+				return false
+			}
+		}
+		return true
+	})
 	old := c.leader()
 	old.kill(t)
 	other := c.other(old)

@@ -50,10 +50,11 @@ type Member struct {
 	ID       uint64    `json:"id"`
 	Address  string    `json:"address"` // host:port
 	Role     Role      `json:"role"`
-	Online   bool      `json:"online"`   // it answered within the last 3 seconds
-	Leader   bool      `json:"leader"`   // it leads
-	Self     bool      `json:"self"`     // it is the daemon that was asked
-	LastSeen time.Time `json:"lastSeen"` // when it answered last; zero: not since that daemon's start
+	Online   bool      `json:"online"`             // it answered within the last 3 seconds
+	Leader   bool      `json:"leader"`             // it leads
+	Self     bool      `json:"self"`               // it is the daemon that was asked
+	DiskFull bool      `json:"diskFull,omitempty"` // it has no space for more data, as it said last
+	LastSeen time.Time `json:"lastSeen"`           // when it answered last; zero: not since that daemon's start
 }
 
 // socketName is the socket of a storage directory on which its daemon says who the members are.

@@ -358,10 +358,11 @@ func (r *Replica) Members() []peers.Member {
 		m := peers.Member{ID: n.ID, Address: n.Address, Role: peers.Role(n.Role)}
 		if n.Address == own.Address {
 			m.ID, m.Self, m.Online, m.LastSeen = own.ID, true, true, time.Now()
-			m.Leader = leads
+			m.Leader, m.DiskFull = leads, r.full.Load()
 		} else if p := r.peers[n.Address]; p != nil {
 			m.Online, m.LastSeen = p.online(shownFor), p.seen
 			m.Leader = m.Online && (t.address == n.Address || p.last.Leads)
+			m.DiskFull = m.Online && p.last.Full
 		}
 		out = append(out, m)
 	}
