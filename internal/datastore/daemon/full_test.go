@@ -212,7 +212,7 @@ func TestFullDisksOfMembers(t *testing.T) {
 	leader = c.leader()
 	empty = fill(t, leader.dir, 0)
 	within(t, "leadership goes to a member with space", func() bool { return c.leader() != leader })
-	write(leader, 50)
+	write(leader, 5)
 	everywhere("the former leader is full")
 	empty()
 	write(leader, 1)
