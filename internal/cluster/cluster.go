@@ -184,13 +184,27 @@ func (n *Node) isOwn(ip string) bool {
 // Steps lists the names of the steps of every operation, by operation. A control-plane join and
 // a worker's have their own.
 func Steps() map[string][]string {
+	out := map[string][]string{}
+	for _, p := range plans() {
+		out[p.Operation] = p.Names()
+	}
+	return out
+}
+
+// Undos lists, in their order, the steps of every operation that can be taken back.
+func Undos() map[string][]string {
+	out := map[string][]string{}
+	for _, p := range plans() {
+		out[p.Operation] = p.Undos()
+	}
+	return out
+}
+
+func plans() []journal.Plan {
 	n := &Node{}
 	n.defaults()
-	return map[string][]string{
-		opJoin:       n.joinPlan(&joinParams{}).Names(),
-		opJoinWorker: n.joinPlan(&joinParams{Worker: true}).Names(),
-		opLeave:      n.leavePlan(&leaveParams{}).Names(),
-		opRemove:     n.removePlan(&removeParams{}).Names(),
+	return []journal.Plan{
+		n.joinPlan(&joinParams{}), n.joinPlan(&joinParams{Worker: true}), n.leavePlan(&leaveParams{}), n.removePlan(&removeParams{}),
 	}
 }
 

@@ -54,6 +54,18 @@ func (p Plan) Names() []string {
 	return out
 }
 
+// Undos lists the steps that have something to take back, as long as the plan has not come to its
+// commit.
+func (p Plan) Undos() []string {
+	var out []string
+	for _, s := range p.Steps[:p.commit()] {
+		if s.Undo != nil {
+			out = append(out, s.Name)
+		}
+	}
+	return out
+}
+
 func (p Plan) index(name string) int {
 	return slices.IndexFunc(p.Steps, func(s Step) bool { return s.Name == name })
 }

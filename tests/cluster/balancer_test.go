@@ -9,9 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -38,7 +36,7 @@ func TestEtcdBehindBalancer(t *testing.T) {
 			t.Fatalf("%v; run `make peers` first", err)
 		}
 	}
-	c := newCluster(t, "n1", "n2", "lb")
+	c := newCluster(t, "n1", "n2", "w1", "lb")
 	step, last := steps(t), t.Cleanup
 	var etcd *etcdCluster
 	step("etcd on the first node", func(t *testing.T) {
@@ -80,6 +78,11 @@ func TestEtcdBehindBalancer(t *testing.T) {
 			}
 		}
 	})
+	step("join through it", func(t *testing.T) {
+		c.run(t, "w1", append(c.lineTo(t, c.ip(t, "lb")+":25000", "n1"), "--worker")...)
+		c.waitReady(t, "n2", "w1")
+		c.wantAddress(t, "n2", "w1")
+	})
 	step("ingress", func(t *testing.T) {
 		c.webOnPort80(t, "n1", "n1", "n2")
 		eventually(t, 2*time.Minute, func() error {
@@ -88,14 +91,15 @@ func TestEtcdBehindBalancer(t *testing.T) {
 		})
 	})
 	step("an etcd member and a node die", func(t *testing.T) {
-		w := c.write(t, c.through(t, "n1", c.ip(t, "lb")+":6443", balancerName))
-		w.goesOn(t)
+		w := c.write(t, "balanced", map[string]*kubernetes.Clientset{"balancer": c.through(t, "n1", c.ip(t, "lb")+":6443", balancerName)()})
+		w.goOn(t, 20, "")
+		w.fault()
 		etcd.kill(1)
-		w.goesOn(t)
+		w.goOn(t, 20, "")
 		if err := c.lab.Kill(t.Context(), "n1"); err != nil {
 			t.Fatal(err)
 		}
-		w.goesOn(t)
+		w.goOn(t, 20, "")
 		eventually(t, time.Minute, func() error {
 			_, err := c.httpGet("lb", "http://"+c.ip(t, "lb")+"/")
 			return err
@@ -104,29 +108,16 @@ func TestEtcdBehindBalancer(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.waitReady(t, "n1", "n1")
-		w.goesOn(t)
-		w.end(t)
-		t.Logf("%d writes acknowledged, the longest gap between two was %s", len(w.acknowledged), w.gap.Round(time.Millisecond))
-		list, err := c.client(t, "n2").CoreV1().ConfigMaps(w.namespace).List(t.Context(), metav1.ListOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		there := map[string]bool{}
-		for _, cm := range list.Items {
-			there[cm.Name] = true
-		}
-		for _, name := range w.acknowledged {
-			if !there[name] {
-				t.Errorf("the acknowledged write %s is lost", name)
-			}
-		}
+		w.goOn(t, 20, "")
+		c.end(t, w)
+		c.wantWrites(t, "n2")
 	})
 	step("leave", func(t *testing.T) {
 		for _, host := range []string{"n2", "n1"} { // n1 had the etcd first
 			c.run(t, host, "microk8s", "leave")
 			if host == "n2" {
 				c.run(t, "n1", "microk8s", "remove-node", "n2")
-				c.wantNodes(t, "n1", "n1")
+				c.wantNodes(t, "n1", "n1", "w1")
 			}
 			c.waitReady(t, host, host)
 			c.wantMark(t, host, "")
@@ -144,6 +135,18 @@ func TestEtcdBehindBalancer(t *testing.T) {
 			}
 		}
 	})
+}
+
+// wantAddress checks that the others know a node by its own address.
+func (c *cluster) wantAddress(t *testing.T, at, host string) {
+	t.Helper()
+	n, err := c.node(t, at, host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(n.Status.Addresses) == 0 || n.Status.Addresses[0].Address != c.ip(t, host) {
+		t.Errorf("%s has the addresses %v, want %s", host, n.Status.Addresses, c.ip(t, host))
+	}
 }
 
 // etcdCluster is an etcd of three members on one host.
@@ -338,7 +341,7 @@ func (c *cluster) startBalancer(t *testing.T, last func(func()), host, first, se
 	var lines []string
 	for line := range strings.Lines(documented(t)) {
 		if !strings.Contains(line, "10.0.0.3") {
-			lines = append(lines, strings.NewReplacer("10.0.0.1:", first+":", "10.0.0.2:", second+":").Replace(line))
+			lines = append(lines, strings.NewReplacer("10.0.0.1:", first+":", "10.0.0.2:", second+":").Replace(strings.Replace(line, ":25000", ":"+c.port, 1)))
 		}
 	}
 	if err := os.WriteFile(filepath.Join(root, "etc/haproxy.cfg"), []byte(strings.Join(lines, "")), 0o644); err != nil {
@@ -346,6 +349,13 @@ func (c *cluster) startBalancer(t *testing.T, last func(func()), host, first, se
 	}
 	c.run(t, host, "/opt/haproxy/haproxy", "-c", "-f", "/etc/haproxy.cfg")
 	c.spawn(t, last, host, "haproxy", "/opt/haproxy/haproxy", "-db", "-f", "/etc/haproxy.cfg")
+	eventually(t, time.Minute, func() error {
+		conn, err := c.lab.Dial(t.Context(), host, "tcp", net.JoinHostPort(c.ip(t, host), c.port))
+		if err == nil {
+			err = conn.Close()
+		}
+		return err
+	})
 }
 
 // through gives clients that reach the API servers at an address, each with a connection of its
@@ -396,71 +406,5 @@ func (c *cluster) webOnPort80(t *testing.T, at string, nodes ...string) {
 	}, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
-	}
-}
-
-// writer creates objects one after another, as fast as they are acknowledged.
-type writer struct {
-	namespace    string
-	cancel       context.CancelFunc
-	done         chan struct{}
-	mu           sync.Mutex
-	acknowledged []string
-	last         error
-	gap          time.Duration
-}
-
-func (c *cluster) write(t *testing.T, client func() *kubernetes.Clientset) *writer {
-	t.Helper()
-	w := &writer{namespace: "default", done: make(chan struct{})}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	w.cancel = cancel
-	t.Cleanup(cancel)
-	k := client()
-	go func() {
-		defer close(w.done)
-		last := time.Now()
-		for n := 0; ctx.Err() == nil; n++ {
-			name := fmt.Sprintf("write-%d", n)
-			_, err := k.CoreV1().ConfigMaps(w.namespace).Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
-			w.mu.Lock()
-			w.last = err
-			if err == nil {
-				w.acknowledged = append(w.acknowledged, name)
-				w.gap, last = max(w.gap, time.Since(last)), time.Now()
-			}
-			w.mu.Unlock()
-			select {
-			case <-ctx.Done():
-			case <-time.After(20 * time.Millisecond):
-			}
-		}
-	}()
-	return w
-}
-
-// goesOn waits for some more acknowledged writes.
-func (w *writer) goesOn(t *testing.T) {
-	t.Helper()
-	count := func() (int, error) {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return len(w.acknowledged), w.last
-	}
-	before, _ := count()
-	eventually(t, 2*time.Minute, func() error {
-		if n, err := count(); n < before+20 {
-			return fmt.Errorf("%d writes more, the last: %w", n-before, err)
-		}
-		return nil
-	})
-}
-
-func (w *writer) end(t *testing.T) {
-	t.Helper()
-	w.cancel()
-	<-w.done
-	if len(w.acknowledged) == 0 || !slices.IsSortedFunc(w.acknowledged, func(a, b string) int { return len(a) - len(b) }) {
-		t.Fatal("nothing was written")
 	}
 }

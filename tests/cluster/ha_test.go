@@ -1,12 +1,10 @@
 package cluster
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -287,96 +285,24 @@ func (c *cluster) testPods(t *testing.T, hosts []string) {
 	}
 }
 
-// writes counts what API servers have acknowledged.
-type writes struct {
-	mu    sync.Mutex
-	acked []string
-	last  time.Time
-	gap   time.Duration // the longest time without any, since the fault
-	begun bool          // the fault
-}
-
-func (w *writes) ack(name string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	now := time.Now()
-	if w.begun && now.Sub(w.last) > w.gap {
-		w.gap = now.Sub(w.last)
-	}
-	w.acked, w.last = append(w.acked, name), now
-}
-
-func (w *writes) count() int {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return len(w.acked)
-}
-
-const writesNamespace = "kube-public"
-
 // testFault writes through all control-plane nodes while something is done to one of them. What
 // was acknowledged is there afterwards, on each of them; the worker and who goes through its
 // proxy carry on.
 func (c *cluster) testFault(t *testing.T, hosts []string, victim, what string, begin, end func() error) {
 	others := slices.DeleteFunc(slices.Clone(hosts), func(h string) bool { return h == victim })
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	w := &writes{}
-	var all sync.WaitGroup
-	write := func(who string, k *kubernetes.Clientset) {
-		defer all.Done()
-		for i := 0; ctx.Err() == nil; i++ {
-			name := fmt.Sprintf("w-%s-%s-%d-%d", strings.ReplaceAll(what, " ", "-"), who, os.Getpid(), i)
-			limit, cancel := context.WithTimeout(ctx, 5*time.Second)
-			_, err := k.CoreV1().ConfigMaps(writesNamespace).Create(limit, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: victim + name, Labels: map[string]string{"test": "writes"}}}, metav1.CreateOptions{})
-			cancel()
-			if err == nil {
-				w.ack(victim + name)
-				continue
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(20 * time.Millisecond): // the API server may not listen just now
-			}
-		}
-	}
+	clients := map[string]*kubernetes.Clientset{"proxy": c.throughProxy(t, hosts[0], "w1")}
 	for _, h := range hosts {
-		all.Add(1)
-		go write(h, c.client(t, h))
+		clients[h] = c.client(t, h)
 	}
-	all.Add(1)
-	go write("proxy", c.throughProxy(t, hosts[0], "w1"))
-	proxied := func() int {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		n := 0
-		for _, name := range w.acked {
-			if strings.Contains(name, "-proxy-") {
-				n++
-			}
-		}
-		return n
-	}
-	more := func(n int, of func() int) {
-		t.Helper()
-		from := of()
-		eventually(t, 2*time.Minute, func() error {
-			if got := of() - from; got < n {
-				return fmt.Errorf("%d writes of %d", got, n)
-			}
-			return nil
-		})
-	}
-	more(50, w.count)
-	w.mu.Lock()
-	w.begun = true
-	w.mu.Unlock()
+	w := c.write(t, victim+" "+what, clients)
+	w.goOn(t, 50, "")
+	w.fault()
 	if err := begin(); err != nil {
 		t.Fatal(err)
 	}
 	// The first may have been under way.
-	more(100, w.count)
-	more(50, proxied)
+	w.goOn(t, 100, "")
+	w.goOn(t, 50, "proxy")
 	lease := func() time.Time {
 		l, err := c.client(t, others[0]).CoordinationV1().Leases("kube-node-lease").Get(t.Context(), "w1", metav1.GetOptions{})
 		if err != nil || l.Spec.RenewTime == nil {
@@ -398,41 +324,10 @@ func (c *cluster) testFault(t *testing.T, hosts []string, victim, what string, b
 		c.wantHA(t, h, "yes", len(hosts))
 		c.waitReady(t, h, victim)
 	}
-	more(50, w.count)
-	cancel()
-	all.Wait()
-	t.Logf("%s %s: %d writes acknowledged, the longest gap was %s", victim, what, w.count(), w.gap.Round(10*time.Millisecond))
-	c.acked(w.acked)
+	w.goOn(t, 50, "")
+	c.end(t, w)
 	for _, h := range hosts {
 		c.wantWrites(t, h)
-	}
-}
-
-// acked remembers what must never be lost.
-func (c *cluster) acked(names []string) { c.written = append(c.written, names...) }
-
-// wantWrites checks that an API server knows all that was ever acknowledged.
-func (c *cluster) wantWrites(t *testing.T, host string) {
-	t.Helper()
-	var list *corev1.ConfigMapList
-	eventually(t, time.Minute, func() (err error) {
-		list, err = c.client(t, host).CoreV1().ConfigMaps(writesNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: "test=writes"})
-		return err
-	})
-	have := map[string]bool{}
-	for _, cm := range list.Items {
-		have[cm.Name] = true
-	}
-	lost := 0
-	for _, name := range c.written {
-		if !have[name] {
-			if lost++; lost < 5 {
-				t.Errorf("%s was acknowledged, and %s does not know it", name, host)
-			}
-		}
-	}
-	if lost > 0 {
-		t.Errorf("%d of %d acknowledged writes are lost", lost, len(c.written))
 	}
 }
 
@@ -470,13 +365,11 @@ func (c *cluster) noSecrets(t *testing.T, left, member string) {
 	}
 }
 
-// testInterruptedRemove kills a removal at its steps, and runs it again until it is done.
+// testInterruptedRemove kills a removal at one of its points, and runs it again.
 func (c *cluster) testInterruptedRemove(t *testing.T, host, node string) {
 	p := c.points(t, "remove-node", 1)[0]
 	t.Run(p, func(t *testing.T) {
-		if r := c.try(t, host, "env", "MICROK8S_DIE_AT="+p, "microk8s", "remove-node", node); r.code != killed {
-			t.Fatalf("it was not killed there: %s", r)
-		}
+		c.wantKilled(t, host, p, "microk8s", "remove-node", node)
 		c.run(t, host, "microk8s", "remove-node", node)
 	})
 }

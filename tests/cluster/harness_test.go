@@ -36,6 +36,7 @@ type cluster struct {
 	lab  *lab.Lab
 	seed uint64
 	rand *rand.Rand
+	port string // of the agents
 
 	written []string // what API servers have acknowledged: names of ConfigMaps
 }
@@ -49,7 +50,7 @@ func newCluster(t *testing.T, hosts ...string) *cluster {
 	if _, err := os.Stat(filepath.Join(snap, "bin/kubelite")); err != nil {
 		t.Fatalf("%v; run `make build` first", err)
 	}
-	c := &cluster{lab: labtest.New(t, snap), seed: seed(t)}
+	c := &cluster{lab: labtest.New(t, snap), seed: seed(t), port: "25000"}
 	c.rand = rand.New(rand.NewPCG(c.seed, 0))
 	t.Logf("seed %d (MICROK8S_TEST_SEED)", c.seed)
 	for _, h := range hosts {
@@ -148,12 +149,21 @@ func (c *cluster) line(t *testing.T, host string, flags ...string) []string {
 	t.Helper()
 	out := c.run(t, host, append([]string{"microk8s", "add-node"}, flags...)...)
 	for text := range strings.Lines(out) {
-		if strings.Contains(text, ":25000/") {
+		if strings.Contains(text, ":"+c.port+"/") {
 			return strings.Fields(text)
 		}
 	}
 	t.Fatalf("add-node printed no line:\n%s", out)
 	return nil
+}
+
+// lineTo is line with another address in it: of a balancer, or of who poses as the node.
+func (c *cluster) lineTo(t *testing.T, address, host string, flags ...string) []string {
+	t.Helper()
+	words := c.line(t, host, flags...)
+	_, secret, _ := strings.Cut(words[2], "/")
+	words[2] = address + "/" + secret
+	return words
 }
 
 // join types a fresh line.

@@ -59,9 +59,11 @@ func TestMany(t *testing.T) {
 		if err := c.lab.Kill(t.Context(), "n1"); err != nil {
 			t.Fatal(err)
 		}
+		died := time.Now()
 		if r := <-done; r.code == 0 || !strings.Contains(r.err, "the node is what it was before") {
 			t.Fatalf("join: %s", r)
 		}
+		t.Logf("the join was taken back %s after the other node died", time.Since(died).Round(100*time.Millisecond))
 		c.waitReady(t, "n2", "n2")
 		c.wantMark(t, "n2", "single")
 		if err := c.lab.Start(t.Context(), "n1"); err != nil {

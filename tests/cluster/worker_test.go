@@ -1,12 +1,9 @@
 package cluster
 
 import (
-	"fmt"
 	"os"
 	"strings"
 	"testing"
-
-	membership "microk8s/internal/cluster"
 )
 
 const killed = 128 + 9
@@ -22,6 +19,7 @@ func TestWorker(t *testing.T) {
 		c.mark(t, "w1", "single")
 	})
 	step("refused", func(t *testing.T) { c.testRefused(t, "n1", "w1") })
+	step("somebody in the middle", func(t *testing.T) { c.testMiddle(t, "n1", "w1") })
 	step("interrupted and taken back", func(t *testing.T) { c.testInterrupted(t, "join-worker", "n1", "w1", "--worker") })
 	step("join", func(t *testing.T) {
 		c.join(t, "n1", "w1", "--worker")
@@ -86,7 +84,7 @@ func TestWorker(t *testing.T) {
 		}
 	})
 	step("join again", func(t *testing.T) {
-		c.join(t, "n1", "w1", "--worker")
+		c.testStrange(t, "n1", "w1", "--worker")
 		c.waitReady(t, "n1", "w1")
 	})
 }
@@ -141,14 +139,7 @@ func (c *cluster) testRefused(t *testing.T, from, host string) {
 // that the seed chooses otherwise.
 func (c *cluster) points(t *testing.T, operation string, some int) []string {
 	t.Helper()
-	names := membership.Steps()[operation]
-	if len(names) < 3 {
-		t.Fatalf("%s has the steps %q", operation, names)
-	}
-	var all []string
-	for _, name := range names {
-		all = append(all, fmt.Sprintf("%s/%s/begin", operation, name), fmt.Sprintf("%s/%s/end", operation, name))
-	}
+	all := c.allPoints(t, operation)
 	if long() {
 		return all
 	}
@@ -167,10 +158,7 @@ func (c *cluster) testInterrupted(t *testing.T, operation, from, host string, fl
 	for _, point := range c.points(t, operation, 2) {
 		t.Run(point, func(t *testing.T) {
 			line := append(c.line(t, from), flags...)
-			die := append([]string{"env", "MICROK8S_DIE_AT=" + point}, line...)
-			if r := c.try(t, host, die...); r.code != killed {
-				t.Fatalf("it was not killed there: %s", r)
-			}
+			c.wantKilled(t, host, point, line...)
 			if !committed(point) {
 				r := c.try(t, host, "microk8s", "leave") // which takes it back
 				if r.code != 0 {
@@ -178,9 +166,7 @@ func (c *cluster) testInterrupted(t *testing.T, operation, from, host string, fl
 				}
 				c.waitReady(t, host, host)
 				c.wantMark(t, host, "single")
-				if r := c.try(t, host, die...); r.code != killed {
-					t.Fatalf("it was not killed there the second time, with the same token: %s", r)
-				}
+				c.wantKilled(t, host, point, line...) // with the same token
 			}
 			if r := c.try(t, host, line...); r.code != 0 {
 				t.Fatalf("going on: %s", r)
@@ -200,17 +186,11 @@ func (c *cluster) testInterrupted(t *testing.T, operation, from, host string, fl
 	}
 }
 
-// testInterruptedLeave kills a leave at its steps, and runs it again until it is done. The node is
-// joined again in between.
+// testInterruptedLeave kills a leave at one of its points, and runs it again.
 func (c *cluster) testInterruptedLeave(t *testing.T, host string) {
-	point := c.points(t, "leave", 1)
-	for _, p := range point[:1] {
-		t.Run(p, func(t *testing.T) {
-			r := c.try(t, host, "env", "MICROK8S_DIE_AT="+p, "microk8s", "leave")
-			if r.code != killed {
-				t.Fatalf("it was not killed there: %s", r)
-			}
-			c.run(t, host, "microk8s", "leave")
-		})
-	}
+	p := c.points(t, "leave", 1)[0] // TestInterrupted has all
+	t.Run(p, func(t *testing.T) {
+		c.wantKilled(t, host, p, "microk8s", "leave")
+		c.run(t, host, "microk8s", "leave")
+	})
 }
