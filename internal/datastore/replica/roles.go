@@ -72,8 +72,12 @@ func (r *Replica) refreshLocked(ctx context.Context) error {
 	return nil
 }
 
-// step makes one change of a role, if one is due.
+// step makes one change of a role, if one is due. A daemon that gives its own role away makes none
+// beside that: of two members it would take the vote back that it has just given.
 func (r *Replica) step(ctx context.Context, began time.Time, failed *time.Time) bool {
+	if r.stopping.Load() {
+		return false
+	}
 	c, ok := plan(r.m.Node().ID, r.candidates(began))
 	if !ok || ctx.Err() != nil {
 		return false
