@@ -20,7 +20,8 @@ type together struct {
 // keptBytes is how large a buffer is kept for the next request.
 const keptBytes = 64 << 10
 
-func newTogether(c net.Conn) *together { return &together{Conn: c, r: bufio.NewReader(c)} }
+// Together makes a connection to dqlite such that each request goes out in one piece.
+func Together(c net.Conn) net.Conn { return &together{Conn: c, r: bufio.NewReader(c)} }
 
 func (t *together) Write(p []byte) (int, error) {
 	t.out = append(t.out, p...)

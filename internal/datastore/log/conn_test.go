@@ -9,7 +9,7 @@ import (
 // What was written goes out in one piece, when an answer is waited for and not before.
 func TestTogether(t *testing.T) {
 	ours, theirs := net.Pipe() // without a buffer: a write is seen as it was made
-	c := newTogether(ours)
+	c := Together(ours)
 	defer c.Close()
 	for _, piece := range []string{"head", "er", "body"} {
 		if n, err := c.Write([]byte(piece)); n != len(piece) || err != nil {

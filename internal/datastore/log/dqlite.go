@@ -70,7 +70,7 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 			if err != nil {
 				return nil, err
 			}
-			return newTogether(conn), nil
+			return Together(conn), nil
 		},
 	}
 	attempt, cancel := context.WithTimeout(ctx, openTimeout)

@@ -236,7 +236,13 @@ func (m *Member) DialOwn(ctx context.Context) (net.Conn, error) {
 // Client connects to the own node with dqlite's administrative protocol.
 func (m *Member) Client(ctx context.Context) (*client.Client, error) {
 	return client.New(ctx, m.node.Address, client.WithLogFunc(m.logf),
-		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) { return m.DialOwn(ctx) }))
+		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) {
+			conn, err := m.DialOwn(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return dslog.Together(conn), nil
+		}))
 }
 
 // OpenLog opens the log on the own node. It waits until the node leads, and says every ten

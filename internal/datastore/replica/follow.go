@@ -126,11 +126,14 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			began = true
 			f := &following{address: address, conn: conn, ctx: ctx}
 			f.barrier.run = func(ctx context.Context) (int64, error) {
-				a, err := callTimed[barrierAnswer](ctx, askLimit, conn, "Barrier", &empty{})
-				if err != nil {
-					return 0, err
-				}
-				return a.Rev, nil
+				ctx, cancel := context.WithTimeout(ctx, askLimit)
+				defer cancel()
+				return askRev(ctx, conn, &barrierRequest{})
+			}
+			f.latest.run = func(ctx context.Context) (int64, error) {
+				ctx, cancel := context.WithTimeout(ctx, askLimit)
+				defer cancel()
+				return askRev(ctx, conn, &barrierRequest{Unconfirmed: true})
 			}
 			r.following.Store(f)
 			r.log.Info("following", "leader", address, "revision", r.e.Rev())
@@ -138,6 +141,14 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			r.isReady()
 		}
 	}
+}
+
+func askRev(ctx context.Context, conn *grpc.ClientConn, q *barrierRequest) (int64, error) {
+	a, err := call[barrierAnswer](ctx, conn, "Barrier", q)
+	if err != nil {
+		return 0, err
+	}
+	return a.Rev, nil
 }
 
 // serveFollow sends everything after a revision, as long as this daemon leads.

@@ -220,8 +220,24 @@ func (r *Replica) confirm(ctx context.Context) error {
 	return err
 }
 
-func (r *Replica) serveBarrier(ctx context.Context, _ *empty) (*barrierAnswer, error) {
-	if !r.e.Leads() || r.confirm(ctx) != nil {
+// CatchUp is part of server.Backend.
+func (r *Replica) CatchUp(ctx context.Context) {
+	f := r.following.Load()
+	if f == nil || r.e.Leads() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, askLimit)
+	defer cancel()
+	if rev, err := f.latest.wait(ctx, f.ctx); err == nil {
+		_ = r.e.WaitRev(ctx, rev) // it was a try
+	}
+}
+
+func (r *Replica) serveBarrier(ctx context.Context, q *barrierRequest) (*barrierAnswer, error) {
+	if !r.e.Leads() {
+		return nil, notLeading
+	}
+	if !q.Unconfirmed && r.confirm(ctx) != nil {
 		return nil, notLeading
 	}
 	return &barrierAnswer{Rev: r.e.Rev()}, nil
@@ -341,6 +357,7 @@ func (l leader) Barrier(ctx context.Context) error {
 	}
 	return nil
 }
+func (l leader) CatchUp(context.Context)   {}
 func (l leader) HasLeader() bool           { return l.r.e.Leads() }
 func (l leader) Size() (total, used int64) { return l.r.e.Size() }
 

@@ -104,7 +104,8 @@ type following struct {
 	address string
 	conn    *grpc.ClientConn
 	ctx     context.Context
-	barrier rounds
+	barrier rounds // gives a confirmed revision
+	latest  rounds // gives the revision that the leader has
 }
 
 var _ server.Backend = (*Replica)(nil)

@@ -58,6 +58,12 @@ type pingAnswer struct {
 
 type whoAnswer struct{ ID, LeaderID uint64 }
 
+// barrierRequest asks for a confirmed revision.
+type barrierRequest struct {
+	// Unconfirmed asks for the leader's revision alone, no matter whether it still leads.
+	Unconfirmed bool
+}
+
 type barrierAnswer struct{ Rev int64 }
 
 type joinRequest struct {

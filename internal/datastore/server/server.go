@@ -67,6 +67,9 @@ type Backend interface {
 	Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error)
 	// Barrier returns nil when every write acknowledged before the call is in the engine.
 	Barrier(ctx context.Context) error
+	// CatchUp tries to bring the engine to where the leader is. It proves nothing: an answer
+	// after it is as new as can be had without asking a majority.
+	CatchUp(ctx context.Context)
 	// HasLeader says whether a leader is known.
 	HasLeader() bool
 	// Size is the size of the database in bytes, and how much of it is in use.

@@ -256,11 +256,11 @@ func events(changes []state.Change, prev bool) []*mvccpb.Event {
 	return out
 }
 
-// progress answers a progress request: after all events up to the revision that it names.
+// progress answers a progress request: after all events up to the revision that it names. That
+// need not be confirmed by a majority, as a read is: who asks has got the revision that it waits
+// for from a read, and asks again when the answer is older.
 func (st *stream) progress() error {
-	if err := st.s.barrier(st.Context()); err != nil {
-		return toGRPC(err)
-	}
+	st.s.opt.Backend.CatchUp(st.Context())
 	rev := st.s.opt.Engine.Hub().Rev()
 	if err := st.deliverAll(); err != nil {
 		return err
