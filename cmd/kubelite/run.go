@@ -122,7 +122,13 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 
 	group := daemons.NewGroup(ctx, log)
-	group.Go("image import", untilDone(func(ctx context.Context) error { return loadImages(ctx, env, log) }))
+	group.Go("image import", func(ctx context.Context) error {
+		if err := loadImages(ctx, env, log); err != nil && ctx.Err() == nil {
+			return err
+		}
+		images.Sideload(ctx, env, log)
+		return nil
+	})
 	if f.startControlPlane {
 		group.Start(parsed[daemons.APIServer])
 		admin, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -139,7 +140,7 @@ func (in *Installer) directories(context.Context) error {
 		filepath.Join(in.Env.Data, "tmp"), filepath.Join(in.Env.Data, "var/log"), filepath.Join(in.Env.Data, "var/tmp"),
 		filepath.Join(in.Env.Common, "addons"), in.Env.PluginsDir(), filepath.Join(in.Env.Common, "hooks"),
 		filepath.Join(in.Env.Common, "hooks/reconcile.d"), filepath.Join(in.Env.Common, "hooks/post-refresh.d"), filepath.Join(in.Env.Common, "hooks/remove.d"),
-		filepath.Join(in.Env.Common, "etc/launcher"), filepath.Join(in.Env.Common, "etc/sideload"),
+		filepath.Join(in.Env.Common, "etc/launcher"), in.Env.SideloadDir(),
 	} {
 		if err := a.SharedDir(dir); err != nil {
 			return err
@@ -160,6 +161,54 @@ func (in *Installer) directories(context.Context) error {
 		}
 	}
 	return nil
+}
+
+// sideload takes over the archives of images that were put beside the snap before it was
+// installed (cli.md 8.1, 4); internal/images loads them.
+func (in *Installer) sideload(context.Context) error {
+	for _, from := range []string{in.Env.UserCommon, in.Env.Common, in.Env.Snap} {
+		archives, err := filepath.Glob(filepath.Join(from, "sideload/*.tar"))
+		if err != nil {
+			return err
+		}
+		for _, archive := range archives {
+			to := filepath.Join(in.Env.SideloadDir(), filepath.Base(archive))
+			if err := copyOnce(to, archive); err != nil {
+				return err
+			}
+			if err := in.changed(to); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// copyOnce copies a file that may be large, unless it is there.
+func copyOnce(to, from string) (err error) {
+	if _, err := os.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	part, err := os.OpenFile(to+".part", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err = errors.Join(err, part.Close()); err != nil {
+			err = errors.Join(err, os.Remove(part.Name()))
+		} else {
+			err = os.Rename(part.Name(), to)
+		}
+	}()
+	if _, err := io.Copy(part, src); err != nil {
+		return err
+	}
+	return part.Sync()
 }
 
 // defaultArgs copies shipped argument files that are not there yet. A colon cannot be in a file

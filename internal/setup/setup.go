@@ -58,6 +58,7 @@ func (in *Installer) Install(ctx context.Context) error {
 		{"make the revision's directory", in.revision},
 		{"make the group " + snapenv.Group, in.group},
 		{"make the directories", in.directories},
+		{"take over the images to load", in.sideload},
 		{"copy the default arguments", in.defaultArgs},
 		{"prepare the datastore", in.datastore},
 		{"make certificates and credentials", in.certificates},

@@ -39,6 +39,8 @@ func machine(t *testing.T) *Installer {
 	for _, plugin := range []string{"bridge", "host-local"} {
 		put(filepath.Join(env.ShippedCNIBin(), plugin), "plugin", 0o755)
 	}
+	put(filepath.Join(env.UserCommon, "sideload/mine.tar"), "images of mine", 0o600)
+	put(filepath.Join(env.Common, "sideload/ours.tar"), "images of ours", 0o600)
 	put(env.HostPath("etc/group"), "root:x:0:\nsystemd-x:x:999:\n", 0o644)
 	put(env.HostPath("etc/gshadow"), "root:*::\n", 0o640)
 	put(env.HostPath("proc/meminfo"), "MemTotal:        2048000 kB\nMemFree: 1 kB\n", 0o444)
@@ -395,5 +397,21 @@ func TestRefreshMovesTheDatastore(t *testing.T) {
 	}
 	if data, err := os.ReadFile(filepath.Join(in.Env.BackendLive()+".undone", "metadata1")); err != nil || string(data) != "first" {
 		t.Errorf("of the undone refresh there is %q, %v", data, err)
+	}
+}
+
+// Archives of images that were there before are taken over, for internal/images to load.
+func TestSideload(t *testing.T) {
+	in := machine(t)
+	if err := in.Install(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"mine.tar": "images of mine", "ours.tar": "images of ours"} {
+		if got, err := os.ReadFile(filepath.Join(in.Env.SideloadDir(), name)); err != nil || string(got) != want {
+			t.Errorf("%s is %q, %v", name, got, err)
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(in.Env.SideloadDir(), "*.part")); len(left) > 0 {
+		t.Errorf("left over: %v", left)
 	}
 }

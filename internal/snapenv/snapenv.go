@@ -252,6 +252,9 @@ func (e Env) ContainerdState() string { return filepath.Join(e.Common, "run/cont
 // KubeletRoot is the kubelet's directory.
 func (e Env) KubeletRoot() string { return filepath.Join(e.Common, "var/lib/kubelet") }
 
+// SideloadDir takes archives of images that containerd is to have.
+func (e Env) SideloadDir() string { return filepath.Join(e.Common, "etc/sideload") }
+
 // DefaultStorage is where the hostpath provisioner keeps volumes.
 func (e Env) DefaultStorage() string { return filepath.Join(e.Common, "default-storage") }
 

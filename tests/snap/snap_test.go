@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -34,6 +32,7 @@ func TestSnap(t *testing.T) {
 		}
 	}
 	step("install", func(t *testing.T) {
+		m.run(t, "bash", "-c", "install -D /mnt/build/test-images/web.tar ~root/snap/microk8s/common/sideload/web.tar")
 		m.run(t, "snap", "install", "--dangerous", "--classic", packed(t))
 		m.connect(t)
 		m.waitReady(t)
@@ -44,9 +43,11 @@ func TestSnap(t *testing.T) {
 	step("pod", m.startPod)
 	step("settings", m.testSettings)
 	step("refresh", m.testRefresh)
-	step("failing refresh", m.testFailingRefresh)
+	step("failing refresh", func(t *testing.T) { m.testFailingRefresh(t, "post-refresh", "x2") })
 	step("revert", m.testRevert)
 	step("revert to another CA", m.testOtherCA)
+	// Not before: it costs the revision to go back to.
+	step("refresh whose configure fails", func(t *testing.T) { m.testFailingRefresh(t, "configure", "x1") })
 	step("reboot", m.testReboot)
 	step("remove", func(t *testing.T) {
 		m.run(t, "snap", "remove", "microk8s")
@@ -180,15 +181,10 @@ func (m *machine) testCommands(t *testing.T) {
 	m.waitReady(t)
 }
 
-// startPod runs a pod that must live on through what comes.
+// startPod runs a pod that must live on through what comes. Its image was beside the snap when
+// that was installed.
 func (m *machine) startPod(t *testing.T) {
-	image, err := os.Open(filepath.Join(build, "test-images/web.tar"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer image.Close()
-	m.runIn(t, image, "microk8s", "ctr", "images", "import", "-")
-	_, err = m.client.CoreV1().Pods("default").Create(t.Context(), &corev1.Pod{
+	_, err := m.client.CoreV1().Pods("default").Create(t.Context(), &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
 		Spec: corev1.PodSpec{
 			TerminationGracePeriodSeconds: new(int64),
@@ -380,19 +376,23 @@ func (m *machine) testServicesActive(t *testing.T) {
 	}
 }
 
-func (m *machine) testFailingRefresh(t *testing.T) {
-	bad := m.repack(t, "v1.37.100", map[string]string{"meta/hooks/post-refresh": "#!/bin/sh\necho this release is broken\nexit 1\n"})
+// testFailingRefresh refreshes to a revision of which one hook fails: revision goes on. With
+// configure, which is the last hook, the next one's services have run by then.
+func (m *machine) testFailingRefresh(t *testing.T, hook, revision string) {
+	bad := m.repack(t, "v1.37.100", map[string]string{"meta/hooks/" + hook: "#!/bin/sh\necho this release is broken\nexit 1\n"})
 	was := m.waitPod(t)
-	tr := m.startTraffic(t, "failing")
+	before := m.takeState(t)
+	tr := m.startTraffic(t, "failing-"+hook)
 	if out, code := m.try(t, "snap", "install", "--dangerous", "--classic", bad); code == 0 || !strings.Contains(out, "this release is broken") {
 		t.Errorf("exit code %d\n%s", code, out)
 	}
 	m.waitReady(t)
 	tr.check(t)
-	if out := m.run(t, "microk8s", "version"); !strings.Contains(out, "revision x2") {
+	if out := m.run(t, "microk8s", "version"); !strings.Contains(out, "revision "+revision) {
 		t.Errorf("after the undone refresh: %s", out)
 	}
 	m.samePod(t, was)
+	m.sameButRevision(t, before)
 	m.testServicesActive(t)
 }
 
@@ -410,7 +410,7 @@ func (m *machine) testRevert(t *testing.T) {
 	m.sameButRevision(t, before)
 	m.testServicesActive(t)
 	// What was written between refresh and revert is part of the cluster, not of the revision.
-	if _, err := m.client.CoreV1().ConfigMaps("default").Get(t.Context(), "failing-0", metav1.GetOptions{}); err != nil && !apierrors.IsNotFound(err) {
+	if _, err := m.client.CoreV1().ConfigMaps("default").Get(t.Context(), "failing-post-refresh-0", metav1.GetOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		t.Error(err)
 	}
 }
