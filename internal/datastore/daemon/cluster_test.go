@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -457,6 +458,52 @@ func TestFiveMembers(t *testing.T) {
 		return strings.Contains(string(text), "was removed from the cluster") || strings.Contains(string(text), "not a member of the datastore")
 	})
 	other.put(t, "/still", "works")
+}
+
+// The voters are in as many failure domains as there are, whoever of them comes and goes.
+func TestFailureDomains(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 0)
+	domains := map[string]string{} // by address
+	for _, domain := range []string{"1", "1", "1", "2", "3"} {
+		m := c.prepare()
+		writeFile(t, filepath.Join(m.dir, "failure-domain"), []byte(domain+"\n"))
+		c.start(m)
+		domains[m.address] = domain
+	}
+	voters := func() (in string, members map[string]*testMember) {
+		members = map[string]*testMember{}
+		var list []string
+		for _, p := range c.leader().list(t) {
+			if p.Role != peers.Voter {
+				continue
+			}
+			list = append(list, domains[p.Address])
+			for _, m := range c.members {
+				if m.address == p.Address {
+					members[domains[p.Address]] = m
+				}
+			}
+		}
+		slices.Sort(list)
+		return strings.Join(list, " "), members
+	}
+	wait := func(want string) {
+		t.Helper()
+		within(t, "the voters are in "+want, func() bool { in, _ := voters(); return in == want })
+	}
+	wait("1 2 3")
+	_, members := voters()
+	first := members["1"]
+	first.kill(t) // another of its domain takes its place
+	within(t, "another of the domain votes", func() bool { in, now := voters(); return in == "1 2 3" && now["1"] != first })
+	c.start(first)
+
+	lost := members["2"]
+	lost.kill(t) // nobody else is in its domain
+	wait("1 1 3")
+	c.start(lost)
+	wait("1 2 3")
 }
 
 // The leader ends when only it knows that the other member votes as well. Neither can lead
