@@ -222,7 +222,7 @@ func TestKeepsWhatItHas(t *testing.T) {
 		}
 	}
 	// In an upstream cluster nothing is wrong as long as nothing is due.
-	k.Now = nil
+	k.Now, c.junk, c.status = nil, false, http.StatusNotFound
 	if next, err := k.Look(t.Context()); err != nil || next <= 0 {
 		t.Errorf("%v, %v", next, err)
 	}
