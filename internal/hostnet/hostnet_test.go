@@ -453,6 +453,12 @@ func TestCleanupLeavesTheHostAsItWas(t *testing.T) {
 		})
 		return links + routes + run(t, "", "nft", "-s", "list", "ruleset") + strings.Join(files, "\n")
 	}
+	for deadline := time.Now().Add(30 * time.Second); strings.Contains(state(), "LOWERLAYERDOWN"); { // the kernel says a moment later that a link is up
+		if time.Now().After(deadline) {
+			t.Fatal("the link does not come up")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	before := state()
 
 	// What a node puts on the host.
