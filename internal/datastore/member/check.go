@@ -22,6 +22,7 @@ const (
 	diskFormat   = 1
 	metadataSize = 32
 	maxBatch     = 1 << 20 // entries of a batch that can be believed
+	openSize     = 8 << 20 // of an open segment at least: dqlite allocates it before it writes (UV__MAX_SEGMENT_SIZE)
 )
 
 var (
@@ -74,6 +75,11 @@ func finishCut(dir string) error {
 	return nil
 }
 
+// remedy says what to do about damaged files.
+func remedy(dir string) string {
+	return fmt.Sprintf("if other members of the cluster run, get the data from them with k8s-dqlite reseed --storage-dir %s, otherwise restore the directory from a backup", dir)
+}
+
 // CheckFiles reads Raft's files as dqlite is going to, and refuses those whose damage dqlite
 // would not notice or would make good by dropping what was acknowledged: a bad batch with a
 // good one after it, a bad closed segment or description of a snapshot, and lost metadata.
@@ -84,7 +90,7 @@ func CheckFiles(dir string) error {
 		return fmt.Errorf("cannot list %s: %w", dir, err)
 	}
 	damaged := func(name string, err error) error {
-		return fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: if other members of the cluster run, get the data from them with k8s-dqlite reseed --storage-dir %s, otherwise restore the directory from a backup", filepath.Join(dir, name), err, dir)
+		return fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: %s", filepath.Join(dir, name), err, remedy(dir))
 	}
 	type numbered struct {
 		name string
@@ -148,6 +154,9 @@ func CheckFiles(dir string) error {
 			return fmt.Errorf("cannot read the log: %w", err)
 		}
 		good, bad, err := checkOpen(data)
+		if err == nil && len(data) < openSize && !zero(data) {
+			err = fmt.Errorf("it has %d bytes, and had %d from its beginning", len(data), openSize)
+		}
 		if err != nil {
 			return damaged(o.name, err)
 		}
@@ -180,7 +189,7 @@ func checkMetadata(dir string) error {
 			return nil // the other may be missing on a young node, or torn by a crash
 		}
 	}
-	return fmt.Errorf("%s has a log, but the node's term and vote are lost: %w; restore the directory from a backup", dir, errors.Join(reasons...))
+	return fmt.Errorf("%s has a log, but the node's term and vote are lost: %w; %s", dir, errors.Join(reasons...), remedy(dir))
 }
 
 var (

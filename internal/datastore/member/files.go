@@ -1,6 +1,7 @@
 package member
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -152,6 +153,10 @@ func checkAddress(a string) error {
 func parseInfo(data []byte) (n Node, err error) {
 	if err := yaml.Unmarshal(data, &n); err != nil {
 		return n, err
+	}
+	// It is the last line. A file that ends within the one before has another node's ID.
+	if !bytes.Contains(data, []byte("Role:")) {
+		return n, errors.New("Role is missing") //nolint:staticcheck // a key of the file, as it is written
 	}
 	return n, checkNode(n)
 }

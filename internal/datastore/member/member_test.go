@@ -162,6 +162,9 @@ func TestCheckFiles(t *testing.T) {
 	good := segment(makeBatch("x"))
 	bad := append([]byte(nil), good...)
 	bad[len(bad)-1] ^= 1
+	open := func(written []byte) []byte {
+		return append(append(make([]byte, 0, openSize), written...), make([]byte, openSize-len(written))...)
+	}
 	for _, tc := range []struct {
 		name  string
 		files map[string][]byte
@@ -169,14 +172,15 @@ func TestCheckFiles(t *testing.T) {
 	}{
 		{"empty", nil, ""},
 		{"only prepared segments", map[string][]byte{"open-1": make([]byte, 4096)}, ""},
-		{"healthy", map[string][]byte{"0000000000000001-0000000000000001": good, "open-2": good, "metadata1": metadata}, ""},
-		{"one metadata file torn", map[string][]byte{"open-1": good, "metadata1": metadata, "metadata2": nil}, ""},
-		{"torn end", map[string][]byte{"open-1": bad, "open-2": make([]byte, 64), "metadata1": metadata}, ""},
-		{"bad segment before a good one", map[string][]byte{"open-9": bad, "open-10": good, "metadata1": metadata}, "open-9"},
+		{"healthy", map[string][]byte{"0000000000000001-0000000000000001": good, "open-2": open(good), "metadata1": metadata}, ""},
+		{"one metadata file torn", map[string][]byte{"open-1": open(good), "metadata1": metadata, "metadata2": nil}, ""},
+		{"torn end", map[string][]byte{"open-1": open(bad), "open-2": make([]byte, 64), "metadata1": metadata}, ""},
+		{"bad segment before a good one", map[string][]byte{"open-9": open(bad), "open-10": open(good), "metadata1": metadata}, "open-9"},
 		{"bad closed segment", map[string][]byte{"0000000000000001-0000000000000001": bad, "metadata1": metadata}, "0000000000000001-0000000000000001"},
 		{"zeroed closed segment", map[string][]byte{"0000000000000001-0000000000000001": make([]byte, 100), "metadata1": metadata}, "0000000000000001-0000000000000001"},
-		{"no metadata", map[string][]byte{"open-1": good}, "metadata1"},
-		{"short metadata", map[string][]byte{"open-1": good, "metadata1": metadata[:31]}, "metadata1"},
+		{"open segment cut off", map[string][]byte{"open-1": open(good)[:openSize/2], "metadata1": metadata}, "open-1"},
+		{"no metadata", map[string][]byte{"open-1": open(good)}, "metadata1"},
+		{"short metadata", map[string][]byte{"open-1": open(good), "metadata1": metadata[:31]}, "metadata1"},
 		{"bad snapshot", map[string][]byte{"snapshot-1-2-3.meta": make([]byte, 40), "metadata1": metadata}, "snapshot-1-2-3.meta"},
 	} {
 		dir := t.TempDir()

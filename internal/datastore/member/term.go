@@ -89,10 +89,10 @@ func checkTerm(dir string) error {
 	theirs, ok := readMetadata(dir)
 	switch {
 	case !ok:
-		return fmt.Errorf("the metadata files in %s are lost or damaged: term %d and vote are known to have been there; restore the directory from a backup", dir, ours.term)
+		return fmt.Errorf("the metadata files in %s are lost or damaged: term %d and vote are known to have been there; %s", dir, ours.term, remedy(dir))
 	case theirs.version < ours.version, theirs.term < ours.term, theirs.version == ours.version && theirs != ours:
-		return fmt.Errorf("the metadata files in %s are damaged or from another time: they say term %d, vote %d (version %d), and %s says term %d, vote %d (version %d); restore the directory from a backup",
-			dir, theirs.term, theirs.vote, theirs.version, termFile, ours.term, ours.vote, ours.version)
+		return fmt.Errorf("the metadata files in %s are damaged or from another time: they say term %d, vote %d (version %d), and %s says term %d, vote %d (version %d); %s",
+			dir, theirs.term, theirs.vote, theirs.version, termFile, ours.term, ours.vote, ours.version, remedy(dir))
 	}
 	return nil
 }
