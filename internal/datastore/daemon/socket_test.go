@@ -16,8 +16,7 @@ import (
 
 // The socket of dqlite in the daemon has no file, so that any process in its network namespace
 // finds it. It answers nobody but the daemon: not another user, and not another process of root.
-func TestOwnSocketAnswersNobodyElse(t *testing.T) {
-	t.Parallel()
+func TestOwnSocketAnswersNobodyElse(t *testing.T) { // not beside others: their nodes in this process end
 	start(t, newDir(t))
 	sockets := ownSockets(t)
 	if len(sockets) == 0 {
