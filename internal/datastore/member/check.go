@@ -154,8 +154,10 @@ func CheckFiles(dir string) error {
 			return fmt.Errorf("cannot read the log: %w", err)
 		}
 		good, bad, err := checkOpen(data)
-		if err == nil && len(data) < openSize && !zero(data) {
-			err = fmt.Errorf("it has %d bytes, and had %d from its beginning", len(data), openSize)
+		if err == nil && bad != nil && len(data) < openSize {
+			// A crash tears a write into the allocated space. dqlite cuts the file only at the end of
+			// a batch, before it renames it.
+			err = fmt.Errorf("it was cut off: %w", bad)
 		}
 		if err != nil {
 			return damaged(o.name, err)
