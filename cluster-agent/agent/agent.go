@@ -105,7 +105,8 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	limiter := &limit.Limiter{}
 	core := func() (*kube.Core, error) { return kube.FromFile(env.AdminKubeconfig()) }
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
-	here.Remove = func(ctx context.Context, endpoint string) error { return peers.Remove(ctx, env.Backend(), endpoint) }
+	remove := func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
+	here.Remove = remove
 	remote := &worker.Keeper{Env: env, Node: name, Restart: services.Restart, Log: log}
 	here.Fresh = remote.Callback
 	if !isWorker {
@@ -120,6 +121,8 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		(&broker.Broker{
 			Env: env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
 			Cluster: apiServer{core},
+			Live:    func(ctx context.Context) ([]peers.Member, error) { return peers.Members(ctx, env.Backend()) },
+			Remove:  remove,
 			Tokens:  tokenstore.Open(env, core),
 		}).Register(srv)
 	}

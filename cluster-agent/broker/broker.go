@@ -4,7 +4,8 @@
 //
 // A call first finds everything that speaks against it, then reserves the token, and only then
 // changes anything. What a join changes here is the datastore's address, once, when the first
-// member still listens on the loopback; nothing takes that back (design decision 6).
+// member still listens on the loopback; nothing takes that back (design decision 6). A token for a
+// node that was installed anew also removes the dead member that it was before.
 //
 // Statuses and texts are upstream's (cluster-agent.md 3.3); what is said beside them is in the
 // member `code` of an error. What one node is asked to do by others is in cluster-agent/node.
@@ -28,6 +29,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/limit"
+	"microk8s/internal/datastore/peers"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/agentport"
 	"microk8s/internal/args"
@@ -72,6 +74,11 @@ type Broker struct {
 	Log      *slog.Logger
 	Version  string // of Kubernetes, such as v1.37.1
 	Maker    pki.Maker
+
+	// Live gives the datastore's members as its daemon knows them now, Remove takes the one with an
+	// address (host:port) out.
+	Live   func(context.Context) ([]peers.Member, error)
+	Remove func(ctx context.Context, address string) error
 
 	// Interfaces lists this host's addresses; nil means the kernel's.
 	Interfaces func() ([]Interface, error)

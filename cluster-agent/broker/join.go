@@ -19,6 +19,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/defence"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -54,6 +55,8 @@ type joining struct {
 	local   netip.Addr // of this node, where the request came in
 	nodes   []corev1.Node
 	members []Member // nil with an external etcd
+
+	replaces string // address of the datastore's member that this node was before it was installed anew
 }
 
 func (b *Broker) join(w http.ResponseWriter, r *http.Request) {
@@ -90,14 +93,25 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	if _, err := c.b.Tokens.Reserve(ctx, j.token, j.joiner); err != nil {
 		return nil, c.tokenFailure(err)
 	}
+	failed := func(err error) error {
+		if undo := c.b.Tokens.Release(context.WithoutCancel(ctx), j.token, req.Hostname); undo != nil {
+			c.b.Log.Warn("the token stays reserved for ten minutes", "err", undo)
+		}
+		return err
+	}
+	if j.replaces != "" {
+		c.note("replaces", j.replaces)
+		if err := c.b.Remove(ctx, j.replaces); err != nil && !errors.Is(err, peers.ErrNotMember) {
+			return nil, failed(internal("cannot remove the datastore's member that this node was before", err))
+		}
+		j.members = slices.DeleteFunc(j.members, func(m Member) bool { return m.Address == j.replaces })
+	}
 	if !bool(req.Worker) && j.members != nil {
 		members, err := c.b.reachable(ctx, j.members, j.local, c.r.Host)
 		if err != nil {
-			if undo := c.b.Tokens.Release(context.WithoutCancel(ctx), j.token, req.Hostname); undo != nil {
-				c.b.Log.Warn("the token stays reserved for ten minutes", "err", undo)
-			}
-			return nil, err
+			return nil, failed(err)
 		}
+		members = slices.DeleteFunc(members, func(m Member) bool { return m.Address == j.replaces }) // the file may be older
 		for _, m := range members {
 			if m.Role == 0 {
 				answer.Voters = append(answer.Voters, m.Address)
@@ -159,8 +173,7 @@ func (c *call) problems(j *joining) (out []error) {
 			add(internal("Failed to retrieve dqlite cluster nodes", err))
 		}
 		if hasAddress(j.members, j.address) && !j.record.Knows(req.Hostname) {
-			add(fail(http.StatusInternalServerError, api.CodeMember,
-				"Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address))
+			add(b.memberProblem(ctx, j))
 		}
 	}
 	if j.nodes, err = b.Cluster.Nodes(ctx); err != nil {
@@ -170,6 +183,31 @@ func (c *call) problems(j *joining) (out []error) {
 	add(j.nameProblem())
 	add(j.ownerProblem())
 	return out
+}
+
+// memberProblem refuses an address that a member of the datastore has. The file that lists the
+// members may be a moment old, so the daemon is asked. A token for this node's name says that it was
+// installed anew: then its old member goes, if it does not live.
+func (b *Broker) memberProblem(ctx context.Context, j *joining) error {
+	live, err := b.Live(ctx)
+	if err != nil {
+		return internal("Failed to retrieve dqlite cluster nodes", err)
+	}
+	for _, m := range live {
+		ap, err := netip.ParseAddrPort(m.Address)
+		switch {
+		case err != nil || ap.Addr().Unmap() != j.address:
+		case !m.Online && j.record.Name == j.req.Hostname:
+			j.replaces = m.Address
+		default:
+			text := fmt.Sprintf("Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address)
+			if j.joiner.Ours && !m.Online {
+				text += fmt.Sprintf(". If it was installed anew, make a token for it with: microk8s add-node --name %s", j.req.Hostname)
+			}
+			return fail(http.StatusInternalServerError, api.CodeMember, "%s", text)
+		}
+	}
+	return nil
 }
 
 // ofCluster gives the address under which the cluster knows this node, where the request came in at

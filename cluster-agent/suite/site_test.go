@@ -35,6 +35,7 @@ import (
 	"microk8s/cluster-agent/node"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/certs"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
@@ -64,8 +65,9 @@ type site struct {
 	slept    []time.Duration
 
 	mu      sync.Mutex
-	ran     [][]string // programs
-	removed []string   // datastore members
+	ran     [][]string     // programs
+	removed []string       // datastore members
+	store   []peers.Member // the datastore's members
 }
 
 type cluster struct {
@@ -149,8 +151,16 @@ func newSite(t testing.TB) *site {
 	}
 	s.srv = srv
 	s.tokens = &tokenstore.Store{Backends: []tokenstore.Backend{tokenstore.File{Path: s.env.Credential("tokens.json")}}, Now: func() time.Time { return s.now }}
+	remove := func(_ context.Context, address string) error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.removed = append(s.removed, address)
+		return nil
+	}
 	(&broker.Broker{
-		Env: s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
+		Live:   func(context.Context) ([]peers.Member, error) { return s.store, nil },
+		Remove: remove,
+		Env:    s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
 		Interfaces: func() ([]broker.Interface, error) {
 			return []broker.Interface{netip.MustParsePrefix("127.0.0.1/8"), netip.MustParsePrefix(here + "/16"), netip.MustParsePrefix("10.0.100.100/32"), netip.MustParsePrefix("192.168.100.100/32")}, nil
 		},
@@ -170,12 +180,7 @@ func newSite(t testing.TB) *site {
 			s.ran = append(s.ran, argv)
 			return nil
 		},
-		Remove: func(_ context.Context, endpoint string) error {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			s.removed = append(s.removed, endpoint)
-			return nil
-		},
+		Remove: remove,
 	}
 	n.Register(srv, true)
 	t.Cleanup(n.Wait)
@@ -204,7 +209,9 @@ func (s *site) write(path, text string) {
 // members writes what the datastore's daemon keeps: address and role, in turns.
 func (s *site) members(list ...any) {
 	var text strings.Builder
+	s.store = nil
 	for i := 0; i < len(list); i += 2 {
+		s.store = append(s.store, peers.Member{ID: 1, Address: list[i].(string), Role: peers.Role(list[i+1].(int)), Online: true})
 		text.WriteString("- Address: " + list[i].(string) + "\n  ID: 1\n  Role: " + string(rune('0'+list[i+1].(int))) + "\n")
 	}
 	s.write(filepath.Join(s.env.Backend(), "cluster.yaml"), text.String())

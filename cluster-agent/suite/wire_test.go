@@ -202,6 +202,39 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
+// TestInstalledAnew lets a control-plane node back in whose old member of the datastore is dead.
+func TestInstalledAnew(t *testing.T) {
+	t.Parallel()
+	const known = "Failed to retrieve dqlite cluster nodes: the joining node (10.0.0.9) is already known to dqlite"
+	for _, tc := range []struct {
+		name, token string
+		online      bool
+		text        string
+		removed     []string
+	}{
+		{"a token for anybody", "", false, known + ". If it was installed anew, make a token for it with: microk8s add-node --name n2", nil},
+		{"the old member lives", "n2", true, known, nil},
+		{"a token for it", "n2", false, "", []string{there + ":19001"}},
+	} {
+		s := newSite(t)
+		s.members(here+":19001", 0, there+":19001", 0)
+		s.store[1].Online = tc.online
+		r := request(s.add(tokenstore.Options{Name: tc.token}).Reveal(), "n2", false)
+		answer, status, e := s.join(from{}, r)
+		if e.Message != tc.text || (status == http.StatusOK) != (tc.text == "") || !slices.Equal(s.removed, tc.removed) {
+			t.Errorf("%s: %d %q, removed %v", tc.name, status, e.Message, s.removed)
+		}
+		if status == http.StatusOK && !slices.Equal(answer.Voters, []string{here + ":19001"}) {
+			t.Errorf("%s: it is to join %v", tc.name, answer.Voters)
+		}
+	}
+	// It was removed a moment ago, and the file does not say so yet.
+	s := newSite(t)
+	s.members(here+":19001", 0, there+":19001", 0)
+	s.store = s.store[:1]
+	s.joined(from{}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+}
+
 // TestFirstJoinMovesTheDatastore has several nodes join a lone one at the same time.
 func TestFirstJoinMovesTheDatastore(t *testing.T) {
 	t.Parallel()
