@@ -90,6 +90,43 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 	tr.check(t, nodes)
 }
 
+// A node that was refreshed and has joined a cluster after that cannot go back to the revision
+// from before: that has the certificates of the single node. It says how to go forward again.
+func TestRevertToBeforeTheJoin(t *testing.T) {
+	prepare(t)
+	n1, n2 := newMachine(t, "n1"), newMachine(t, "n2")
+	for _, m := range []*machine{n1, n2} {
+		m.run(t, "snap", "install", "--dangerous", "--classic", packed(t))
+		m.connect(t)
+		m.waitReady(t)
+	}
+	n2.run(t, "snap", "install", "--dangerous", "--classic", n2.repack(t, "v1.37.99", nil))
+	n2.waitReady(t)
+	n2.run(t, strings.Fields(n1.run(t, "microk8s", "add-node", "--format", "short"))[:3]...)
+	n2.connect(t)
+	n2.waitReady(t)
+	tr := startClusterTraffic(t, []*machine{n1, n2})
+
+	n2.run(t, "snap", "revert", "microk8s")
+	for _, service := range []string{"kubelite", "k8s-dqlite"} {
+		eventually(t, 2*time.Minute, func() error {
+			out := n2.run(t, "journalctl", "--no-pager", "--output=cat", "-t", "microk8s.daemon-"+service)
+			if !strings.Contains(out, "sudo snap revert microk8s --revision=x2") {
+				return fmt.Errorf("%s does not say what to do", service)
+			}
+			return nil
+		})
+	}
+	if conn, err := n2.dial(t.Context(), "tcp", "127.0.0.1:16443"); err == nil {
+		conn.Close()
+		t.Error("the API server runs with the certificates from before the join")
+	}
+
+	n2.run(t, "snap", "revert", "microk8s", "--revision=x2")
+	n2.waitReady(t)
+	tr.check(t, []*machine{n1, n2})
+}
+
 // voters counts the living voters that a node's datastore knows of.
 func (m *machine) voters(t *testing.T) int {
 	t.Helper()
