@@ -134,7 +134,7 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 	} else {
 		s.foreign, s.foreignErr = foreign, foreignErr
 	}
-	if len(missed) > 0 {
+	if len(missed) > 0 || errors.Is(s.healthy, context.DeadlineExceeded) { // the same, told by the connection
 		return apiState{err: errors.New("the API server accepts connections and does not answer in time")}
 	}
 	s.nodes, s.version = list.Items, list.ResourceVersion

@@ -335,7 +335,7 @@ func (m *machine) testSettings(t *testing.T) {
 func (m *machine) testRefresh(t *testing.T) {
 	next := m.repack(t, "v1.37.99", nil)
 	was := m.waitPod(t)
-	before := m.takeState(t)
+	before := m.settledState(t)
 	tr := m.startTraffic(t, "refresh")
 	m.run(t, "snap", "install", "--dangerous", "--classic", next)
 	m.connect(t)
@@ -381,7 +381,7 @@ func (m *machine) testServicesActive(t *testing.T) {
 func (m *machine) testFailingRefresh(t *testing.T, hook, revision string) {
 	bad := m.repack(t, "v1.37.100", map[string]string{"meta/hooks/" + hook: "#!/bin/sh\necho this release is broken\nexit 1\n"})
 	was := m.waitPod(t)
-	before := m.takeState(t)
+	before := m.settledState(t)
 	tr := m.startTraffic(t, "failing-"+hook)
 	if out, code := m.try(t, "snap", "install", "--dangerous", "--classic", bad); code == 0 || !strings.Contains(out, "this release is broken") {
 		t.Errorf("exit code %d\n%s", code, out)
@@ -398,7 +398,7 @@ func (m *machine) testFailingRefresh(t *testing.T, hook, revision string) {
 
 func (m *machine) testRevert(t *testing.T) {
 	was := m.waitPod(t)
-	before := m.takeState(t)
+	before := m.settledState(t)
 	tr := m.startTraffic(t, "revert")
 	m.run(t, "snap", "revert", "microk8s")
 	m.waitReady(t)

@@ -2,6 +2,7 @@ package snap
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -91,6 +92,22 @@ func (s state) anyRevision() state {
 		out[kind] = slices.Compact(same)
 	}
 	return out
+}
+
+// settledState takes the state when DNS has its pods again: without them its Services are refused,
+// by other rules.
+func (m *machine) settledState(t *testing.T) (s state) {
+	t.Helper()
+	eventually(t, 2*time.Minute, func() error {
+		s = m.takeState(t)
+		for _, line := range s["nft"] {
+			if strings.Contains(line, "kube-dns") && strings.Contains(line, "goto reject-chain") {
+				return errors.New("DNS has no pods")
+			}
+		}
+		return nil
+	})
+	return s
 }
 
 // sameButRevision fails if a refresh or revert changed more of the machine than the revision.
