@@ -29,10 +29,10 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/limit"
-	"microk8s/internal/datastore/peers"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/agentport"
 	"microk8s/internal/args"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/etcdargs"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"

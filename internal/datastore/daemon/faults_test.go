@@ -815,10 +815,9 @@ func inNetwork(t *testing.T) bool {
 	return false
 }
 
-// TestFaults makes 2,000 faults in the long run, 200 otherwise: three fifths on three members, the
-// rest on five. Both run at the same time, each in a network of its own. When and to whom a fault
-// comes is the seed's; what it meets there is not, so a run cannot be repeated exactly. The gate leaves
-// it out (scripts/test) until what docs/datastore.md lists under "Open" is mended.
+// TestFaults makes 200 faults in the gate and 2,000 in the long run: three fifths on three members,
+// the rest on five. Both run at the same time, each in a network of its own. When and to whom a
+// fault comes is the seed's; what it meets there is not, so a run cannot be repeated exactly.
 func TestFaults(t *testing.T) {
 	for _, members := range []int{3, 5} {
 		t.Run(fmt.Sprintf("members-%d", members), func(t *testing.T) {

@@ -444,7 +444,8 @@ func (e *Engine) Keys() int {
 	return e.st.Keys()
 }
 
-// View calls fn with the committed state, which fn must not change nor keep.
+// View calls fn with the state, which fn must not change nor keep. A group may be staged in it that
+// is not committed yet, nor ever will be: fn uses what shows committed revisions only.
 func (e *Engine) View(fn func(*state.State) error) error {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
@@ -582,7 +583,9 @@ func (e *Engine) LeaseList() *pb.LeaseLeasesResponse {
 	defer e.mu.RUnlock()
 	resp := &pb.LeaseLeasesResponse{Header: &pb.ResponseHeader{Revision: e.st.Rev()}}
 	for _, id := range e.st.Leases() {
-		resp.Leases = append(resp.Leases, &pb.LeaseStatus{ID: id})
+		if l, _ := e.st.Lease(id); !l.Deadline.IsZero() { // else it is staged
+			resp.Leases = append(resp.Leases, &pb.LeaseStatus{ID: id})
+		}
 	}
 	return resp
 }

@@ -245,6 +245,58 @@ func TestFailedCompareIsConfirmed(t *testing.T) {
 	}
 }
 
+// While a write is on its way to the log, and when it does not arrive there, nobody is shown it:
+// not as a value, nor in the history, nor in what a new follower is given.
+func TestWriteInFlightIsNotShown(t *testing.T) {
+	m := &memory{}
+	entered, release := make(chan struct{}), make(chan struct{})
+	e := open(t, m, Options{})
+	if _, err := e.Txn(context.Background(), put("a", "1"), 0); err != nil {
+		t.Fatal(err)
+	}
+	m.mu.Lock()
+	m.fault = func([]dslog.Row) (bool, error) {
+		m.fault = nil
+		close(entered)
+		<-release
+		return false, errors.New("leadership is lost")
+	}
+	m.mu.Unlock()
+	done := make(chan error, 1)
+	go func() {
+		_, err := e.Txn(context.Background(), put("a", "2"), 0)
+		done <- err
+	}()
+	<-entered
+	look := func() {
+		t.Helper()
+		err := e.View(func(s *state.State) error {
+			for _, v := range s.Versions() {
+				if v.KV.ModRevision > s.Rev() {
+					t.Errorf("revision %d is given to a follower, and %d is committed", v.KV.ModRevision, s.Rev())
+				}
+			}
+			history, err := s.History(s.Rev() + 1)
+			if len(history) > 0 {
+				t.Errorf("the history has %v", history)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		if value, rev := read(t, e, "a"); value != "1" || rev != 2 {
+			t.Errorf("%s at %d is read", value, rev)
+		}
+	}
+	look()
+	close(release)
+	if err := <-done; !errors.Is(err, ErrNotApplied) {
+		t.Error(err)
+	}
+	look()
+}
+
 // Leases of unknown outcome are found as well.
 func TestUnknownOutcomeOfLease(t *testing.T) {
 	m := &memory{}

@@ -87,11 +87,15 @@ func (l *Loader) Done() (*State, []*Version) {
 }
 
 // Versions gives all versions by rising revision and position, so that a Loader that begins
-// with the same compaction rebuilds the state from them. Nothing may be staged.
+// with the same compaction rebuilds the state from them. What is staged is not among them.
 func (s *State) Versions() []*Version {
 	var all []*Version
 	s.keys.Ascend(func(e *entry) bool {
-		all = append(all, e.vers...)
+		for _, v := range e.vers {
+			if v.KV.ModRevision <= s.rev {
+				all = append(all, v)
+			}
+		}
 		return true
 	})
 	slices.SortFunc(all, func(a, b *Version) int {
