@@ -80,7 +80,7 @@ volumeBindingMode: WaitForFirstConsumer
 		eventually(t, time.Minute, func() error {
 			out, err := n.tryAll(t, "", "microk8s", "ctr", "images", "push", "--plain-http", "localhost:32000/web:1")
 			if exitCode(err) != 1 || !strings.Contains(out, "507 Insufficient Storage\nunknown: the disk of the registry is full") {
-				return fmt.Errorf("push: %v\n%s", err, out)
+				return fmt.Errorf("push: exit code %d\n%s", exitCode(err), out)
 			}
 			return nil
 		})

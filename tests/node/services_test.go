@@ -439,7 +439,7 @@ func (n *node) testIngress(t *testing.T) {
 		out, err := n.tryAll(t, oddIngress, "microk8s", "kubectl", "apply", "--dry-run=server", "-f", "-")
 		for _, want := range []string{"its classes are public, traefik and nginx", "annotations of ingress-nginx have no effect"} {
 			if err != nil || !strings.Contains(out, want) {
-				return fmt.Errorf("an odd Ingress: %v, want %q in\n%s", err, want, out)
+				return fmt.Errorf("an odd Ingress: exit code %d, want %q in\n%s", exitCode(err), want, out)
 			}
 		}
 		return nil
