@@ -102,7 +102,7 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	if j.replaces != "" {
 		c.note("replaces", j.replaces)
 		if err := c.b.Remove(ctx, j.replaces); err != nil && !errors.Is(err, peers.ErrNotMember) {
-			return nil, failed(internal("cannot remove the datastore's member that this node was before", err))
+			return nil, failed(internal(fmt.Sprintf("cannot remove the datastore's member that this node was before; run microk8s remove-node %s --force, and join again", req.Hostname), err))
 		}
 		j.members = slices.DeleteFunc(j.members, func(m Member) bool { return m.Address == j.replaces })
 	}
