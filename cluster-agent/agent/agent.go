@@ -19,6 +19,7 @@ import (
 
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/fanout"
 	"microk8s/cluster-agent/launchconf"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/node"
@@ -155,6 +156,9 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 				return tokenstore.Adopt(ctx, env, tokenstore.Secret{Core: core}, time.Now().UTC())
 			}
 			return keeper.Run(ctx)
+		})
+		group.Go(func() error {
+			return (&fanout.Keeper{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)
 		})
 	}
 	return group.Wait()

@@ -140,6 +140,10 @@ func (k *Keeper) watch(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Made now and not by the first call between nodes, which may come when the disk is full.
+	if _, err := k.Keys.Get(ctx); err != nil {
+		return err
+	}
 	// Without a resource version the watch begins with what there is.
 	opts := metav1.ListOptions{FieldSelector: fields.OneTermEqualSelector("metadata.name", SecretName).String(), Watch: true}
 	w, err := core.Get().Namespace(kube.SystemNamespace).Resource("secrets").

@@ -2,7 +2,8 @@
 // arguments, restart services, import an image. The client of a join is
 // cluster-agent/client.
 //
-// A call goes on after a node that does not answer and says so in that node's Result. The
+// A call goes on after a node that does not answer and says so in that node's Result. Changes of
+// arguments are kept for such a node, which a [Keeper] tells when it is back. The
 // peer's certificate must be of the cluster's CA and name the node or its address; only then is
 // the node's callback secret sent.
 package fanout
@@ -53,6 +54,8 @@ type Target struct {
 type Result struct {
 	Target
 	Err error // nil when the node did what it was asked
+	// Later says that the node was not reached, and is told when it is back.
+	Later bool
 }
 
 // Failed gives one error for all nodes that failed, or nil.
@@ -114,26 +117,37 @@ func (c *Cluster) Targets(ctx context.Context) ([]Target, error) {
 // Configure asks every node for the same: argument changes, then restarts. names limits it to
 // some nodes; none means all. Where services are restarted it goes from node to node and waits
 // for each node's API server, so that one of them always answers; when one does not come back
-// the other nodes are left as they are. The error is for what stops
+// the other nodes are left as they are. A node that is not reached is asked when it is back, and
+// each node is also asked for what it has missed. The error is for what stops
 // the whole call; see [Failed] for the nodes'.
 func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names ...string) ([]Result, error) {
-	rolling := slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
+	missed, err := c.late(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rolling := restarts(req)
+	for _, l := range missed {
+		rolling = rolling || restarts(l.Request)
+	}
 	width := atOnce
 	if rolling {
 		width = 1
 	}
 	var stopped error // only in a rolling call, which is one after the other
-	return c.each(ctx, callTimeout, width, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+	results, err := c.each(ctx, callTimeout, width, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		if stopped != nil {
 			return stopped
 		}
 		mine := req
+		if l := missed[t.Name]; !l.empty() {
+			mine = merge(l.Request, req)
+		}
 		mine.Callback = secret
 		body, err := json.Marshal(mine)
 		if err != nil {
 			return err
 		}
-		if !rolling {
+		if !restarts(mine) {
 			return post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
 		}
 		server := c.apiServer(t)
@@ -147,6 +161,15 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 		}
 		return nil
 	})
+	for i := range results {
+		c.told(ctx, &results[i], missed[results[i].Name], req)
+	}
+	return results, err
+}
+
+// restarts says whether a request restarts a service.
+func restarts(req api.ConfigureRequest) bool {
+	return slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
 }
 
 // RenewSecrets changes the key of callback secrets and shows every node its new one. A worker
@@ -257,7 +280,7 @@ func (c *Cluster) each(ctx context.Context, limit time.Duration, width int, name
 		results[i].Target = t
 		group.Go(func() error {
 			if t.Address == "" {
-				results[i].Err = errors.New("it has no address")
+				results[i].Err = unreached{errors.New("it has no address")}
 				return nil
 			}
 			ctx, cancel := context.WithTimeout(ctx, limit)
@@ -312,12 +335,12 @@ func post(ctx context.Context, client *http.Client, t Target, path, secret strin
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return fmt.Errorf("cannot reach its cluster agent: %w", err)
+		return unreached{fmt.Errorf("cannot reach its cluster agent: %w", err)}
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return fmt.Errorf("cannot read the answer of its cluster agent: %w", err)
+		return unreached{fmt.Errorf("cannot read the answer of its cluster agent: %w", err)}
 	}
 	if resp.StatusCode == http.StatusOK {
 		return nil

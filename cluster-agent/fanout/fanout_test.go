@@ -88,9 +88,14 @@ func (a *agents) node(name, address string, ca *x509.Certificate, caKey *rsa.Pri
 		Addresses: []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: name}, {Type: corev1.NodeInternalIP, Address: address}},
 	}})
 	a.api.Unlock()
-	if subject == "" {
-		return
+	if subject != "" {
+		a.agent(name, address, ca, caKey, subject, ips...)
 	}
+}
+
+// agent starts the agent of a node.
+func (a *agents) agent(name, address string, ca *x509.Certificate, caKey *rsa.PrivateKey, subject string, ips ...net.IP) {
+	a.t.Helper()
 	key, err := a.maker.Key(2048)
 	if err != nil {
 		a.t.Fatal(err)

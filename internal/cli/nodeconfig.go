@@ -148,6 +148,9 @@ func (a *App) configureOthers(ctx context.Context, action string, req api.Config
 		if r.Err != nil {
 			fmt.Fprintf(a.Err, "Failed to reach node %s: %v\n", r.Name, r.Err)
 		}
+		if r.Later {
+			fmt.Fprintf(a.Err, "It gets the change when it is back.\n")
+		}
 	}
 	return err
 }

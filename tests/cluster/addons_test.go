@@ -23,7 +23,7 @@ func TestAddonsCluster(t *testing.T) {
 	step := steps(t)
 	c.start(t, "n1")
 	// Which the kubelets of nodes that join later tell their pods, too.
-	const dnsIP, domain = "10.152.183.20", "corp.test"
+	const dnsIP, domain, otherDomain = "10.152.183.20", "corp.test", "other.test"
 	c.run(t, "n1", "microk8s", "disable", "dns")
 	c.run(t, "n1", "microk8s", "enable", "--no-wait", "dns", "", dnsIP, domain)
 	c.join(t, "n1", "w1", "--worker")
@@ -94,10 +94,32 @@ func TestAddonsCluster(t *testing.T) {
 		if r := c.try(t, "n1", "microk8s", "images", "import", "/web.tar"); r.code != 1 || !strings.Contains(r.err, "1 of 2 nodes have not got the images") {
 			t.Errorf("images import: %s", r)
 		}
+		// Its kubelet, too, is told when it is back.
+		r = c.try(t, "n1", "microk8s", "enable", "--no-wait", "dns", "", dnsIP, otherDomain)
+		if r.code != 0 || !strings.Contains(r.err, "Failed to reach node w1: ") || !strings.Contains(r.err, "It gets the change when it is back.") {
+			t.Errorf("enable dns: %s", r)
+		}
 		if err := c.lab.Start(t.Context(), "w1"); err != nil {
 			t.Fatal(err)
 		}
 		c.waitReady(t, "n1", "w1")
+		eventually(t, 2*time.Minute, func() error {
+			out := c.run(t, "w1", "cat", "/var/snap/microk8s/current/args/kubelet")
+			if !strings.Contains(out, "--cluster-domain="+otherDomain+"\n") {
+				return fmt.Errorf("w1 has the arguments\n%s", out)
+			}
+			return nil
+		})
+		c.waitReady(t, "n1", "w1")
+		eventually(t, time.Minute, func() error { // a kubelet that was just restarted
+			c.try(t, "n1", "microk8s", "kubectl", "delete", "pod", "asker-w1", "--force", "--grace-period=0")
+			c.startPod(t, "asker-w1", "w1", webImage, corev1.PullNever, "")
+			c.waitPod(t, "asker-w1")
+			if out := c.run(t, "n1", "microk8s", "kubectl", "exec", "asker-w1", "--", "/web", "cat", "/etc/resolv.conf"); !strings.Contains(out, " svc."+otherDomain+" ") {
+				return fmt.Errorf("a pod on w1 has the resolv.conf\n%s", out)
+			}
+			return nil
+		})
 	})
 	const name = "localhost:32000/team/app:1"
 	step("a pushed image runs on the other node", func(t *testing.T) {

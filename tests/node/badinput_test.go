@@ -397,9 +397,7 @@ func (n *node) testFullDisk(t *testing.T) {
 	}
 	n.usable(t)
 	n.run(t, "microk8s", "kubectl", "create", "configmap", "before", "--from-literal=a=b")
-	// The first call between agents writes the key of their secrets into the datastore.
 	n.copyWebImage(t)
-	n.run(t, "microk8s", "images", "import", "/web.tar")
 	// All of it: most in one piece that needs no writing, then what is left, small blocks too.
 	n.run(t, "sh", "-c", `cd /var/snap/microk8s/common
 		fallocate -l $(($(stat -f -c '%a*%S' .) - 40*1024*1024)) filler

@@ -421,6 +421,19 @@ spec:
     http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
 `
 
+// annotatedIngress has its class as Ingresses had it before there was spec.ingressClassName.
+const annotatedIngress = `
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  name: annotated
+  annotations: {kubernetes.io/ingress.class: public}
+spec:
+  rules:
+  - host: annotated.example.test
+    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+`
+
 // testIngress routes by host name, with TLS and without.
 func (n *node) testIngress(t *testing.T) {
 	if out, err := n.tryAll(t, "", "microk8s", "enable", "ingress", "--default-ssl-certificate", "default/x"); exitCode(err) != 1 || !strings.Contains(out, "must be in the namespace ingress") {
@@ -444,6 +457,9 @@ func (n *node) testIngress(t *testing.T) {
 		}
 		return nil
 	})
+	if out, err := n.tryAll(t, annotatedIngress, "microk8s", "kubectl", "apply", "--dry-run=server", "-f", "-"); err != nil || !strings.Contains(out, "use spec.ingressClassName") {
+		t.Errorf("an Ingress with its class in an annotation: %v\n%s", err, out)
+	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(cert))
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{

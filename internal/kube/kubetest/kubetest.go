@@ -28,13 +28,14 @@ type Server struct {
 
 	version  int
 	watchers map[chan *corev1.Secret]string
+	nodes    map[chan *corev1.Node]bool // who watches them
 	url      string
 }
 
 // New starts a server that ends with the test.
 func New(t *testing.T) *Server {
 	t.Helper()
-	s := &Server{Secrets: map[string]*corev1.Secret{}, watchers: map[chan *corev1.Secret]string{}}
+	s := &Server{Secrets: map[string]*corev1.Secret{}, watchers: map[chan *corev1.Secret]string{}, nodes: map[chan *corev1.Node]bool{}}
 	h := httptest.NewServer(s)
 	t.Cleanup(func() {
 		h.CloseClientConnections()
@@ -69,6 +70,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	const secrets = "/api/v1/namespaces/kube-system/secrets"
 	switch {
+	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
+		s.watchNodes(w, r)
 	case r.URL.Path == "/api/v1/nodes":
 		answer(corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}, Items: s.Nodes})
 	case r.URL.Path == secrets && r.Method == http.MethodGet:
@@ -107,6 +110,48 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(&in)
 	default:
 		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	}
+}
+
+// SetReady makes one of the nodes ready or not, and tells those who watch.
+func (s *Server) SetReady(name string, ready bool) {
+	s.Lock()
+	defer s.Unlock()
+	status := corev1.ConditionFalse
+	if ready {
+		status = corev1.ConditionTrue
+	}
+	for i := range s.Nodes {
+		if s.Nodes[i].Name != name {
+			continue
+		}
+		s.Nodes[i].Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status}}
+		for c := range s.nodes {
+			c <- s.Nodes[i].DeepCopy()
+		}
+	}
+}
+
+// watchNodes follows all nodes, from now on. It is called with the lock held.
+func (s *Server) watchNodes(w http.ResponseWriter, r *http.Request) {
+	events := make(chan *corev1.Node, 100)
+	s.nodes[events] = true
+	s.Unlock()
+	defer func() {
+		s.Lock()
+		delete(s.nodes, events)
+	}()
+	w.Header().Set("Content-Type", "application/json")
+	w.(http.Flusher).Flush()
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case node := <-events:
+			node.TypeMeta = metav1.TypeMeta{Kind: "Node", APIVersion: "v1"}
+			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": node})
+			w.(http.Flusher).Flush()
+		}
 	}
 }
 
