@@ -188,6 +188,63 @@ func killUnderLoad(t *testing.T, rnd *rand.Rand) {
 	}
 }
 
+// With a large database a snapshot, which holds all of it, is not taken for every few hundred
+// writes, and the log since the last one is there after a kill.
+func TestSnapshotsOfALargeDatabase(t *testing.T) {
+	t.Parallel()
+	dir := newDir(t)
+	cmd := spawn(t, dir)
+	ctx := testContext(t)
+	c := dial(t, "unix://"+filepath.Join(dir, "kine.sock:12379"))
+	const large, small = 100, 1600 // together, the small ones are log of less than a quarter of the large ones
+	value := strings.Repeat("x", 1<<20)
+	for i := range large {
+		if _, err := c.Put(ctx, fmt.Sprintf("/large/%d", i), value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	snapshots := map[string]bool{}
+	look := func() {
+		names, err := filepath.Glob(filepath.Join(dir, "snapshot-*.meta"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range names {
+			snapshots[n] = true
+		}
+	}
+	look()
+	before := len(snapshots)
+	for i := range small {
+		if _, err := c.Put(ctx, fmt.Sprintf("/small/%d", i), "x"); err != nil {
+			t.Fatal(err)
+		}
+		if i%50 == 0 {
+			look()
+		}
+	}
+	look()
+	if n := len(snapshots) - before; n > 1 { // one may have been on its way
+		t.Errorf("%d snapshots of some %d MiB were written for %d small writes", n, large, small)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Wait()
+	c.Close()
+	spawn(t, dir)
+	c = dial(t, "unix://"+filepath.Join(dir, "kine.sock:12379"))
+	for prefix, want := range map[string]int64{"/large/": large, "/small/": small} {
+		got, err := c.Get(ctx, prefix, clientv3.WithPrefix(), clientv3.WithCountOnly())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got.Count != want {
+			t.Errorf("%d keys in %s, want %d", got.Count, prefix, want)
+		}
+	}
+}
+
 func TestTerminates(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGPWR} {
