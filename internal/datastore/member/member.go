@@ -33,6 +33,7 @@ const PeerProtocol = "microk8s-datastore-1"
 
 const (
 	leaderPoll       = 100 * time.Millisecond // dqlite does not tell; asking costs some 50 µs
+	calmPoll         = time.Second            // while somebody else would tell, see SetCalm
 	handshakeTimeout = 10 * time.Second
 )
 
@@ -68,6 +69,7 @@ type Member struct {
 	socket string // the C node's, abstract; it answers this process only (src/server.c, listenCb)
 
 	leader  atomic.Pointer[client.NodeInfo] // who leads as of the last poll; nil: nobody
+	calm    atomic.Pointer[func() bool]     // see SetCalm
 	changed chan struct{}                   // has a value after leader changed
 	peers   *peerListener
 	dialTLS *tls.Config // nil without TLS
@@ -286,13 +288,27 @@ func (m *Member) logf(level client.LogLevel, format string, args ...any) {
 	m.opt.Logger.Debug("dqlite: " + fmt.Sprintf(format, args...))
 }
 
+// SetCalm has the own node asked only once a second who leads while calm says that a change is not
+// possible, or that this process would hear of it from others.
+func (m *Member) SetCalm(calm func() bool) { m.calm.Store(&calm) }
+
 // watchLeader asks the own node who leads: dqlite has no other way to tell.
 func (m *Member) watchLeader(ctx context.Context) {
 	defer m.wg.Done()
 	t := time.NewTicker(leaderPoll)
 	defer t.Stop()
 	failing := 0
+	var asked time.Time
 	for {
+		if calm := m.calm.Load(); calm != nil && (*calm)() && time.Since(asked) < calmPoll {
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+			continue
+		}
+		asked = time.Now()
 		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
 		now, err := m.AskLeader(ask)
 		cancel()

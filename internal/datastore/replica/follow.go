@@ -95,6 +95,8 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			return err
 		}
 		watchdog.Reset(beatLimit)
+		now := time.Now()
+		r.heard.Store(&now)
 		if b.Snapshot {
 			if loader == nil {
 				loader = state.NewLoader(b.Compacted)

@@ -47,6 +47,7 @@ const (
 	shownFor    = 3 * time.Second // the same, for who asks from outside
 	lostAfter   = 5 * time.Second // offline for so long, a member is replaced
 	lookEvery   = 100 * time.Millisecond
+	calmFor     = beatEvery + 2*lookEvery // after the leader's daemon was last heard
 	reportEvery = 10 * time.Second
 	askLimit    = 2 * time.Second // for a question to another daemon
 	deadAfter   = 30              // looks, one with each ping, at an own node that knows of no leader
@@ -79,7 +80,8 @@ type Replica struct {
 	ready  chan struct{}
 
 	following atomic.Pointer[following]
-	alone     atomic.Bool // this node leads and is the only voter
+	heard     atomic.Pointer[time.Time] // when the stream last brought something
+	alone     atomic.Bool               // this node leads and is the only voter
 	stopping  atomic.Bool
 	removed   atomic.Bool // the others do not list this member any more
 	lowDisk   atomic.Bool // the disk is nearly full, as the daemon's flags say
@@ -124,6 +126,7 @@ func Start(opt Options) *Replica {
 		defer cancel()
 		return 0, r.e.Confirm(ctx, r.askVoters)
 	}
+	r.m.SetCalm(r.calm)
 	r.setMembers(r.m.Known())
 	r.grpc = grpc.NewServer(
 		grpc.ForceServerCodec(codec{}), grpc.MaxRecvMsgSize(16<<20),
@@ -236,6 +239,16 @@ func (r *Replica) isReady() {
 	default:
 		close(r.ready)
 	}
+}
+
+// calm says that a change of who leads would be heard of without asking the own node: it is the
+// only voter, or the daemon that leads, which asks its own, has just been heard.
+func (r *Replica) calm() bool {
+	if r.alone.Load() {
+		return true
+	}
+	heard := r.heard.Load()
+	return r.following.Load() != nil && heard != nil && time.Since(*heard) < calmFor
 }
 
 // target is who leads, as far as this daemon knows.
