@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -41,20 +42,21 @@ func main() {
 
 // row is one line of the table: what is measured, and what is wanted of the ratio to etcd.
 type row struct {
-	what   string
+	what   string // "" for what is done and not measured
 	unit   string // of value; empty where rate, p50 and p99 count
 	wanted float64
 	f      func(*run) func(context.Context) (figure, error)
 	once   bool // in the last round only
 }
 
-func rows(members int, large bool) []row {
+func rows(members int) []row {
 	plain := func(f func(*run, context.Context) (figure, error)) func(*run) func(context.Context) (figure, error) {
 		return func(r *run) func(context.Context) (figure, error) {
 			return func(ctx context.Context) (figure, error) { return f(r, ctx) }
 		}
 	}
 	var out []row
+	out = append(out, row{what: "", f: plain((*run).begin)})
 	for _, n := range []int{1, 16, 64} {
 		wanted := 0.9
 		if n == 64 {
@@ -90,46 +92,68 @@ func rows(members int, large bool) []row {
 		row{what: "disk written for a write of 1 KiB", unit: "KiB", f: plain((*run).perWrite), once: true},
 		row{what: "CPU at 100 writes/s and 100 reads/s, 60 watches", unit: "%", f: func(r *run) func(context.Context) (figure, error) { return r.steady(100) }, once: true},
 		row{what: "idle CPU, 60 watches", unit: "%", wanted: 1, f: func(r *run) func(context.Context) (figure, error) { return r.steady(0) }, once: true},
-		row{what: "resident memory after this", unit: "MiB", wanted: 1, f: plain((*run).resident), once: true},
+		row{what: "", f: plain((*run).compact), once: true},
+		row{what: "resident memory after this and a compaction", unit: "MiB", wanted: 1, f: plain((*run).resident), once: true},
 	)
-	if large {
-		out = append(out,
-			row{what: "resident memory with 100,000 objects more", unit: "MiB", f: func(r *run) func(context.Context) (figure, error) {
-				return func(ctx context.Context) (figure, error) {
-					if err := r.fillMany(ctx); err != nil {
-						return figure{}, err
-					}
-					return r.resident(ctx)
-				}
-			}, once: true},
-			row{what: "start with them", unit: "s", f: plain((*run).restart), once: true},
-			row{what: "resident memory after that start", unit: "MiB", f: plain((*run).resident), once: true},
-		)
-	}
 	return out
 }
 
-func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool) (err error) {
-	dir, err := os.MkdirTemp(build, "bench-datastore-")
+// largeRows are measured with new datastores that hold nothing else.
+func largeRows() []row {
+	return []row{
+		{what: "resident memory, 100,000 objects of 1 KiB written", unit: "MiB", f: func(r *run) func(context.Context) (figure, error) {
+			return func(ctx context.Context) (figure, error) {
+				if err := r.fillMany(ctx); err != nil {
+					return figure{}, err
+				}
+				return r.resident(ctx)
+			}
+		}},
+		{what: "start with them", unit: "s", f: func(r *run) func(context.Context) (figure, error) { return r.restart }},
+		{what: "resident memory after that start", unit: "MiB", f: func(r *run) func(context.Context) (figure, error) { return r.resident }},
+	}
+}
+
+func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool) error {
+	table := rows(members)
+	names, figures, err := measureRows(ctx, build, table, during, rounds, members)
 	if err != nil {
 		return err
 	}
+	if large {
+		_, more, err := measureRows(ctx, build, largeRows(), during, 1, members)
+		if err != nil {
+			return err
+		}
+		table, figures = append(table, largeRows()...), append(figures, more...)
+	}
+	print(os.Stdout, table, names, figures, members)
+	return nil
+}
+
+// measureRows starts new datastores and gives their names, and the figures by row, datastore and
+// round.
+func measureRows(ctx context.Context, build string, table []row, during time.Duration, rounds, members int) (names []string, figures [][][]figure, err error) {
+	dir, err := os.MkdirTemp(build, "bench-datastore-")
+	if err != nil {
+		return nil, nil, err
+	}
 	if dir, err = filepath.Abs(dir); err != nil {
-		return err
+		return nil, nil, err
 	}
 	ours, err := newOurs(filepath.Join(build, "bin/k8s-dqlite"), dir, members)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	etcd, err := newEtcd(filepath.Join(build, "peers/etcd"), dir, members)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	targets := []*target{etcd, ours}
 	if members == 1 {
 		kine, err := newKine(filepath.Join(build, "peers/kine"), dir)
 		if err != nil {
-			return err
+			return nil, nil, err
 		}
 		targets = append(targets, kine)
 	}
@@ -144,16 +168,12 @@ func measure(ctx context.Context, build string, during time.Duration, rounds, me
 	var runs []*run
 	for _, t := range targets {
 		if err := t.start(ctx); err != nil {
-			return err
+			return nil, nil, err
 		}
-		r := &run{target: t, during: during, val: value()}
-		if err := r.fill(ctx, listPrefix, listed); err != nil {
-			return fmt.Errorf("%s: %w", t.name, err)
-		}
-		runs = append(runs, r)
+		runs = append(runs, &run{target: t, during: during, val: value()})
+		names = append(names, t.name)
 	}
-	table := rows(members, large)
-	figures := make([][][]figure, len(table)) // row, target, round
+	figures = make([][][]figure, len(table))
 	for i := range figures {
 		figures[i] = make([][]figure, len(runs))
 	}
@@ -162,19 +182,18 @@ func measure(ctx context.Context, build string, during time.Duration, rounds, me
 			if row.once && round < rounds-1 {
 				continue
 			}
-			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, row.what)
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, cmp.Or(row.what, "preparing"))
 			for j, r := range runs {
 				r.round = round
 				f, err := row.f(r)(ctx)
 				if err != nil {
-					return fmt.Errorf("%s, %s: %w", r.name, row.what, err)
+					return nil, nil, fmt.Errorf("%s, %s: %w", r.name, row.what, err)
 				}
 				figures[i][j] = append(figures[i][j], f)
 			}
 		}
 	}
-	print(os.Stdout, table, runs, figures, members)
-	return nil
+	return names, figures, nil
 }
 
 // median gives, for each number of the figures by itself, the middle one.
@@ -229,25 +248,28 @@ func show(f figure, unit string) string {
 	return fmt.Sprintf("%s %s ms", ms(f.p50), ms(f.p99))
 }
 
-func print(w io.Writer, table []row, runs []*run, figures [][][]figure, members int) {
+func print(w io.Writer, table []row, names []string, figures [][][]figure, members int) {
 	fmt.Fprintf(w, "%d member(s) each, %d CPUs, Go %s. Rates by all callers together, then p50 and p99; the ratios are in the same order, above 1 is better than etcd.\n\n",
 		members, runtime.NumCPU(), strings.TrimPrefix(runtime.Version(), "go"))
 	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	head := []string{"what", "wanted"}
-	for i, r := range runs {
-		head = append(head, r.name)
+	for i, name := range names {
+		head = append(head, name)
 		if i > 0 {
 			head = append(head, "ratio")
 		}
 	}
 	fmt.Fprintln(t, strings.Join(head, "\t"))
 	for i, row := range table {
+		if row.what == "" {
+			continue
+		}
 		cells := []string{row.what, "–"}
 		if row.wanted > 0 {
 			cells[1] = fmt.Sprintf("%.1f", row.wanted)
 		}
 		etcd := median(figures[i][0])
-		for j := range runs {
+		for j := range names {
 			f := median(figures[i][j])
 			cells = append(cells, show(f, row.unit))
 			if j > 0 {

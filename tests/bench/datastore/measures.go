@@ -512,6 +512,36 @@ func (r *run) restart(ctx context.Context) (figure, error) {
 	return f, err
 }
 
+// begin prepares a round: the objects that are listed, in the first one, and in the others a
+// compaction, which an API server asks for every five minutes.
+func (r *run) begin(ctx context.Context) (figure, error) {
+	if r.round == 0 {
+		return figure{}, r.fill(ctx, listPrefix, listed)
+	}
+	return r.compact(ctx)
+}
+
+// compact asks for a compaction up to now; kine compacts by itself.
+func (r *run) compact(ctx context.Context) (figure, error) {
+	if r.name == "kine" {
+		return figure{}, nil
+	}
+	c := r.client(0, 0)
+	got, err := c.Get(ctx, listPrefix)
+	if err != nil {
+		return figure{}, err
+	}
+	if _, err := c.Compact(ctx, got.Header.Revision); err != nil {
+		return figure{}, err
+	}
+	select {
+	case <-time.After(r.during): // it goes on in the background
+		return figure{}, nil
+	case <-ctx.Done():
+		return figure{}, ctx.Err()
+	}
+}
+
 // many is the number of objects for the memory and start of a large cluster.
 const (
 	many       = 100_000
