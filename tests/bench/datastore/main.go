@@ -88,12 +88,13 @@ func rows(members int) []row {
 		)
 	}
 	out = append(out,
+		row{what: "of a create by 1 caller, one write of the log (mean)", unit: "ms", f: plain((*run).commit), once: true},
 		row{what: "lease ends late by", f: plain((*run).lease), once: true},
 		row{what: "disk written for a write of 1 KiB", unit: "KiB", f: plain((*run).perWrite), once: true},
 		row{what: "CPU at 100 writes/s and 100 reads/s, 60 watches", unit: "%", f: func(r *run) func(context.Context) (figure, error) { return r.steady(100) }, once: true},
 		row{what: "idle CPU, 60 watches", unit: "%", wanted: 1, f: func(r *run) func(context.Context) (figure, error) { return r.steady(0) }, once: true},
 		row{what: "", f: plain((*run).compact), once: true},
-		row{what: "resident memory after this and a compaction", unit: "MiB", wanted: 1, f: plain((*run).resident), once: true},
+		row{what: "resident memory after this and a compaction", unit: "MiB", f: plain((*run).resident), once: true},
 	)
 	return out
 }
@@ -101,6 +102,14 @@ func rows(members int) []row {
 // largeRows are measured with new datastores that hold nothing else.
 func largeRows() []row {
 	return []row{
+		{what: "resident memory, 5,000 objects of 1 KiB written", unit: "MiB", wanted: 1, f: func(r *run) func(context.Context) (figure, error) {
+			return func(ctx context.Context) (figure, error) {
+				if err := r.fill(ctx, listPrefix, listed); err != nil {
+					return figure{}, err
+				}
+				return r.resident(ctx)
+			}
+		}},
 		{what: "resident memory, 100,000 objects of 1 KiB written", unit: "MiB", f: func(r *run) func(context.Context) (figure, error) {
 			return func(ctx context.Context) (figure, error) {
 				if err := r.fillMany(ctx); err != nil {
@@ -128,6 +137,14 @@ func measure(ctx context.Context, build string, during time.Duration, rounds, me
 		table, figures = append(table, largeRows()...), append(figures, more...)
 	}
 	print(os.Stdout, table, names, figures, members)
+	fmt.Println()
+	for _, size := range []int{4 << 10, 16 << 10} {
+		f, err := syncedWrites(ctx, build, size, during)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("The disk by itself, synced writes of %d KiB: %s\n", size>>10, show(f, ""))
+	}
 	return nil
 }
 
@@ -241,7 +258,14 @@ func show(f figure, unit string) string {
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", float64(d)/float64(time.Millisecond)) }
 	switch {
 	case unit != "":
-		return fmt.Sprintf("%.1f %s", f.value, unit)
+		if f.value == 0 {
+			return "–"
+		}
+		digits := 1
+		if f.value < 1 {
+			digits = 3
+		}
+		return fmt.Sprintf("%.*f %s", digits, f.value, unit)
 	case f.rate > 0:
 		return fmt.Sprintf("%.0f/s %s %s ms", f.rate, ms(f.p50), ms(f.p99))
 	}

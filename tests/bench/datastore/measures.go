@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // figure is what one measurement of one target gave. What does not apply is zero.
@@ -487,6 +489,59 @@ func (r *run) perWrite(ctx context.Context) (figure, error) {
 	}
 	after, err := r.usage()
 	return figure{value: float64(after.written-before.written) / writes / 1024}, err
+}
+
+// commit is how long one write of the log takes, on average, while one caller creates: what is
+// between it and the whole call is the target's own time.
+func (r *run) commit(ctx context.Context) (figure, error) {
+	if r.commits == "" {
+		return figure{}, nil
+	}
+	times, seconds, err := r.committed(ctx)
+	if err != nil {
+		return figure{}, err
+	}
+	if _, err := load(ctx, 1, r.during, func(ctx context.Context, _, n int) error {
+		_, err := create(ctx, r.client(0, 0), fmt.Sprintf("/registry/commit/%d/%d", r.round, n), r.val)
+		return err
+	}); err != nil {
+		return figure{}, err
+	}
+	times2, seconds2, err := r.committed(ctx)
+	if err != nil || times2 == times {
+		return figure{}, err
+	}
+	return figure{value: 1000 * (seconds2 - seconds) / (times2 - times)}, nil
+}
+
+// syncedWrites measures the disk by itself: writes of so many bytes, one after the other and each
+// on the disk before the next, over what the file has already.
+func syncedWrites(ctx context.Context, dir string, size int, during time.Duration) (figure, error) {
+	f, err := os.CreateTemp(dir, "disk-")
+	if err != nil {
+		return figure{}, err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	const blocks = 256
+	block := make([]byte, size)
+	for i := range block {
+		block[i] = byte(i)
+	}
+	for i := range blocks {
+		if _, err := f.WriteAt(block, int64(i*size)); err != nil {
+			return figure{}, err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return figure{}, err
+	}
+	return load(ctx, 1, during, func(_ context.Context, _, n int) error {
+		if _, err := f.WriteAt(block, int64(n%blocks*size)); err != nil {
+			return err
+		}
+		return unix.Fdatasync(int(f.Fd()))
+	})
 }
 
 // resident is the memory of the largest member.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
@@ -24,12 +27,16 @@ import (
 type target struct {
 	name    string
 	members []*member
-	clients [][]*clientv3.Client // for each member
+	// commits and commitTime are its metrics of how many times it has written its log, and of
+	// the seconds that took; "" where it has none.
+	commits, commitTime string
+	clients             [][]*clientv3.Client // for each member
 }
 
 // member is one process of a target.
 type member struct {
 	endpoint string
+	metrics  string // URL; "" where there are none
 	dir      string
 	argv     []string
 	cmd      *exec.Cmd
@@ -53,7 +60,7 @@ func freeAddress() (string, error) {
 
 // newOurs prepares n daemons in folders below dir.
 func newOurs(program, dir string, n int) (*target, error) {
-	t := &target{name: "k8s-dqlite"}
+	t := &target{name: "k8s-dqlite", commits: "k8s_dqlite_write_groups_total", commitTime: "k8s_dqlite_write_seconds_total"}
 	var maker pki.Maker
 	key, err := maker.Key(2048)
 	if err != nil {
@@ -90,7 +97,12 @@ func newOurs(program, dir string, n int) (*target, error) {
 				return nil, err
 			}
 		}
-		m.argv = []string{program, "--storage-dir=" + m.dir, "--listen=tcp://" + m.endpoint}
+		metrics, err := freeAddress()
+		if err != nil {
+			return nil, err
+		}
+		m.metrics = "http://" + metrics + "/metrics"
+		m.argv = []string{program, "--storage-dir=" + m.dir, "--listen=tcp://" + m.endpoint, "--metrics", "--metrics-listen=" + metrics}
 		t.members = append(t.members, m)
 	}
 	return t, nil
@@ -98,7 +110,7 @@ func newOurs(program, dir string, n int) (*target, error) {
 
 // newEtcd prepares n members of etcd, which syncs every write, as ours does.
 func newEtcd(program, dir string, n int) (*target, error) {
-	t := &target{name: "etcd"}
+	t := &target{name: "etcd", commits: "etcd_disk_wal_fsync_duration_seconds", commitTime: "etcd_disk_wal_fsync_duration_seconds"}
 	var cluster []string
 	peers := make([]string, n)
 	for i := range n {
@@ -114,6 +126,7 @@ func newEtcd(program, dir string, n int) (*target, error) {
 		t.members = append(t.members, m)
 	}
 	for i, m := range t.members {
+		m.metrics = "http://" + m.endpoint + "/metrics"
 		m.argv = []string{
 			program, "--name=m" + strconv.Itoa(i), "--data-dir=" + m.dir, "--log-level=error",
 			"--listen-client-urls=http://" + m.endpoint, "--advertise-client-urls=http://" + m.endpoint,
@@ -280,6 +293,43 @@ func (t *target) usage() (u usage, err error) {
 		u.written += field(dir+"/io", "write_bytes:")
 	}
 	return u, nil
+}
+
+// committed asks the members how many times they have written their logs, and how long it took.
+func (t *target) committed(ctx context.Context) (times, seconds float64, err error) {
+	for _, m := range t.members {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, m.metrics, nil)
+		if err != nil {
+			return 0, 0, err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return 0, 0, err
+		}
+		parser := expfmt.NewTextParser(model.UTF8Validation)
+		families, err := parser.TextToMetricFamilies(resp.Body)
+		resp.Body.Close()
+		if err != nil {
+			return 0, 0, fmt.Errorf("%s: %w", m.metrics, err)
+		}
+		one := func(name string, count bool) float64 {
+			f := families[name]
+			if f == nil || len(f.Metric) == 0 {
+				return 0
+			}
+			switch h := f.Metric[0].GetHistogram(); {
+			case h == nil:
+				return f.Metric[0].GetCounter().GetValue()
+			case count:
+				return float64(h.GetSampleCount())
+			default:
+				return h.GetSampleSum()
+			}
+		}
+		times += one(t.commits, true)
+		seconds += one(t.commitTime, false)
+	}
+	return times, seconds, nil
 }
 
 // field gives the number behind a name in a file of /proc.
