@@ -128,6 +128,35 @@ func TestMany(t *testing.T) {
 		c.run(t, others[0], "microk8s", "remove-node", leader, "--force")
 		c.wantNodes(t, others[0], others...)
 		c.wantHA(t, others[1], "yes", 4)
+		all = others
+	})
+	step("the majority dies during a removal", func(t *testing.T) {
+		at, gone, rest := all[0], all[3], all[1:3]
+		if err := c.lab.Kill(t.Context(), gone); err != nil {
+			t.Fatal(err)
+		}
+		c.wantLiveVoters(t, at, gone)
+		points := c.allPoints(t, "remove-node")
+		c.wantKilled(t, at, points[c.rand.IntN(len(points)-2)], "microk8s", "remove-node", gone, "--force")
+		for _, host := range rest {
+			if err := c.lab.Kill(t.Context(), host); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if r := c.try(t, at, "microk8s", "remove-node", gone, "--force"); r.code == 0 {
+			t.Errorf("without a majority: %s", r)
+		} else {
+			t.Logf("without a majority: %s", r)
+		}
+		for _, host := range rest {
+			if err := c.lab.Start(t.Context(), host); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.waitReady(t, at, at)
+		c.run(t, at, "microk8s", "remove-node", gone, "--force")
+		c.wantNodes(t, at, all[:3]...)
+		c.wantHA(t, at, "yes", 3)
 	})
 }
 

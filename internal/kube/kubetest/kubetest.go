@@ -126,6 +126,7 @@ func (s *Server) SetReady(name string, ready bool) {
 			continue
 		}
 		s.Nodes[i].Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status}}
+		s.Nodes[i].TypeMeta = metav1.TypeMeta{Kind: "Node", APIVersion: "v1"}
 		for c := range s.nodes {
 			c <- s.Nodes[i].DeepCopy()
 		}
@@ -141,15 +142,19 @@ func (s *Server) watchNodes(w http.ResponseWriter, r *http.Request) {
 		s.Lock()
 		delete(s.nodes, events)
 	}()
+	stream(w, r, events)
+}
+
+// stream sends events as a watch does, until the client goes.
+func stream[T any](w http.ResponseWriter, r *http.Request, events <-chan T) {
 	w.Header().Set("Content-Type", "application/json")
 	w.(http.Flusher).Flush()
 	for {
 		select {
 		case <-r.Context().Done():
 			return
-		case node := <-events:
-			node.TypeMeta = metav1.TypeMeta{Kind: "Node", APIVersion: "v1"}
-			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": node})
+		case object := <-events:
+			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": object})
 			w.(http.Flusher).Flush()
 		}
 	}
@@ -168,15 +173,5 @@ func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
 		s.Lock()
 		delete(s.watchers, events)
 	}()
-	w.Header().Set("Content-Type", "application/json")
-	w.(http.Flusher).Flush()
-	for {
-		select {
-		case <-r.Context().Done():
-			return
-		case secret := <-events:
-			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": secret})
-			w.(http.Flusher).Flush()
-		}
-	}
+	stream(w, r, events)
 }
