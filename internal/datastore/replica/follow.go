@@ -130,7 +130,7 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			f.barrier.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)
 				defer cancel()
-				return askRev(ctx, conn, &barrierRequest{})
+				return askRev(ctx, conn, r.ownVote(ctx))
 			}
 			f.latest.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)

@@ -3,10 +3,12 @@ package replica
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
 	"microk8s/internal/datastore/engine"
+	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
 
 	"github.com/canonical/go-dqlite/v3/client"
@@ -237,68 +239,134 @@ func (r *Replica) serveBarrier(ctx context.Context, q *barrierRequest) (*barrier
 	if !r.e.Leads() {
 		return nil, notLeading
 	}
-	if !q.Unconfirmed && r.confirm(ctx) != nil {
+	if !q.Unconfirmed && !r.confirmedWith(q) && r.confirm(ctx) != nil {
 		return nil, notLeading
 	}
 	return &barrierAnswer{Rev: r.e.Rev()}, nil
 }
 
-var errNoMajority = errors.New("no majority of the voters names this member as the leader")
-
-// askVoters is nil when a majority of the voters, this node included, say after the call that
-// this node leads. Whether this node itself still does is checked after it.
-func (r *Replica) askVoters(ctx context.Context) error {
-	own := r.m.Node()
+// confirmedWith confirms without asking others, where the voter that asks and this node are a
+// majority.
+func (r *Replica) confirmedWith(q *barrierRequest) bool {
+	own := r.m.Node().ID
+	if q.Voter == 0 || q.Voter == own || q.Leader != own {
+		return false
+	}
+	voters := 0
 	r.mu.Lock()
-	var ask []string
 	for _, n := range r.members {
-		if n.Role == int(client.Voter) && n.ID != own.ID {
-			ask = append(ask, n.Address)
+		if n.Role == int(client.Voter) {
+			voters++
 		}
 	}
 	r.mu.Unlock()
-	type vote struct {
-		id uint64
-		ok bool
+	if voters > 3 {
+		return false
 	}
-	votes := make(chan vote, len(ask))
+	// Not with the context of the call: a question that is broken off costs a connection.
+	ctx, cancel := context.WithTimeout(r.ctx, askLimit)
+	defer cancel()
+	return r.e.Confirm(ctx, func(ctx context.Context) error { return r.askVoters(ctx, q.Voter) }) == nil
+}
+
+// ownVote is a question for a barrier with what the own node says of who leads, if it has a vote.
+func (r *Replica) ownVote(ctx context.Context) *barrierRequest {
+	own := r.m.Node().ID
+	r.mu.Lock()
+	votes := slices.ContainsFunc(r.members, func(n member.Node) bool { return n.ID == own && n.Role == int(client.Voter) })
+	r.mu.Unlock()
+	if votes {
+		if l, err := r.m.AskLeader(ctx); err == nil && l != nil {
+			return &barrierRequest{Voter: own, Leader: l.ID}
+		}
+	}
+	return &barrierRequest{}
+}
+
+var errNoMajority = errors.New("no majority of the voters names this member as the leader")
+
+// askVoters is nil when a majority of the voters say after the call that this node leads; this node
+// and those in said count as having done so. Whether this node itself still does is checked
+// after it.
+func (r *Replica) askVoters(ctx context.Context, said ...uint64) error {
+	own := r.m.Node()
+	yes := map[uint64]bool{own.ID: true}
+	for _, id := range said {
+		yes[id] = true
+	}
+	voters := 1
+	var ask []string
+	r.mu.Lock()
+	for _, n := range r.members {
+		if n.Role == int(client.Voter) && n.ID != own.ID {
+			voters++
+			if !yes[n.ID] {
+				ask = append(ask, n.Address)
+			}
+		}
+	}
+	r.mu.Unlock()
+	// The members may have changed since that list was made; the own node knows. It is asked
+	// meanwhile: of a change after the call nobody can have made use before it, unless this node
+	// has not led ever since.
+	type list struct {
+		nodes []client.NodeInfo
+		err   error
+	}
+	members := make(chan list, 1)
+	go func() {
+		nodes, err := r.m.Cluster(ctx)
+		members <- list{nodes, err}
+	}()
+	votes := make(chan uint64, len(ask)) // the node's id, or 0
+	waiting := 0
 	round, cancel := context.WithCancel(ctx)
 	defer cancel()
-	for _, address := range ask {
-		conn := r.connTo(address)
-		if conn == nil {
-			votes <- vote{}
-			continue
-		}
-		go func() {
-			a, err := call[whoAnswer](round, conn, "Who", &empty{})
-			if err != nil {
-				votes <- vote{}
-				return
+	if len(yes) <= voters/2 {
+		waiting = len(ask)
+		for _, address := range ask {
+			conn := r.connTo(address)
+			if conn == nil {
+				votes <- 0
+				continue
 			}
-			votes <- vote{a.ID, a.LeaderID == own.ID}
-		}()
+			go func() {
+				a, err := call[whoAnswer](round, conn, "Who", &empty{})
+				if err != nil || a.LeaderID != own.ID {
+					votes <- 0
+					return
+				}
+				votes <- a.ID
+			}()
+		}
 	}
-	yes := map[uint64]bool{own.ID: true}
-	for n := 0; ; n++ {
-		if len(yes) > (len(ask)+1)/2 {
-			// The members may have changed since the list was made; the own node knows.
-			now, err := r.m.Cluster(ctx)
-			if err != nil {
-				return err
+	var now []client.NodeInfo
+	for {
+		if len(yes) > voters/2 {
+			if now == nil {
+				select {
+				case l := <-members:
+					if l.err != nil {
+						return l.err
+					}
+					now = l.nodes
+				case <-ctx.Done():
+					return ctx.Err()
+				}
 			}
 			if majority(now, yes) {
 				return nil
 			}
 			r.wake()
 		}
-		if n == len(ask) {
+		if waiting == 0 {
 			return errNoMajority
 		}
 		select {
-		case v := <-votes:
-			if v.ok {
-				yes[v.id] = true
+		case id := <-votes:
+			waiting--
+			if id != 0 {
+				yes[id] = true
 			}
 		case <-ctx.Done():
 			return ctx.Err()

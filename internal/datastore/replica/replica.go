@@ -124,7 +124,7 @@ func Start(opt Options) *Replica {
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
-		return 0, r.e.Confirm(ctx, r.askVoters)
+		return 0, r.e.Confirm(ctx, func(ctx context.Context) error { return r.askVoters(ctx) })
 	}
 	r.m.SetCalm(r.calm)
 	r.setMembers(r.m.Known())

@@ -62,6 +62,10 @@ type whoAnswer struct{ ID, LeaderID uint64 }
 type barrierRequest struct {
 	// Unconfirmed asks for the leader's revision alone, no matter whether it still leads.
 	Unconfirmed bool
+	// Voter's own node has said, after every read that this is for had come, that Leader leads;
+	// 0: nothing is said.
+	Voter  uint64 `json:",omitempty"`
+	Leader uint64 `json:",omitempty"`
 }
 
 type barrierAnswer struct{ Rev int64 }
