@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/tests/lab"
+	"microk8s/tests/lab/labtest"
 )
 
 // TestAddonsCluster uses addons on a control-plane node and a worker, which was down when most
@@ -21,11 +22,16 @@ import (
 func TestAddonsCluster(t *testing.T) {
 	c := newCluster(t, "n1", "w1")
 	step := steps(t)
+	if err := c.lab.Up(t.Context(), "resolver", lab.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	const outsideName, outsideAddr = "printer.home.arpa", "192.0.2.77" // known to that host only
+	resolver := labtest.Resolver(t, c.lab, "resolver", filepath.Join(build, "components/bin/coredns"), outsideName, outsideAddr)
 	c.start(t, "n1")
 	// Which the kubelets of nodes that join later tell their pods, too.
 	const dnsIP, domain, otherDomain = "10.152.183.20", "corp.test", "other.test"
 	c.run(t, "n1", "microk8s", "disable", "dns")
-	c.run(t, "n1", "microk8s", "enable", "--no-wait", "dns", "", dnsIP, domain)
+	c.run(t, "n1", "microk8s", "enable", "--no-wait", "dns", resolver, dnsIP, domain)
 	c.join(t, "n1", "w1", "--worker")
 	c.waitReady(t, "n1", "w1")
 
@@ -67,13 +73,15 @@ func TestAddonsCluster(t *testing.T) {
 			if !strings.Contains(out, "nameserver "+dnsIP+"\n") || !strings.Contains(out, " svc."+domain+" ") {
 				t.Errorf("a pod on %s has the resolv.conf\n%s", h, out)
 			}
-			eventually(t, 2*time.Minute, func() error {
-				r := c.try(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "lookup", "kubernetes.default.svc."+domain)
-				if r.code != 0 || strings.TrimSpace(r.out) != "10.152.183.1" {
-					return fmt.Errorf("on %s: %s", h, r)
-				}
-				return nil
-			})
+			for name, want := range map[string]string{"kubernetes.default.svc." + domain: "10.152.183.1", outsideName: outsideAddr} {
+				eventually(t, 2*time.Minute, func() error {
+					r := c.try(t, "n1", "microk8s", "kubectl", "exec", "asker-"+h, "--", "/web", "lookup", name)
+					if r.code != 0 || strings.TrimSpace(r.out) != want {
+						return fmt.Errorf("%s on %s: %s", name, h, r)
+					}
+					return nil
+				})
+			}
 		}
 	})
 	step("enable while a node is down", func(t *testing.T) {
@@ -95,7 +103,7 @@ func TestAddonsCluster(t *testing.T) {
 			t.Errorf("images import: %s", r)
 		}
 		// Its kubelet, too, is told when it is back.
-		r = c.try(t, "n1", "microk8s", "enable", "--no-wait", "dns", "", dnsIP, otherDomain)
+		r = c.try(t, "n1", "microk8s", "enable", "--no-wait", "dns", resolver, dnsIP, otherDomain)
 		if r.code != 0 || !strings.Contains(r.err, "Failed to reach node w1: ") || !strings.Contains(r.err, "It gets the change when it is back.") {
 			t.Errorf("enable dns: %s", r)
 		}

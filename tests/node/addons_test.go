@@ -2,7 +2,6 @@ package node
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -11,7 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"microk8s/tests/lab"
+	"microk8s/tests/lab/labtest"
 )
 
 const (
@@ -41,7 +40,7 @@ func TestAddons(t *testing.T) {
 		}
 	})
 	step("refusals", n.testAddonRefusals)
-	server := n.startResolver(t, "resolver")
+	server := labtest.Resolver(t, n.lab, "resolver", filepath.Join(build, "components/bin/coredns"), outsideName, outsideAddr)
 	step("other arguments change an enabled addon", func(t *testing.T) {
 		out := n.run(t, "microk8s", "enable", "dns", server)
 		if !strings.Contains(out, "CoreDNS service deployed with IP address 10.152.183.10\n") || !strings.Contains(out, "DNS is enabled\n") {
@@ -196,35 +195,4 @@ func (n *node) waitLookup(t *testing.T, name, want string) {
 		}
 		return err
 	})
-}
-
-// startResolver runs a name server that knows outsideName on another host, and gives its
-// address. It is the CoreDNS that the product ships.
-func (n *node) startResolver(t *testing.T, host string) string {
-	t.Helper()
-	ip, err := n.lab.IP(host)
-	if err != nil {
-		t.Fatal(err)
-	}
-	program, err := os.ReadFile(filepath.Join(build, "components/bin/coredns"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(n.lab.Root(host), "coredns"), program, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	config := fmt.Sprintf(".:53 {\n  hosts {\n    %s %s\n  }\n  refuse\n}\n", outsideAddr, outsideName)
-	corefile := filepath.Join(n.lab.Root(host), "Corefile")
-	if err := os.WriteFile(corefile, []byte(config), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	cmd, err := n.lab.Spawn(t.Context(), host, lab.Command{Args: []string{"/coredns", "-conf", "/Corefile"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	return ip
 }

@@ -174,3 +174,33 @@ func Eventually(t testing.TB, limit time.Duration, f func() error) {
 		}
 	}
 }
+
+// Resolver runs a name server on a host of the lab that knows one name only, and gives its
+// address. program is the CoreDNS that the product ships.
+func Resolver(t testing.TB, l *lab.Lab, host, program, name, address string) string {
+	t.Helper()
+	ip, err := l.IP(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(l.Root(host), "coredns"), data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf(".:53 {\n  hosts {\n    %s %s\n  }\n  refuse\n}\n", address, name)
+	if err := os.WriteFile(filepath.Join(l.Root(host), "Corefile"), []byte(config), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cmd, err := l.Spawn(t.Context(), host, lab.Command{Args: []string{"/coredns", "-conf", "/Corefile"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return ip
+}
