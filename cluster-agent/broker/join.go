@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/defence"
+	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -297,11 +298,11 @@ func (j *joining) nameProblem() error {
 		if n.Name != j.req.Hostname {
 			continue
 		}
-		if !ready(n) && j.record.Name == n.Name {
+		if !kube.Ready(&n) && j.record.Name == n.Name {
 			return nil
 		}
 		how := fmt.Sprintf("remove it with: microk8s remove-node %s, or make a token for it with: microk8s add-node --name %s", n.Name, n.Name)
-		if ready(n) {
+		if kube.Ready(&n) {
 			how = "give the joining machine another host name"
 		}
 		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already. If this is another machine, or the same one installed anew, %s", n.Name, how)
@@ -320,15 +321,6 @@ func (j *joining) ownerProblem() error {
 		}
 	}
 	return nil
-}
-
-func ready(n corev1.Node) bool {
-	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeReady {
-			return c.Status == corev1.ConditionTrue
-		}
-	}
-	return false
 }
 
 // addresses are those of a node, its names left out.

@@ -317,7 +317,7 @@ func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late
 			delete(left, name)
 			continue
 		}
-		if !nodeReady(list[i]) {
+		if !kube.Ready(&list[i]) {
 			continue // its next event comes
 		}
 		if d := time.Until(left[name].NotBefore); d > 0 {
@@ -349,13 +349,4 @@ func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late
 		soon(retry)
 	}
 	return wait, nil
-}
-
-func nodeReady(n corev1.Node) bool {
-	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeReady {
-			return c.Status == corev1.ConditionTrue
-		}
-	}
-	return false
 }

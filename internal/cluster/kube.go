@@ -50,15 +50,6 @@ func deleteNode(ctx context.Context, c *kube.Core, name string) error {
 	return nil
 }
 
-func ready(node *corev1.Node) bool {
-	for _, c := range node.Status.Conditions {
-		if c.Type == corev1.NodeReady {
-			return c.Status == corev1.ConditionTrue
-		}
-	}
-	return false
-}
-
 // internalIP is the first address under which the cluster knows a node.
 func internalIP(node *corev1.Node) string {
 	for _, a := range node.Status.Addresses {
@@ -102,7 +93,7 @@ func (s *joinRun) registered(ctx context.Context) error {
 		if err := get(ctx); err != nil {
 			return err
 		}
-		if !ready(last) {
+		if !kube.Ready(last) {
 			return errors.New("not Ready")
 		}
 		return nil

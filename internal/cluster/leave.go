@@ -17,6 +17,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/etcdargs"
 	"microk8s/internal/journal"
+	"microk8s/internal/kube"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -335,7 +336,7 @@ func (s *leaveRun) wait(ctx context.Context) error {
 			return err
 		}
 		node, err := getNode(ctx, c, s.Self)
-		if err == nil && !ready(node) {
+		if err == nil && !kube.Ready(node) {
 			err = errors.New("not Ready")
 		}
 		return err

@@ -66,6 +66,16 @@ func (c *Core) Nodes(ctx context.Context) ([]corev1.Node, error) {
 	return list.Items, nil
 }
 
+// Ready says whether a node's kubelet calls it ready.
+func Ready(n *corev1.Node) bool {
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}
+
 // Secret reads a Secret of the system namespace.
 func (c *Core) Secret(ctx context.Context, name string) (*corev1.Secret, error) {
 	var s corev1.Secret
