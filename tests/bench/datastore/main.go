@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -30,11 +31,16 @@ func main() {
 	rounds := flag.Int("rounds", 3, "how many rounds; the median of each figure counts")
 	members := flag.Int("members", 1, "members of each datastore; kine has one only and is left out of others")
 	large := flag.Bool("large", true, "also measure with 100,000 objects")
+	only := flag.String("only", "", "measure only what matches this regular expression, and what cannot be left out")
 	flag.Parse()
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := measure(ctx, *build, *during, *rounds, *members, *large); err != nil {
+	pattern, err := regexp.Compile(*only)
+	if err == nil {
+		err = measure(ctx, *build, *during, *rounds, *members, *large, pattern)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -123,8 +129,8 @@ func largeRows() []row {
 	}
 }
 
-func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool) error {
-	table := rows(members)
+func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool, only *regexp.Regexp) error {
+	table := slices.DeleteFunc(rows(members), func(r row) bool { return r.what != "" && !only.MatchString(r.what) })
 	names, figures, err := measureRows(ctx, build, table, during, rounds, members)
 	if err != nil {
 		return err

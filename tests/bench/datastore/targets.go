@@ -58,21 +58,29 @@ func freeAddress() (string, error) {
 	return l.Addr().String(), nil
 }
 
-// newOurs prepares n daemons in folders below dir.
-func newOurs(program, dir string, n int) (*target, error) {
-	t := &target{name: "k8s-dqlite", commits: "k8s_dqlite_write_groups_total", commitTime: "k8s_dqlite_write_seconds_total"}
+// pair writes the key pair with which members of a target talk to each other.
+func pair(certFile, keyFile string) error {
 	var maker pki.Maker
 	key, err := maker.Key(2048)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	cert, err := maker.Issue(pki.Request{
 		Subject: pkix.Name{CommonName: "k8s"}, DNSNames: []string{"bench"}, IPs: []net.IP{net.IPv4(127, 0, 0, 1)},
 		Days: 1, ServerAuth: true, ClientAuth: true,
 	}, key.Public(), nil, key)
 	if err != nil {
-		return nil, err
+		return err
 	}
+	if err := os.WriteFile(certFile, pki.EncodeCert(cert), 0o600); err != nil {
+		return err
+	}
+	return os.WriteFile(keyFile, pki.EncodeKey(key), 0o600)
+}
+
+// newOurs prepares n daemons in folders below dir. The members trust the one key pair that they share.
+func newOurs(program, dir string, n int) (*target, error) {
+	t := &target{name: "k8s-dqlite", commits: "k8s_dqlite_write_groups_total", commitTime: "k8s_dqlite_write_seconds_total"}
 	first := ""
 	for i := range n {
 		m := &member{dir: filepath.Join(dir, "ours-"+strconv.Itoa(i))}
@@ -92,10 +100,17 @@ func newOurs(program, dir string, n int) (*target, error) {
 		if err := os.MkdirAll(m.dir, 0o700); err != nil {
 			return nil, err
 		}
-		for name, data := range map[string][]byte{"cluster.crt": pki.EncodeCert(cert), "cluster.key": pki.EncodeKey(key), "init.yaml": []byte(init)} {
-			if err := os.WriteFile(filepath.Join(m.dir, name), data, 0o600); err != nil {
-				return nil, err
+		if err := os.WriteFile(filepath.Join(m.dir, "init.yaml"), []byte(init), 0o600); err != nil {
+			return nil, err
+		}
+		if i > 0 {
+			for _, name := range []string{"cluster.crt", "cluster.key"} {
+				if err := os.Link(filepath.Join(t.members[0].dir, name), filepath.Join(m.dir, name)); err != nil {
+					return nil, err
+				}
 			}
+		} else if err := pair(filepath.Join(m.dir, "cluster.crt"), filepath.Join(m.dir, "cluster.key")); err != nil {
+			return nil, err
 		}
 		metrics, err := freeAddress()
 		if err != nil {
@@ -108,11 +123,16 @@ func newOurs(program, dir string, n int) (*target, error) {
 	return t, nil
 }
 
-// newEtcd prepares n members of etcd, which syncs every write, as ours does.
+// newEtcd prepares n members of etcd, which syncs every write, as ours does. Its members use TLS
+// with each other, as ours do, and as kubeadm sets it up.
 func newEtcd(program, dir string, n int) (*target, error) {
 	t := &target{name: "etcd", commits: "etcd_disk_wal_fsync_duration_seconds", commitTime: "etcd_disk_wal_fsync_duration_seconds"}
 	var cluster []string
 	peers := make([]string, n)
+	cert, key := filepath.Join(dir, "etcd.crt"), filepath.Join(dir, "etcd.key")
+	if err := pair(cert, key); err != nil {
+		return nil, err
+	}
 	for i := range n {
 		m := &member{dir: filepath.Join(dir, "etcd-"+strconv.Itoa(i))}
 		var err error
@@ -122,7 +142,7 @@ func newEtcd(program, dir string, n int) (*target, error) {
 		if m.endpoint, err = freeAddress(); err != nil {
 			return nil, err
 		}
-		cluster = append(cluster, fmt.Sprintf("m%d=http://%s", i, peers[i]))
+		cluster = append(cluster, fmt.Sprintf("m%d=https://%s", i, peers[i]))
 		t.members = append(t.members, m)
 	}
 	for i, m := range t.members {
@@ -130,7 +150,8 @@ func newEtcd(program, dir string, n int) (*target, error) {
 		m.argv = []string{
 			program, "--name=m" + strconv.Itoa(i), "--data-dir=" + m.dir, "--log-level=error",
 			"--listen-client-urls=http://" + m.endpoint, "--advertise-client-urls=http://" + m.endpoint,
-			"--listen-peer-urls=http://" + peers[i], "--initial-advertise-peer-urls=http://" + peers[i],
+			"--listen-peer-urls=https://" + peers[i], "--initial-advertise-peer-urls=https://" + peers[i],
+			"--peer-cert-file=" + cert, "--peer-key-file=" + key, "--peer-trusted-ca-file=" + cert, "--peer-client-cert-auth",
 			"--initial-cluster=" + strings.Join(cluster, ","), "--initial-cluster-state=new",
 			"--quota-backend-bytes=8589934592",
 		}
@@ -175,7 +196,37 @@ func (t *target) start(ctx context.Context) error {
 		}
 		t.clients = append(t.clients, clients)
 	}
-	return nil
+	return t.firstLeads(ctx)
+}
+
+// firstLeads sees to it that the first member leads: what is measured on it is measured on the
+// leader, for each target. The first of our daemons leads because it made the cluster, and the others
+// join it; etcd is told.
+func (t *target) firstLeads(ctx context.Context) error {
+	if len(t.members) == 1 {
+		return nil
+	}
+	first, err := t.client(0, 0).Status(ctx, t.members[0].endpoint)
+	if err != nil {
+		return fmt.Errorf("%s: %w", t.name, err)
+	}
+	for i, m := range t.members {
+		s, err := t.client(i, 0).Status(ctx, m.endpoint)
+		if err != nil {
+			return fmt.Errorf("%s, member %d: %w", t.name, i, err)
+		}
+		if s.Header.MemberId != s.Leader {
+			continue
+		}
+		if i == 0 {
+			return nil
+		}
+		if _, err := t.client(i, 0).MoveLeader(ctx, first.Header.MemberId); err != nil {
+			return fmt.Errorf("%s: the first member cannot be made the leader: %w", t.name, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("%s: nobody leads", t.name)
 }
 
 func (m *member) start() error {
