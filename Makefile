@@ -34,7 +34,7 @@ stop: ## Remove the nodes that `make run` started, with every trace
 ##@ Build
 
 .PHONY: deps
-deps: ## Install missing Debian or Ubuntu packages; build libdqlite if none is new enough
+deps: ## Install missing Debian or Ubuntu packages; build libdqlite
 	@scripts/deps
 
 .PHONY: build

@@ -3,8 +3,9 @@
 // shows and answers them; it expires leases and compacts. While another daemon leads, it takes
 // over what that one has committed. It knows nothing of gRPC, files or dqlite, nor of who leads.
 //
-// One goroutine writes. While one statement runs, the next group forms in the queue, so there
-// is no timer: one caller gets the latency of one statement, many share it.
+// One goroutine writes at a time. While one statement runs, the next group forms in the queue, so there
+// is no timer: one caller gets the latency of one statement, many share it. A caller who finds nobody
+// writing or waiting writes by itself: to have another goroutine do it costs two changes of threads.
 //
 // What an engine shows is always what the log begins with: it takes over nothing that is not
 // committed. So it may begin to lead by reading what the log holds beyond its state.
@@ -91,9 +92,10 @@ type Engine struct {
 
 	term      atomic.Pointer[term] // not nil while the engine leads
 	rereading atomic.Bool
+	releasing atomic.Bool
 	epoch     atomic.Int64 // odd while the log is open and its end not read yet
 
-	// Of the writer.
+	// Of who writes, see term.writing.
 	log         dslog.Log
 	dead        []int64 // ids of rows that nobody can reach
 	sweep       bool    // rows that the last leader left may be dead as well
@@ -122,9 +124,24 @@ func (e *Engine) Stats() *Stats { return &e.stats }
 
 // term is one time of leadership.
 type term struct {
-	log   dslog.Log
-	queue chan *job
-	done  chan struct{} // closed when the writer has ended; what is still queued was not applied
+	ctx     context.Context
+	log     dslog.Log
+	queue   chan *job
+	waiting atomic.Int64  // jobs in the queue, or taken from it and not begun
+	writing sync.Mutex    // held by who stages or uses the log; for good when the writer has ended
+	done    chan struct{} // closed when the writer has ended; what is still queued was not applied
+}
+
+// put queues a job for the writer; false means that there is no place.
+func (t *term) put(j *job) bool {
+	t.waiting.Add(1)
+	select {
+	case t.queue <- j:
+		return true
+	default:
+		t.waiting.Add(-1)
+		return false
+	}
 }
 
 type waiter struct {
@@ -188,10 +205,11 @@ func (e *Engine) Lead(ctx context.Context, l dslog.Log, started func()) error {
 	}
 	e.epoch.Store(e.epoch.Load()&^1 + 2)
 	e.rereading.Store(false)
-	t := &term{log: l, queue: make(chan *job, 4096), done: make(chan struct{})}
+	t := &term{ctx: ctx, log: l, queue: make(chan *job, 4096), done: make(chan struct{})}
 	e.term.Store(t)
 	started()
 	e.run(ctx, t)
+	t.writing.Lock() // nobody writes any more
 	e.term.Store(nil)
 	close(t.done)
 	return nil
@@ -219,6 +237,7 @@ func (e *Engine) takeOver(ctx context.Context) error {
 	}
 	st.RestartLeases(e.opt.Now())
 	e.dead = dead
+	defer e.release(st.Keys()) // what reading them took
 	return e.Load(st)
 }
 
@@ -241,7 +260,7 @@ func (e *Engine) Confirm(ctx context.Context, round func(context.Context) error)
 		return err
 	}
 	// Not before the round: the node may have lost leadership and won it again until then.
-	if err := t.log.Check(ctx); err != nil {
+	if err := t.log.Check(); err != nil {
 		e.reread(t, err)
 		return err
 	}
@@ -261,9 +280,7 @@ func (e *Engine) reread(t *term, cause error) {
 		e.rereading.Store(false)
 		return e.broken(ctx, cause)
 	}}
-	select {
-	case t.queue <- j:
-	default:
+	if !t.put(j) {
 		e.rereading.Store(false) // so many writes wait that one of them will fail
 	}
 }
@@ -317,7 +334,8 @@ func (e *Engine) ApplyCompaction(rev int64) error {
 	if rev <= e.st.Compacted() {
 		return nil
 	}
-	_, err := e.st.Compact(rev) // the leader deletes the rows
+	dead, err := e.st.Compact(rev) // the leader deletes the rows
+	e.release(len(dead))
 	e.reached(e.st.Rev())
 	return err
 }
@@ -463,10 +481,25 @@ func (e *Engine) do(ctx context.Context, j *job) error {
 	if t == nil {
 		return ErrNotLeading
 	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	j.done = make(chan struct{})
+	if j.alone == nil && t.waiting.Load() == 0 && t.writing.TryLock() {
+		begun := t.ctx.Err() == nil
+		if begun {
+			e.write(t.ctx, []*job{j})
+		}
+		t.writing.Unlock()
+		if begun {
+			return e.settle(ctx, t, j)
+		}
+	}
+	t.waiting.Add(1)
 	select {
 	case t.queue <- j:
 	case <-ctx.Done():
+		t.waiting.Add(-1)
 		return ctx.Err()
 	case <-t.done:
 		return ErrNotLeading
@@ -608,9 +641,11 @@ func (e *Engine) run(ctx context.Context, t *term) {
 		held = nil
 		if j == nil {
 			var idle chan struct{}
+			t.writing.Lock()
 			if (len(e.dead) > 0 || e.sweep) && !e.opt.Full() {
 				idle = closed // nothing else to do: delete dead rows
 			}
+			t.writing.Unlock()
 			select {
 			case j = <-t.queue:
 			default:
@@ -619,16 +654,24 @@ func (e *Engine) run(ctx context.Context, t *term) {
 					return
 				case j = <-t.queue:
 				case <-expiry.C:
+					t.writing.Lock()
 					e.expire(ctx, expiry)
+					t.writing.Unlock()
 					continue
 				case <-e.wakeExpiry:
+					t.writing.Lock()
 					e.expire(ctx, expiry)
+					t.writing.Unlock()
 					continue
 				case <-minute.C:
+					t.writing.Lock()
 					e.everyMinute(ctx)
+					t.writing.Unlock()
 					continue
 				case <-idle:
+					t.writing.Lock()
 					e.bury(ctx)
+					t.writing.Unlock()
 					continue
 				}
 			}
@@ -638,11 +681,14 @@ func (e *Engine) run(ctx context.Context, t *term) {
 			close(j.done)
 			return
 		}
+		t.writing.Lock()
 		if j.alone != nil {
+			t.waiting.Add(-1)
 			before := e.epoch.Load()
 			j.err = j.alone(ctx)
 			j.epoch = e.epoch.Load()
 			j.wrote = j.err == nil || j.epoch != before // else the error is an answer from the state
+			t.writing.Unlock()
 			close(j.done)
 			continue
 		}
@@ -660,12 +706,14 @@ func (e *Engine) run(ctx context.Context, t *term) {
 				break fill
 			}
 		}
+		t.waiting.Add(-int64(len(group)))
 		e.write(ctx, group)
 		if groups++; groups%64 == 0 {
 			// Nobody waits for these, but they must not starve under load either.
 			e.bury(ctx)
 			e.expire(ctx, expiry)
 		}
+		t.writing.Unlock()
 	}
 }
 

@@ -120,7 +120,7 @@ func (m *memory) IDs(_ context.Context, upTo int64, fn func(int64) error) error 
 	return err
 }
 
-func (m *memory) Check(context.Context) error {
+func (m *memory) Check() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.usable()
@@ -342,7 +342,7 @@ func TestWritesInParallelShareStatements(t *testing.T) {
 	for i := 1; i < n; i++ {
 		go write(i)
 	}
-	for len(e.term.Load().queue) < n-1 {
+	for e.term.Load().waiting.Load() < n-1 {
 		time.Sleep(time.Millisecond) // the others have no other way to say that they wait
 	}
 	close(release)

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"time"
@@ -19,7 +20,22 @@ const CompactKey = "compact_rev_key"
 const (
 	expireKeys = 1000 // keys of a lease that are deleted in one statement
 	buryRows   = 1000 // dead rows that are deleted between two groups
+
+	releaseRows = 1 << 14 // rows after whose end memory is given back; they may be some 20 MiB
 )
+
+// release gives memory back to the system after something that needed it for so many rows: the
+// collector, which does it by itself, takes minutes and keeps a part. It does not wait for that, which
+// ends in less than a second.
+func (e *Engine) release(rows int) {
+	if rows < releaseRows || !e.releasing.CompareAndSwap(false, true) {
+		return
+	}
+	go func() {
+		defer e.releasing.Store(false)
+		debug.FreeOSMemory()
+	}()
+}
 
 // expire ends the leases whose time is over and sets the timer for the next one.
 func (e *Engine) expire(ctx context.Context, timer *time.Timer) {
@@ -115,6 +131,7 @@ func (e *Engine) compact(ctx context.Context, rev int64) error {
 	e.dead = append(e.dead, ids(dead)...)
 	e.lastCompact = e.opt.Now()
 	e.opt.Compacted()
+	e.release(len(dead))
 	e.opt.Logger.Info("compacted", "revision", rev, "rows", len(dead))
 	return nil
 }

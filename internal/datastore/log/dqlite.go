@@ -37,10 +37,10 @@ type Dqlite struct {
 	dial    client.DialFunc
 	logf    client.LogFunc
 
-	own   func(context.Context) (net.Conn, error)
-	token atomic.Pointer[token]
-	conn  *dqdriver.Conn
-	stmts map[int]driver.Stmt // by number of rows
+	leading Leading
+	term    atomic.Uint64 // in which conn was made; 0: there is none
+	conn    *dqdriver.Conn
+	stmts   map[int]driver.Stmt // by number of rows
 
 	// Migrated is not nil when OpenDqlite has taken over a database of upstream k8s-dqlite.
 	Migrated *Migration
@@ -53,13 +53,13 @@ const openTimeout = 30 * time.Second
 
 // OpenDqlite opens the database on the node with this address and creates the tables if they
 // are missing; a database of upstream k8s-dqlite is migrated. dial connects to that node,
-// whatever address it is given. It is an error when the node does not lead, or when upstream
-// has written into a database of this program (ErrForeign).
-func OpenDqlite(ctx context.Context, address string, dial func(context.Context) (net.Conn, error), logf client.LogFunc) (*Dqlite, error) {
+// whatever address it is given; leading tells whether it leads. It is an error when the node does
+// not lead, or when upstream has written into a database of this program (ErrForeign).
+func OpenDqlite(ctx context.Context, address string, dial func(context.Context) (net.Conn, error), leading Leading, logf client.LogFunc) (*Dqlite, error) {
 	l := &Dqlite{
 		address: address,
 		logf:    logf,
-		own:     dial,
+		leading: leading,
 		dial: func(ctx context.Context, a string) (net.Conn, error) {
 			// The driver follows the leader that a node reports. Writing there would be
 			// writing behind the back of that leader's daemon.
@@ -88,6 +88,10 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 // Reopen is part of Log.
 func (l *Dqlite) Reopen(ctx context.Context) error {
 	l.drop()
+	term, leads := l.leading()
+	if !leads {
+		return errors.New("cannot open the database: the own node does not lead")
+	}
 	store := client.NewInmemNodeStore()
 	if err := store.Set(ctx, []client.NodeInfo{{Address: l.address}}); err != nil {
 		return err
@@ -106,32 +110,25 @@ func (l *Dqlite) Reopen(ctx context.Context) error {
 		return fmt.Errorf("cannot open the database on the own node: %w", err)
 	}
 	l.conn, l.stmts = conn.(*dqdriver.Conn), map[int]driver.Stmt{}
-	// After the connection, and before anything is read through it: if the reading succeeds,
-	// both are of one leadership.
-	t, err := newToken(ctx, l.own)
-	if err != nil {
+	// The connection was made in this term: dqlite opens a database on a leader only, and forgets it
+	// when leadership ends.
+	if err := l.leading.check(term); err != nil {
 		l.drop()
 		return fmt.Errorf("cannot open the database on the own node: %w", err)
 	}
-	l.token.Store(t)
+	l.term.Store(term)
 	return nil
 }
 
 // Check is part of Log.
-func (l *Dqlite) Check(ctx context.Context) error {
-	t := l.token.Load()
-	if t == nil {
-		return ErrDeposed
-	}
-	return t.check(ctx)
-}
+func (l *Dqlite) Check() error { return l.leading.check(l.term.Load()) }
 
 func (l *Dqlite) drop() {
 	if l.conn != nil {
 		l.conn.Close()
 		l.conn, l.stmts = nil, nil
 	}
-	l.token.Swap(nil).close()
+	l.term.Store(0)
 }
 
 // Close is part of Log.

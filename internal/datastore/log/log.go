@@ -84,7 +84,7 @@ type Log interface {
 	Size(ctx context.Context) (total, used int64, err error)
 	// Check is nil when the node has led without a break since the last Reopen, until now. It
 	// may be called from any goroutine.
-	Check(ctx context.Context) error
+	Check() error
 	// Reopen begins a new connection, on the own node and only if it leads.
 	Reopen(ctx context.Context) error
 	Close() error

@@ -15,7 +15,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	dslog "microk8s/internal/datastore/log"
@@ -32,8 +31,6 @@ import (
 const PeerProtocol = "microk8s-datastore-1"
 
 const (
-	leaderPoll       = 100 * time.Millisecond // dqlite does not tell; asking costs some 50 µs
-	calmPoll         = time.Second            // while somebody else would tell, see SetCalm
 	handshakeTimeout = 10 * time.Second
 )
 
@@ -68,16 +65,16 @@ type Member struct {
 	listen net.Listener
 	socket string // the C node's, abstract; it answers this process only (src/server.c, listenCb)
 
-	leader  atomic.Pointer[client.NodeInfo] // who leads as of the last poll; nil: nobody
-	calm    atomic.Pointer[func() bool]     // see SetCalm
-	changed chan struct{}                   // has a value after leader changed
+	changed chan struct{} // has a value after the leader changed
 	peers   *peerListener
 	dialTLS *tls.Config // nil without TLS
 	domain  uint64
 
 	dialLimit time.Duration // for the C node's connections to other members
 
-	asking, listing ownClient
+	listing ownClient
+	known   memberList
+	events  *os.File // of the view
 
 	marks markers
 
@@ -145,9 +142,7 @@ func Start(opt Options) (_ *Member, err error) {
 	marks.note(false)
 
 	m := &Member{marks: marks, opt: opt, node: node, dir: d, domain: domain, dialLimit: max(time.Second, 10*tuning.NetworkLatency), changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
-	for _, c := range []*ownClient{&m.asking, &m.listing} {
-		c.m = m
-	}
+	m.listing.m = m
 	// With a part that nobody can guess, so that nobody can take the name before.
 	m.socket = fmt.Sprintf("@dqlite-%d-%s", node.ID, rand.Text())
 	if opt.SnapInstance != "" {
@@ -196,9 +191,12 @@ func Start(opt Options) (_ *Member, err error) {
 	if err = m.dqlite.Start(); err != nil {
 		return nil, fmt.Errorf("cannot start dqlite in %s: %w; if the files are damaged, restore the directory from a backup", opt.Dir, err)
 	}
+	if m.events, err = m.viewEvents(); err != nil {
+		return nil, errors.Join(err, m.dqlite.Close())
+	}
 	m.wg.Add(2)
 	go m.accept(ctx, listenTLS)
-	go m.watchLeader(ctx)
+	go m.watchView(m.events)
 	return m, nil
 }
 
@@ -253,7 +251,7 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 	const pause, report = 50 * time.Millisecond, 10 * time.Second
 	reported := time.Now()
 	for {
-		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.DialOwn, m.logf)
+		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.DialOwn, m.leading, m.logf)
 		switch {
 		case err == nil:
 			if mig := l.Migrated; mig != nil {
@@ -286,59 +284,6 @@ func (m *Member) logf(level client.LogLevel, format string, args ...any) {
 		return
 	}
 	m.opt.Logger.Debug("dqlite: " + fmt.Sprintf(format, args...))
-}
-
-// SetCalm has the own node asked only once a second who leads while calm says that a change is not
-// possible, or that this process would hear of it from others.
-func (m *Member) SetCalm(calm func() bool) { m.calm.Store(&calm) }
-
-// watchLeader asks the own node who leads: dqlite has no other way to tell.
-func (m *Member) watchLeader(ctx context.Context) {
-	defer m.wg.Done()
-	t := time.NewTicker(leaderPoll)
-	defer t.Stop()
-	failing := 0
-	var asked time.Time
-	for {
-		if calm := m.calm.Load(); calm != nil && (*calm)() && time.Since(asked) < calmPoll {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.C:
-			}
-			continue
-		}
-		asked = time.Now()
-		ask, cancel := context.WithTimeout(ctx, 2*time.Second)
-		now, err := m.AskLeader(ask)
-		cancel()
-		if err != nil {
-			now = nil
-			if failing++; failing%50 == 0 && ctx.Err() == nil {
-				m.opt.Logger.Warn("the own dqlite node does not answer", "times", failing, "error", err)
-			}
-		} else {
-			failing = 0
-		}
-		was := m.leader.Swap(now)
-		if (was == nil) != (now == nil) || now != nil && was.ID != now.ID {
-			if now != nil {
-				m.opt.Logger.Info("who leads has changed", "leader", now.Address, "self", now.ID == m.node.ID)
-			} else if ctx.Err() == nil {
-				m.opt.Logger.Info("nobody leads, as far as this member knows")
-			}
-			select {
-			case m.changed <- struct{}{}:
-			default:
-			}
-			m.rememberTerm()
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-	}
 }
 
 func (m *Member) rememberTerm() {
@@ -455,9 +400,8 @@ func (m *Member) Close() error {
 	m.stop()
 	m.listen.Close()
 	m.peers.Close()
-	for _, c := range []*ownClient{&m.asking, &m.listing} {
-		c.close()
-	}
+	m.events.Close()
+	m.listing.close()
 	err := m.dqlite.Close()
 	m.wg.Wait()
 	m.rememberTerm()

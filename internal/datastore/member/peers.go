@@ -15,42 +15,8 @@ import (
 	"github.com/canonical/go-dqlite/v3/client"
 )
 
-// Leader gives who led when the own node was last asked, 100 ms ago at most; nil means that
-// it knew of nobody. A spare never knows: the leader sends it nothing.
-func (m *Member) Leader() *client.NodeInfo { return m.leader.Load() }
-
-// Changed has a value after Leader has changed.
-func (m *Member) Changed() <-chan struct{} { return m.changed }
-
-// Leads says whether this node led when it was last asked.
-func (m *Member) Leads() bool {
-	l := m.leader.Load()
-	return l != nil && l.ID == m.node.ID
-}
-
 // FailureDomain is what the file of this name said at the start.
 func (m *Member) FailureDomain() uint64 { return m.domain }
-
-// AskLeader asks the own node who leads, now. Nil means that it knows of nobody.
-func (m *Member) AskLeader(ctx context.Context) (who *client.NodeInfo, err error) {
-	err = m.asking.do(ctx, func(c *client.Client) error {
-		info, err := c.Leader(ctx)
-		if err == nil && info != nil && info.ID != 0 {
-			who = info
-		}
-		return err
-	})
-	return who, err
-}
-
-// Cluster asks the own node for the members. Only that of a leader is sure to be the latest.
-func (m *Member) Cluster(ctx context.Context) (nodes []client.NodeInfo, err error) {
-	err = m.listing.do(ctx, func(c *client.Client) error {
-		nodes, err = c.Cluster(ctx)
-		return err
-	})
-	return nodes, err
-}
 
 // Change asks the own node, which must lead, for a change of membership, role or leadership.
 func (m *Member) Change(ctx context.Context, fn func(*client.Client) error) error {

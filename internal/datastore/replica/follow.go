@@ -95,8 +95,6 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			return err
 		}
 		watchdog.Reset(beatLimit)
-		now := time.Now()
-		r.heard.Store(&now)
 		if b.Snapshot {
 			if loader == nil {
 				loader = state.NewLoader(b.Compacted)
@@ -126,11 +124,11 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 		}
 		if !began && r.e.Loaded() {
 			began = true
-			f := &following{address: address, conn: conn, ctx: ctx}
+			f := &following{address: address, conn: conn, ctx: ctx, writes: forwarding{conn: conn, life: r.ctx}}
 			f.barrier.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)
 				defer cancel()
-				return askRev(ctx, conn, r.ownVote(ctx))
+				return askRev(ctx, conn, r.ownVote())
 			}
 			f.latest.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)

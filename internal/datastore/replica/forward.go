@@ -13,7 +13,6 @@ import (
 
 	"github.com/canonical/go-dqlite/v3/client"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 )
 
@@ -22,7 +21,7 @@ const retryEvery = 50 * time.Millisecond
 
 // onLeader carries something out where the leader is: here, or there. It is tried again only
 // when it is known not to have happened.
-func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), there func(*grpc.ClientConn) (T, error)) (v T, err error) {
+func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), there func(*following) (T, error)) (v T, err error) {
 	for {
 		turn := r.now()
 		if r.e.Leads() {
@@ -31,7 +30,7 @@ func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), th
 				return v, err
 			}
 		} else if f := r.following.Load(); f != nil {
-			v, err = there(f.conn)
+			v, err = there(f)
 			if err == nil {
 				return v, nil
 			}
@@ -66,15 +65,15 @@ func outcome(ctx context.Context, err error) error {
 func (r *Replica) Txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
 	return onLeader(r, ctx,
 		func() (*pb.TxnResponse, error) { return r.e.Txn(ctx, q, size) },
-		func(c *grpc.ClientConn) (*pb.TxnResponse, error) { return pb.NewKVClient(c).Txn(ctx, q) })
+		func(f *following) (*pb.TxnResponse, error) { return f.writes.txn(ctx, q, size) })
 }
 
 // Compact is part of server.Backend.
 func (r *Replica) Compact(ctx context.Context, rev int64) error {
 	_, err := onLeader(r, ctx,
 		func() (*empty, error) { return nil, r.e.Compact(ctx, rev) },
-		func(c *grpc.ClientConn) (*empty, error) {
-			_, err := pb.NewKVClient(c).Compact(ctx, &pb.CompactionRequest{Revision: rev})
+		func(f *following) (*empty, error) {
+			_, err := pb.NewKVClient(f.conn).Compact(ctx, &pb.CompactionRequest{Revision: rev})
 			if err == nil {
 				err = r.e.WaitCompacted(ctx, rev)
 			}
@@ -87,8 +86,8 @@ func (r *Replica) Compact(ctx context.Context, rev int64) error {
 func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 	return onLeader(r, ctx,
 		func() (int64, error) { return r.e.Grant(ctx, id, ttl) },
-		func(c *grpc.ClientConn) (int64, error) {
-			a, err := pb.NewLeaseClient(c).LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: ttl})
+		func(f *following) (int64, error) {
+			a, err := pb.NewLeaseClient(f.conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: ttl})
 			return a.GetID(), err
 		})
 }
@@ -97,8 +96,8 @@ func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 func (r *Replica) Revoke(ctx context.Context, id int64) error {
 	_, err := onLeader(r, ctx,
 		func() (*empty, error) { return nil, r.e.Revoke(ctx, id) },
-		func(c *grpc.ClientConn) (*empty, error) {
-			_, err := pb.NewLeaseClient(c).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+		func(f *following) (*empty, error) {
+			_, err := pb.NewLeaseClient(f.conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
 			return nil, err
 		})
 	return err
@@ -108,10 +107,10 @@ func (r *Replica) Revoke(ctx context.Context, id int64) error {
 func (r *Replica) Renew(ctx context.Context, id int64) (int64, error) {
 	return onLeader(r, ctx,
 		func() (int64, error) { return r.renewHere(ctx, id) },
-		func(c *grpc.ClientConn) (int64, error) {
+		func(f *following) (int64, error) {
 			ctx, cancel := context.WithCancel(ctx)
 			defer cancel()
-			s, err := pb.NewLeaseClient(c).LeaseKeepAlive(ctx)
+			s, err := pb.NewLeaseClient(f.conn).LeaseKeepAlive(ctx)
 			if err != nil {
 				return 0, err
 			}
@@ -144,8 +143,8 @@ func (r *Replica) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) 
 			}
 			return r.e.TimeToLive(q), nil
 		},
-		func(c *grpc.ClientConn) (*pb.LeaseTimeToLiveResponse, error) {
-			return pb.NewLeaseClient(c).LeaseTimeToLive(ctx, q)
+		func(f *following) (*pb.LeaseTimeToLiveResponse, error) {
+			return pb.NewLeaseClient(f.conn).LeaseTimeToLive(ctx, q)
 		})
 }
 
@@ -158,8 +157,8 @@ func (r *Replica) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
 			}
 			return r.e.LeaseList(), nil
 		},
-		func(c *grpc.ClientConn) (*pb.LeaseLeasesResponse, error) {
-			return pb.NewLeaseClient(c).LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
+		func(f *following) (*pb.LeaseLeasesResponse, error) {
+			return pb.NewLeaseClient(f.conn).LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
 		})
 }
 
@@ -252,31 +251,26 @@ func (r *Replica) confirmedWith(q *barrierRequest) bool {
 	if q.Voter == 0 || q.Voter == own || q.Leader != own {
 		return false
 	}
-	voters := 0
-	r.mu.Lock()
-	for _, n := range r.members {
-		if n.Role == int(client.Voter) {
-			voters++
-		}
-	}
-	r.mu.Unlock()
-	if voters > 3 {
-		return false
-	}
 	// Not with the context of the call: a question that is broken off costs a connection.
 	ctx, cancel := context.WithTimeout(r.ctx, askLimit)
 	defer cancel()
-	return r.e.Confirm(ctx, func(ctx context.Context) error { return r.askVoters(ctx, q.Voter) }) == nil
+	return r.e.Confirm(ctx, func(ctx context.Context) error {
+		members, err := r.m.Cluster(ctx)
+		if err == nil && !majority(members, map[uint64]bool{own: true, q.Voter: true}) {
+			err = errNoMajority
+		}
+		return err
+	}) == nil
 }
 
 // ownVote is a question for a barrier with what the own node says of who leads, if it has a vote.
-func (r *Replica) ownVote(ctx context.Context) *barrierRequest {
+func (r *Replica) ownVote() *barrierRequest {
 	own := r.m.Node().ID
 	r.mu.Lock()
 	votes := slices.ContainsFunc(r.members, func(n member.Node) bool { return n.ID == own && n.Role == int(client.Voter) })
 	r.mu.Unlock()
 	if votes {
-		if l, err := r.m.AskLeader(ctx); err == nil && l != nil {
+		if l := r.m.Leader(); l.ID != 0 {
 			return &barrierRequest{Voter: own, Leader: l.ID}
 		}
 	}
@@ -285,80 +279,40 @@ func (r *Replica) ownVote(ctx context.Context) *barrierRequest {
 
 var errNoMajority = errors.New("no majority of the voters names this member as the leader")
 
-// askVoters is nil when a majority of the voters say after the call that this node leads; this node
-// and those in said count as having done so. Whether this node itself still does is checked
-// after it.
-func (r *Replica) askVoters(ctx context.Context, said ...uint64) error {
-	own := r.m.Node()
-	yes := map[uint64]bool{own.ID: true}
-	for _, id := range said {
-		yes[id] = true
+// askVoters is nil when a majority of the voters, as the own node has them at the call, say after it
+// that this node leads. This node counts as having done so: whether it still leads is checked after
+// it.
+func (r *Replica) askVoters(ctx context.Context) error {
+	members, err := r.m.Cluster(ctx)
+	if err != nil {
+		return err
 	}
-	voters := 1
-	var ask []string
-	r.mu.Lock()
-	for _, n := range r.members {
-		if n.Role == int(client.Voter) && n.ID != own.ID {
-			voters++
-			if !yes[n.ID] {
-				ask = append(ask, n.Address)
-			}
-		}
-	}
-	r.mu.Unlock()
-	// The members may have changed since that list was made; the own node knows. It is asked
-	// meanwhile: of a change after the call nobody can have made use before it, unless this node
-	// has not led ever since.
-	type list struct {
-		nodes []client.NodeInfo
-		err   error
-	}
-	members := make(chan list, 1)
-	go func() {
-		nodes, err := r.m.Cluster(ctx)
-		members <- list{nodes, err}
-	}()
-	votes := make(chan uint64, len(ask)) // the node's id, or 0
+	own := r.m.Node().ID
+	yes := map[uint64]bool{own: true}
+	votes := make(chan uint64, len(members)) // the node's id, or 0
 	waiting := 0
 	round, cancel := context.WithCancel(ctx)
 	defer cancel()
-	if len(yes) <= voters/2 {
-		waiting = len(ask)
-		for _, address := range ask {
-			conn := r.connTo(address)
-			if conn == nil {
+	for _, n := range members {
+		if n.Role != client.Voter || n.ID == own {
+			continue
+		}
+		conn := r.connTo(n.Address)
+		if conn == nil {
+			r.wake() // this daemon has not heard of that member yet
+			continue
+		}
+		waiting++
+		go func() {
+			a, err := call[whoAnswer](round, conn, "Who", &empty{})
+			if err != nil || a.LeaderID != own {
 				votes <- 0
-				continue
+				return
 			}
-			go func() {
-				a, err := call[whoAnswer](round, conn, "Who", &empty{})
-				if err != nil || a.LeaderID != own.ID {
-					votes <- 0
-					return
-				}
-				votes <- a.ID
-			}()
-		}
+			votes <- a.ID
+		}()
 	}
-	var now []client.NodeInfo
-	for {
-		if len(yes) > voters/2 {
-			if now == nil {
-				select {
-				case l := <-members:
-					if l.err != nil {
-						return l.err
-					}
-					now = l.nodes
-				case <-ctx.Done():
-					return ctx.Err()
-				}
-			}
-			if majority(now, yes) {
-				return nil
-			}
-			r.wake()
-		}
+	for !majority(members, yes) {
 		if waiting == 0 {
 			return errNoMajority
 		}
@@ -372,6 +326,7 @@ func (r *Replica) askVoters(ctx context.Context, said ...uint64) error {
 			return ctx.Err()
 		}
 	}
+	return nil
 }
 
 // majority says whether more than half of the voters are in a set.

@@ -145,7 +145,7 @@ func (r *Replica) servePing(_ context.Context, q *pingRequest) (*pingAnswer, err
 	r.mu.Unlock()
 	n := r.m.Node()
 	a := &pingAnswer{ID: n.ID, Domain: r.m.FailureDomain(), Stopping: r.stopping.Load(), LowDisk: r.lowDisk.Load(), Full: r.full.Load()}
-	if l := r.m.Leader(); l != nil {
+	if l := r.m.Leader(); l.ID != 0 {
 		a.LeaderID, a.LeaderAddress = l.ID, l.Address
 	}
 	r.mu.Lock()
@@ -158,16 +158,8 @@ func (r *Replica) servePing(_ context.Context, q *pingRequest) (*pingAnswer, err
 	return a, nil
 }
 
-func (r *Replica) serveWho(ctx context.Context, _ *empty) (*whoAnswer, error) {
-	l, err := r.m.AskLeader(ctx)
-	if err != nil {
-		return nil, status.Error(codes.Unavailable, err.Error())
-	}
-	a := &whoAnswer{ID: r.m.Node().ID}
-	if l != nil {
-		a.LeaderID = l.ID
-	}
-	return a, nil
+func (r *Replica) serveWho(context.Context, *empty) (*whoAnswer, error) {
+	return &whoAnswer{ID: r.m.Node().ID, LeaderID: r.m.Leader().ID}, nil
 }
 
 // watchNode ends the daemon when its node takes no part any more. A node of libdqlite that could
@@ -195,7 +187,7 @@ func (r *Replica) watchNode() {
 // leftOut says whether another member leads that sees this daemon and has this node among its
 // voters, and this node knows nothing of it.
 func (r *Replica) leftOut() bool {
-	if r.m.Leader() != nil {
+	if r.m.Leader().ID != 0 {
 		return false
 	}
 	own := r.m.Node().ID

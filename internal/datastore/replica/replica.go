@@ -9,7 +9,7 @@
 //   - A daemon leads through one connection to its own node (package log), which ends for good
 //     with the node's leadership. Before it serves, it reads what the log holds beyond its state.
 //   - A read is answered after a round that began after it came: a majority of the voters'
-//     daemons ask their own nodes, which name this one, and then the connection is seen to live
+//     daemons look whom their own nodes name, which is this one, and then it is seen to lead still
 //     (engine.Confirm). So no other leader can have committed anything before the read came that
 //     is not in the state. Followers ask for the leader's revision and wait until they have it.
 //   - A write whose compare fails is a read: it is answered after such a round, too, unless it
@@ -47,7 +47,6 @@ const (
 	shownFor    = 3 * time.Second // the same, for who asks from outside
 	lostAfter   = 5 * time.Second // offline for so long, a member is replaced
 	lookEvery   = 100 * time.Millisecond
-	calmFor     = beatEvery + 2*lookEvery // after the leader's daemon was last heard
 	reportEvery = 10 * time.Second
 	askLimit    = 2 * time.Second // for a question to another daemon
 	deadAfter   = 30              // looks, one with each ping, at an own node that knows of no leader
@@ -76,12 +75,12 @@ type Replica struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	grpc   *grpc.Server
+	kv     pb.KVServer // of what others forward
 	fatal  chan error
 	ready  chan struct{}
 
 	following atomic.Pointer[following]
-	heard     atomic.Pointer[time.Time] // when the stream last brought something
-	alone     atomic.Bool               // this node leads and is the only voter
+	alone     atomic.Bool // this node leads and is the only voter
 	stopping  atomic.Bool
 	removed   atomic.Bool // the others do not list this member any more
 	lowDisk   atomic.Bool // the disk is nearly full, as the daemon's flags say
@@ -108,6 +107,7 @@ type following struct {
 	ctx     context.Context
 	barrier rounds // gives a confirmed revision
 	latest  rounds // gives the revision that the leader has
+	writes  forwarding
 }
 
 var _ server.Backend = (*Replica)(nil)
@@ -124,9 +124,8 @@ func Start(opt Options) *Replica {
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
-		return 0, r.e.Confirm(ctx, func(ctx context.Context) error { return r.askVoters(ctx) })
+		return 0, r.e.Confirm(ctx, r.askVoters)
 	}
-	r.m.SetCalm(r.calm)
 	r.setMembers(r.m.Known())
 	r.grpc = grpc.NewServer(
 		grpc.ForceServerCodec(codec{}), grpc.MaxRecvMsgSize(16<<20),
@@ -134,6 +133,7 @@ func Start(opt Options) *Replica {
 	)
 	r.grpc.RegisterService(&serviceDesc, r)
 	s := server.New(server.Options{Engine: r.e, Backend: leader{r}, Logger: r.log, ClusterID: opt.ClusterID, MemberID: r.m.Node().ID})
+	r.kv = s
 	pb.RegisterKVServer(r.grpc, s)
 	pb.RegisterLeaseServer(r.grpc, s)
 	r.spawn(func() {
@@ -241,16 +241,6 @@ func (r *Replica) isReady() {
 	}
 }
 
-// calm says that a change of who leads would be heard of without asking the own node: it is the
-// only voter, or the daemon that leads, which asks its own, has just been heard.
-func (r *Replica) calm() bool {
-	if r.alone.Load() {
-		return true
-	}
-	heard := r.heard.Load()
-	return r.following.Load() != nil && heard != nil && time.Since(*heard) < calmFor
-}
-
 // target is who leads, as far as this daemon knows.
 type target struct {
 	id      uint64
@@ -259,9 +249,8 @@ type target struct {
 }
 
 func (r *Replica) target() target {
-	if l := r.m.Leader(); l != nil {
-		self := l.ID == r.m.Node().ID
-		return target{l.ID, l.Address, self}
+	if l := r.m.Leader(); l.ID != 0 {
+		return target{l.ID, l.Address, l.ID == r.m.Node().ID}
 	}
 	// A spare's node hears of no leader, but the daemons do.
 	r.mu.Lock()
@@ -354,8 +343,7 @@ func (r *Replica) lead(ctx context.Context) {
 		return
 	}
 	r.because(err)
-	still, askErr := r.m.AskLeader(ctx)
-	if askErr == nil && still != nil && still.ID == r.m.Node().ID && l.Check(ctx) == nil {
+	if r.m.Leads() && l.Check() == nil {
 		r.fail(fmt.Errorf("cannot load the data: %w", err)) // and not because leadership was lost meanwhile
 	}
 }

@@ -290,7 +290,7 @@ func (r *Replica) transfer(ctx context.Context, promote bool) error {
 		if err == nil {
 			return nil
 		}
-		if l, askErr := r.m.AskLeader(ctx); askErr == nil && (l == nil || l.ID != own.ID) {
+		if !r.m.Leads() {
 			return nil // it is given away all the same
 		}
 	}

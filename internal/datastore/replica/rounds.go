@@ -29,8 +29,20 @@ func (r *rounds) wait(ctx, life context.Context) (int64, error) {
 	}
 	mine := r.next
 	if !r.running {
+		// Nobody runs one: without a change of goroutines.
 		r.running = true
-		go r.loop(life)
+		r.next = nil
+		r.mu.Unlock()
+		mine.value, mine.err = r.run(life)
+		close(mine.done)
+		r.mu.Lock()
+		if r.next != nil {
+			go r.loop(life)
+		} else {
+			r.running = false
+		}
+		r.mu.Unlock()
+		return mine.value, mine.err
 	}
 	r.mu.Unlock()
 	select {

@@ -20,8 +20,8 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// What daemons say to each other: the calls below, and the KV and Lease services of etcd for
-// what is forwarded to the leader. Control messages are JSON, so that members of different
+// What daemons say to each other: the calls below, and the KV and Lease services of etcd for what else
+// than transactions is forwarded to the leader. Control messages are JSON, so that members of different
 // versions understand each other; the data is in a form of its own.
 
 const service = "microk8s.datastore.Peer"
@@ -201,7 +201,7 @@ func fingerprint(changes []state.Change, rev int64) uint32 {
 	return sum
 }
 
-// codec carries protobuf messages, batches, and everything else as JSON.
+// codec carries protobuf messages, batches, forwarded writes, and everything else as JSON.
 type codec struct{}
 
 func (codec) Name() string { return "proto" }
@@ -210,6 +210,10 @@ func (codec) Marshal(v any) ([]byte, error) {
 	switch v := v.(type) {
 	case *batch:
 		return v.marshal(), nil
+	case *writeRequest:
+		return v.marshal()
+	case *writeAnswer:
+		return v.marshal()
 	case proto.Message:
 		return proto.Marshal(v)
 	}
@@ -219,6 +223,10 @@ func (codec) Marshal(v any) ([]byte, error) {
 func (codec) Unmarshal(data []byte, v any) error {
 	switch v := v.(type) {
 	case *batch:
+		return v.unmarshal(data)
+	case *writeRequest:
+		return v.unmarshal(data)
+	case *writeAnswer:
 		return v.unmarshal(data)
 	case proto.Message:
 		return proto.Unmarshal(data, v)
@@ -250,6 +258,7 @@ var serviceDesc = grpc.ServiceDesc{
 		handler("Ping", (*Replica).servePing),
 		handler("Who", (*Replica).serveWho),
 		handler("Barrier", (*Replica).serveBarrier),
+		handler("Write", (*Replica).serveWrite),
 		handler("Join", (*Replica).serveJoin),
 		handler("Handover", (*Replica).serveHandover),
 	},

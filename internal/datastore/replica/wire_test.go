@@ -4,13 +4,17 @@ import (
 	"bytes"
 	"context"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
 
 	"microk8s/internal/datastore/state"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 func TestBatch(t *testing.T) {
@@ -34,6 +38,57 @@ func FuzzBatch(f *testing.F) {
 		}
 		if err := again.unmarshal(b.marshal()); err != nil || !bytes.Equal(again.marshal(), b.marshal()) {
 			t.Fatalf("%v", err)
+		}
+	})
+}
+
+func TestWrites(t *testing.T) {
+	txn := &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: []byte("v")}}}}}
+	sent := writeRequest{txns: []*pb.TxnRequest{txn, {}, txn}}
+	data, err := sent.marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got writeRequest
+	if err := got.unmarshal(data); err != nil || len(got.txns) != 3 || !proto.Equal(got.txns[2], txn) {
+		t.Errorf("%v became %v, %v", sent.txns, got.txns, err)
+	}
+	if err := new(writeRequest).unmarshal(slices.Repeat(data, forwardJobs/3+1)); err == nil {
+		t.Error("a message with too many transactions was read")
+	}
+	answer := writeAnswer{results: []writeResult{
+		{resp: &pb.TxnResponse{Succeeded: true, Header: &pb.ResponseHeader{Revision: 7}}},
+		{err: status.Convert(notLeading).Proto()},
+	}}
+	if data, err = answer.marshal(); err != nil {
+		t.Fatal(err)
+	}
+	var back writeAnswer
+	if err := back.unmarshal(data); err != nil || len(back.results) != 2 || back.results[0].resp.Header.Revision != 7 ||
+		back.results[0].err != nil || !isNotLeading(status.FromProto(back.results[1].err).Err()) {
+		t.Errorf("%v became %v, %v", answer.results, back.results, err)
+	}
+}
+
+func FuzzWrites(f *testing.F) {
+	data, _ := (&writeRequest{txns: []*pb.TxnRequest{{}, {Compare: []*pb.Compare{{Key: []byte("k")}}}}}).marshal()
+	f.Add(data)
+	data, _ = (&writeAnswer{results: []writeResult{{resp: &pb.TxnResponse{}}, {err: status.Convert(notLeading).Proto()}}}).marshal()
+	f.Add(data)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var q, again writeRequest
+		if q.unmarshal(data) == nil {
+			out, err := q.marshal()
+			if err != nil || again.unmarshal(out) != nil || len(q.txns) != len(again.txns) {
+				t.Fatalf("%d transactions became %d: %v", len(q.txns), len(again.txns), err)
+			}
+		}
+		var a, same writeAnswer
+		if a.unmarshal(data) == nil {
+			out, err := a.marshal()
+			if err != nil || same.unmarshal(out) != nil || len(a.results) != len(same.results) {
+				t.Fatalf("%d results became %d: %v", len(a.results), len(same.results), err)
+			}
 		}
 	})
 }
