@@ -199,20 +199,20 @@ func (c *Cleaner) sweep(ctx context.Context, force bool) ([]string, error) {
 		default: // an API whose server has gone away with what was deleted
 			continue
 		}
-		var todo []unstructured.Unstructured
+		var found []unstructured.Unstructured
 		for _, o := range list.Items {
 			if !protected(r, &o, system) && !c.comesBack(r, &o) {
-				todo = append(todo, o)
+				found = append(found, o)
 			}
 		}
-		if len(todo) == 0 {
+		if len(found) == 0 {
 			continue
 		}
-		c.announce(r, len(todo))
-		if err := c.deleteAll(ctx, r, todo, force); err != nil {
+		c.announce(r, len(found))
+		if err := c.deleteAll(ctx, r, found, force); err != nil {
 			return nil, err
 		}
-		for _, o := range todo {
+		for _, o := range found {
 			left = append(left, fullName(r, &o))
 		}
 	}

@@ -132,6 +132,13 @@ type term struct {
 	done    chan struct{} // closed when the writer has ended; what is still queued was not applied
 }
 
+// write calls fn when nobody else writes.
+func (t *term) write(fn func()) {
+	t.writing.Lock()
+	defer t.writing.Unlock()
+	fn()
+}
+
 // put queues a job for the writer; false means that there is no place.
 func (t *term) put(j *job) bool {
 	t.waiting.Add(1)
@@ -237,7 +244,6 @@ func (e *Engine) takeOver(ctx context.Context) error {
 	}
 	st.RestartLeases(e.opt.Now())
 	e.dead = dead
-	defer e.release(st.Keys()) // what reading them took
 	return e.Load(st)
 }
 
@@ -306,6 +312,7 @@ func (e *Engine) Load(st *state.State) error {
 	e.st = st
 	e.hub.Rewind(st.Rev())
 	e.reached(st.Rev())
+	e.release(st.Keys()) // what reading them took
 	return nil
 }
 
@@ -485,6 +492,8 @@ func (e *Engine) do(ctx context.Context, j *job) error {
 		return err
 	}
 	j.done = make(chan struct{})
+	// Who writes by itself waits for its own statement, or for the end of leadership, whatever ctx
+	// says; those who come after it do not wait longer than they want.
 	if j.alone == nil && t.waiting.Load() == 0 && t.writing.TryLock() {
 		begun := t.ctx.Err() == nil
 		if begun {
@@ -641,11 +650,11 @@ func (e *Engine) run(ctx context.Context, t *term) {
 		held = nil
 		if j == nil {
 			var idle chan struct{}
-			t.writing.Lock()
-			if (len(e.dead) > 0 || e.sweep) && !e.opt.Full() {
-				idle = closed // nothing else to do: delete dead rows
-			}
-			t.writing.Unlock()
+			t.write(func() {
+				if (len(e.dead) > 0 || e.sweep) && !e.opt.Full() {
+					idle = closed // nothing else to do: delete dead rows
+				}
+			})
 			select {
 			case j = <-t.queue:
 			default:
@@ -654,24 +663,16 @@ func (e *Engine) run(ctx context.Context, t *term) {
 					return
 				case j = <-t.queue:
 				case <-expiry.C:
-					t.writing.Lock()
-					e.expire(ctx, expiry)
-					t.writing.Unlock()
+					t.write(func() { e.expire(ctx, expiry) })
 					continue
 				case <-e.wakeExpiry:
-					t.writing.Lock()
-					e.expire(ctx, expiry)
-					t.writing.Unlock()
+					t.write(func() { e.expire(ctx, expiry) })
 					continue
 				case <-minute.C:
-					t.writing.Lock()
-					e.everyMinute(ctx)
-					t.writing.Unlock()
+					t.write(func() { e.everyMinute(ctx) })
 					continue
 				case <-idle:
-					t.writing.Lock()
-					e.bury(ctx)
-					t.writing.Unlock()
+					t.write(func() { e.bury(ctx) })
 					continue
 				}
 			}

@@ -26,7 +26,7 @@ const (
 
 // release gives memory back to the system after something that needed it for so many rows: the
 // collector, which does it by itself, takes minutes and keeps a part. It does not wait for that, which
-// ends in less than a second.
+// is one collection.
 func (e *Engine) release(rows int) {
 	if rows < releaseRows || !e.releasing.CompareAndSwap(false, true) {
 		return

@@ -124,7 +124,10 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 		}
 		if !began && r.e.Loaded() {
 			began = true
-			f := &following{address: address, conn: conn, ctx: ctx, writes: forwarding{conn: conn, life: r.ctx}}
+			f := &following{address: address, conn: conn, ctx: ctx, writes: forwarding{life: r.ctx}}
+			f.writes.call = func(ctx context.Context, q *writeRequest) (*writeAnswer, error) {
+				return call[writeAnswer](ctx, conn, "Write", q)
+			}
 			f.barrier.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)
 				defer cancel()

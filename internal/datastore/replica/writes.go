@@ -9,7 +9,6 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -29,7 +28,7 @@ const (
 // while calls are under way goes together in the next one: a call for each costs both daemons more than
 // to commit it.
 type forwarding struct {
-	conn *grpc.ClientConn
+	call func(context.Context, *writeRequest) (*writeAnswer, error)
 	life context.Context // of this daemon: a leader that is deposed still tells what became of a write
 
 	mu      sync.Mutex
@@ -55,7 +54,7 @@ func (f *forwarding) txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.T
 		// What waits is about to be sent: nothing is overtaken for long.
 		f.calls++
 		f.mu.Unlock()
-		f.together([]*forwarded{w})
+		f.together(ctx, []*forwarded{w})
 		f.mu.Lock()
 		if len(f.waiting) > 0 {
 			go f.send() // ends with life at the latest
@@ -93,19 +92,19 @@ func (f *forwarding) send() {
 			return
 		}
 		f.mu.Unlock()
-		f.together(group)
+		f.together(f.life, group)
 	}
 }
 
 // together has a group carried out in one call.
-func (f *forwarding) together(group []*forwarded) {
-	ctx, cancel := context.WithTimeout(f.life, forwardLimit)
+func (f *forwarding) together(ctx context.Context, group []*forwarded) {
+	ctx, cancel := context.WithTimeout(ctx, forwardLimit)
 	defer cancel()
 	q := &writeRequest{}
 	for _, w := range group {
 		q.txns = append(q.txns, w.q)
 	}
-	a, err := call[writeAnswer](ctx, f.conn, "Write", q)
+	a, err := f.call(ctx, q)
 	if err == nil && len(a.results) != len(group) {
 		err = errWrites
 	}
