@@ -48,7 +48,7 @@ func (a *App) newAddNode() *cobra.Command {
 	f := addNodeFlags{}
 	cmd := &cobra.Command{
 		Use:   "add-node [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--worker] [--name NODE] [--format FORMAT]",
-		Short: "Make a token with which another machine joins this cluster, and print how",
+		Short: "Make a token for another machine, and print how it joins",
 		Long: `Make a token with which another machine joins this cluster, and print what to type there.
 
 Without --token-ttl the token is good for one node, whenever it joins. With it, any number of

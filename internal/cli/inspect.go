@@ -12,7 +12,7 @@ import (
 func (a *App) newInspect() *cobra.Command {
 	return &cobra.Command{
 		Use:   "inspect",
-		Short: "Collect what is needed to find out what is wrong with this node",
+		Short: "Check this node for known problems, and collect a report",
 		Long: `Collect logs, arguments and the state of the cluster and of the machine into one tarball that
 can be shown to others: keys, tokens and passwords are taken out. Warnings are printed on the
 way. Exit code 1 means that a service which should run does not.`,

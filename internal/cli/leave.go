@@ -16,7 +16,7 @@ func (a *App) newLeave() *cobra.Command {
 	var o cluster.LeaveOptions
 	cmd := &cobra.Command{
 		Use:   "leave [--force]",
-		Short: "Depart from the cluster",
+		Short: "Leave the cluster; this node starts over with a cluster of its own",
 		Long: `The node will depart from the cluster it is in, and become a cluster of its own again: an
 empty one, with new keys. The others finish the removal with microk8s remove-node.
 

@@ -28,7 +28,7 @@ func (a *App) newLogs() *cobra.Command {
 	o := logsOptions{}
 	cmd := &cobra.Command{
 		Use:   "logs [SERVICE...] [-n|--lines N] [-f|--follow]",
-		Short: "Show what the services of this node have logged",
+		Short: "Show the logs of this node's services",
 		Long: `Show what the services of this node have logged: containerd, k8s-dqlite, cluster-agent,
 kubelite, apiserver-proxy. Without a name all of them are shown, one after the other.
 The logs of pods are shown by microk8s kubectl logs.`,

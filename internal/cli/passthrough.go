@@ -108,7 +108,11 @@ func (a *App) lookup(name string) (string, bool) {
 
 func (a *App) newHelm(name string) func() *cobra.Command {
 	return func() *cobra.Command {
-		c := raw(name+" [arguments]", "Run Helm against this node", a.helm)()
+		short := "Run Helm against this node"
+		if name != "helm" {
+			short = "The same as helm"
+		}
+		c := raw(name+" [arguments]", short, a.helm)()
 		c.ValidArgsFunction = a.delegateCompletion(func() (string, []string, error) {
 			path, argv := a.helmCommand(nil)
 			return path, argv, nil
@@ -131,7 +135,38 @@ func (a *App) helm(user []string) error {
 }
 
 func (a *App) newCtr() *cobra.Command {
-	return raw("ctr [arguments]", "Run containerd's own client against this node", a.ctr)()
+	return raw("ctr [arguments]", "Run containerd's client against this node", a.ctr)()
+}
+
+// ctrRegistry are the commands of ctr that ask a registry, by ctr's own names and aliases.
+var ctrRegistry = map[string][]string{
+	"images": {"pull", "push"}, "image": {"pull", "push"}, "i": {"pull", "push"},
+	"content": {"fetch", "fetch-object", "fetch-blob", "push-object"},
+}
+
+// ctrValued are ctr's options before the command whose value may be the next word.
+var ctrValued = []string{"address", "a", "timeout", "connect-timeout", "namespace", "n"}
+
+// withHostsDir adds the folder with the registries' hosts.toml files, which pods' pulls use, to
+// the commands of ctr that ask a registry, unless the user names a folder.
+func (a *App) withHostsDir(user []string) []string {
+	at := 0
+	for ; at < len(user) && strings.HasPrefix(user[at], "-"); at++ {
+		if slices.Contains(ctrValued, strings.TrimLeft(user[at], "-")) {
+			at++
+		}
+	}
+	if at+1 >= len(user) || !slices.Contains(ctrRegistry[user[at]], user[at+1]) {
+		return user
+	}
+	at += 2
+	if slices.ContainsFunc(user[at:], func(s string) bool {
+		name, _, _ := strings.Cut(strings.TrimLeft(s, "-"), "=")
+		return strings.HasPrefix(s, "-") && name == "hosts-dir"
+	}) {
+		return user
+	}
+	return slices.Concat(user[:at], []string{"--hosts-dir", a.Env.Args("certs.d")}, user[at:])
 }
 
 func (a *App) ctr(user []string) error {
@@ -147,7 +182,7 @@ func (a *App) ctr(user []string) error {
 	path := a.Env.Bin("ctr")
 	argv := append([]string{path}, f.Words(a.lookup)...)
 	vars := []string{"CONTAINERD_SNAPSHOTTER=" + snapshotter(a.Env.Common)}
-	return a.replace(path, append(argv, user...), append(a.environWithout(vars), vars...))
+	return a.replace(path, append(argv, a.withHostsDir(user)...), append(a.environWithout(vars), vars...))
 }
 
 // snapshotter gives the name of containerd's snapshotter for a directory: overlayfs, except on

@@ -24,7 +24,7 @@ func (a *App) newReset() *cobra.Command {
 	destroy := true
 	cmd := &cobra.Command{
 		Use:   "reset [--destroy-storage[=true|false]]",
-		Short: "Return the node to its initial state",
+		Short: "Return this node to its initial state",
 		Long: `Return the MicroK8s node to the default initial state: everything that runs in the cluster
 and everything it knows is deleted, without asking, and all addons are disabled, dns too:
 enable it again with microk8s enable dns. Argument files, certificates, and with

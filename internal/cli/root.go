@@ -16,6 +16,7 @@ import (
 // command is one subcommand: its gates, and how to build it.
 type command struct {
 	name   string
+	group  string // heading under which the list of commands shows it
 	hidden bool
 	// raw commands take every argument as it is, --help and -h included.
 	raw bool
@@ -30,34 +31,42 @@ type command struct {
 	build func() *cobra.Command
 }
 
+// Headings of the list of commands, in their order there.
+const (
+	groupNode      = "This node"
+	groupCluster   = "The cluster"
+	groupWorkloads = "Addons and images"
+	groupTools     = "Tools for Kubernetes and containers"
+)
+
 // commands is the table of all commands and of who may use them when (cli.md 1.0).
 func (a *App) commands() []command {
 	perm := a.perm(a.Err)
 	addons := []gate{a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}
 	return []command{
-		{name: "add-node", usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
-		{name: "addons", usage: ExitUsage, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
-		{name: "completion", usage: ExitUsage, build: a.newCompletion},
-		{name: "config", usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
-		{name: "ctr", raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
-		{name: "dbctl", usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, build: a.newDbctl},
-		{name: "disable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
-		{name: "enable", raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
-		{name: "helm", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
-		{name: "helm3", raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
-		{name: "images", usage: ExitUsage, gates: []gate{perm}, build: a.newImages},
-		{name: "inspect", usage: ExitUsage, sudo: true, build: a.newInspect},
-		{name: "join", usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, build: a.newJoin},
-		{name: "kubectl", raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
-		{name: "leave", usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, build: a.newLeave},
-		{name: "logs", usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
-		{name: "refresh-certs", usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
-		{name: "remove-node", usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, build: a.newRemoveNode},
-		{name: "reset", usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, build: a.newReset},
-		{name: "start", usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
-		{name: "status", usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, build: a.newStatus},
-		{name: "stop", usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
-		{name: "version", usage: ExitError, gates: []gate{a.permUnlessNew}, build: a.newVersion},
+		{name: "add-node", group: groupCluster, usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
+		{name: "addons", group: groupWorkloads, usage: ExitUsage, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
+		{name: "completion", group: groupTools, usage: ExitUsage, build: a.newCompletion},
+		{name: "config", group: groupTools, usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
+		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
+		{name: "dbctl", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, build: a.newDbctl},
+		{name: "disable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
+		{name: "enable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
+		{name: "helm", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
+		{name: "helm3", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
+		{name: "images", group: groupWorkloads, usage: ExitUsage, gates: []gate{perm}, build: a.newImages},
+		{name: "inspect", group: groupNode, usage: ExitUsage, sudo: true, build: a.newInspect},
+		{name: "join", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, build: a.newJoin},
+		{name: "kubectl", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
+		{name: "leave", group: groupCluster, usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, build: a.newLeave},
+		{name: "logs", group: groupNode, usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
+		{name: "refresh-certs", group: groupNode, usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
+		{name: "remove-node", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, build: a.newRemoveNode},
+		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, build: a.newReset},
+		{name: "start", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
+		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, build: a.newStatus},
+		{name: "stop", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
+		{name: "version", group: groupNode, usage: ExitError, gates: []gate{a.permUnlessNew}, build: a.newVersion},
 
 		{name: "daemon", hidden: true, usage: ExitUsage, build: a.newDaemon},
 		{name: "find-resolv-conf", hidden: true, usage: ExitUsage, build: a.newFindResolvConf},
@@ -183,14 +192,19 @@ func noArgs(cmd *cobra.Command, args []string) error {
 	return nil
 }
 
-// list prints the subcommands.
+// list prints the subcommands by groups, each with what it does. The first line, and names
+// behind a tab, are upstream's form.
 func (a *App) list(w io.Writer) {
 	fmt.Fprintln(w, "Available subcommands are:")
-	for _, c := range a.commands() {
-		if !c.hidden {
-			fmt.Fprintf(w, "\t%s\n", c.name)
+	for _, group := range []string{groupNode, groupCluster, groupWorkloads, groupTools} {
+		fmt.Fprintf(w, "\n%s:\n", group)
+		for _, c := range a.commands() {
+			if c.group == group {
+				fmt.Fprintf(w, "\t%-15s %s\n", c.name, c.build().Short)
+			}
 		}
 	}
+	fmt.Fprintln(w, "\nRun microk8s COMMAND --help for more about a command.")
 	if plugins := a.plugins(); len(plugins) > 0 {
 		fmt.Fprintln(w, "Available subcommands from addons are:")
 		for _, p := range plugins {

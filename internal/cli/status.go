@@ -33,8 +33,8 @@ func (a *App) newStatus() *cobra.Command {
 	o := statusOptions{}
 	cmd := &cobra.Command{
 		Use:   "status [--format pretty|yaml|short|json] [-w|--wait-ready] [-t|--timeout SECONDS] [-a|--addon NAME]",
-		Short: "Say how this node is",
-		Long: `Say how this node is, and if something is wrong, what, and what to do about it. It answers
+		Short: "Show the status of this node",
+		Long: `Show the status of this node, and if something is wrong, what, and what to do about it. It answers
 within 100 ms; what did not answer by then is named. Exit code 0 means that the node can be
 used, 1 that it cannot.`,
 		Args: noArgs,

@@ -31,7 +31,7 @@ func (a *App) newVersion() *cobra.Command {
 	format := "pretty"
 	cmd := &cobra.Command{
 		Use:   "version [--format pretty|json]",
-		Short: "Print the versions of the product and of what is inside",
+		Short: "Print the versions of MicroK8s and its components",
 		Args:  cobra.ArbitraryArgs, // upstream ignores them
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if format != "pretty" && format != "json" {

@@ -21,7 +21,7 @@ type Component struct {
 var materials = []struct{ name, mod, module string }{
 	{"kubernetes", "go.mod", "k8s.io/kubernetes"},
 	{"flannel", "go.mod", "github.com/flannel-io/flannel"},
-	{"traefik", "go.mod", "github.com/traefik/traefik/v2"},
+	{"traefik-balancer", "go.mod", "github.com/traefik/traefik/v2"}, // a part of apiserver-proxy
 	{"go-dqlite", "go.mod", "github.com/canonical/go-dqlite/v3"},
 	{"containerd", "scripts/components/containerd/go.mod", "github.com/containerd/containerd/v2"},
 	{"runc", "scripts/components/runc/go.mod", "github.com/opencontainers/runc"},

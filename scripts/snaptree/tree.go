@@ -65,6 +65,8 @@ func Assemble(root, out, arch string) (changed int, err error) {
 	}
 	t.add("bin/nft", in("build/components/nft/bin/nft"), 0o755)
 	t.files["bin/dqlite"] = file{link: "k8s-dqlite"}
+	// In the search path of plugins of kubectl and helm, which call it by name.
+	t.files["bin/kubectl"] = file{link: "kubelite"}
 	for _, l := range []string{"kubectl", "kubelite"} {
 		t.files[l] = file{link: "bin/kubelite"}
 	}
