@@ -1,11 +1,13 @@
 // Package kubetest is a small API server for tests: Secrets with resource versions and
-// watches, and the Nodes that a test sets. It knows no authorization.
+// watches, ClusterRoles and their bindings, and the Nodes that a test sets. It knows no
+// authorization.
 package kubetest
 
 import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,6 +15,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
 	"microk8s/internal/kube"
@@ -23,8 +27,10 @@ type Server struct {
 	sync.Mutex
 	Nodes   []corev1.Node
 	Secrets map[string]*corev1.Secret // of kube-system, by name
-	Writes  int                       // that were done
-	Down    bool                      // every call fails
+	Writes  int                       // that were done to Secrets
+	// RBAC has the ClusterRoles and ClusterRoleBindings, by path.
+	RBAC map[string]*unstructured.Unstructured
+	Down bool // every call fails
 
 	version  int
 	watchers map[chan *corev1.Secret]string
@@ -35,7 +41,7 @@ type Server struct {
 // New starts a server that ends with the test.
 func New(t *testing.T) *Server {
 	t.Helper()
-	s := &Server{Secrets: map[string]*corev1.Secret{}, watchers: map[chan *corev1.Secret]string{}, nodes: map[chan *corev1.Node]bool{}}
+	s := &Server{Secrets: map[string]*corev1.Secret{}, RBAC: map[string]*unstructured.Unstructured{}, watchers: map[chan *corev1.Secret]string{}, nodes: map[chan *corev1.Node]bool{}}
 	h := httptest.NewServer(s)
 	t.Cleanup(func() {
 		h.CloseClientConnections()
@@ -72,6 +78,17 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
 		s.watchNodes(w, r)
+	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"):
+		s.rbac(w, r, answer)
+	case strings.HasPrefix(r.URL.Path, "/api/v1/nodes/") && r.Method == http.MethodDelete:
+		name := strings.TrimPrefix(r.URL.Path, "/api/v1/nodes/")
+		left := slices.DeleteFunc(slices.Clone(s.Nodes), func(n corev1.Node) bool { return n.Name == name })
+		if len(left) == len(s.Nodes) {
+			status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+			return
+		}
+		s.Nodes = left
+		answer(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
 	case r.URL.Path == "/api/v1/nodes":
 		answer(corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}, Items: s.Nodes})
 	case r.URL.Path == secrets && r.Method == http.MethodGet:
@@ -110,6 +127,62 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(&in)
 	default:
 		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	}
+}
+
+// rbac keeps ClusterRoles and ClusterRoleBindings. It is called with the lock held.
+func (s *Server) rbac(w http.ResponseWriter, r *http.Request, answer func(any)) {
+	path := r.URL.Path
+	old := s.RBAC[path]
+	named := strings.Count(path, "/") == 5
+	switch {
+	case r.Method == http.MethodGet && !named:
+		list := &unstructured.UnstructuredList{Object: map[string]any{"kind": "List", "apiVersion": "rbac.authorization.k8s.io/v1"}}
+		for p, o := range s.RBAC {
+			if strings.HasPrefix(p, path+"/") {
+				list.Items = append(list.Items, *o)
+			}
+		}
+		answer(list)
+	case r.Method == http.MethodPost, r.Method == http.MethodPut:
+		in := &unstructured.Unstructured{}
+		if err := json.NewDecoder(r.Body).Decode(in); err != nil {
+			status(w, http.StatusBadRequest, metav1.StatusReasonBadRequest)
+			return
+		}
+		if r.Method == http.MethodPost {
+			path += "/" + in.GetName()
+			old = s.RBAC[path]
+		}
+		s.version++
+		switch {
+		case r.Method == http.MethodPost && old != nil:
+			status(w, http.StatusConflict, metav1.StatusReasonAlreadyExists)
+			return
+		case r.Method == http.MethodPut && (old == nil || old.GetResourceVersion() != in.GetResourceVersion()):
+			status(w, http.StatusConflict, metav1.StatusReasonConflict)
+			return
+		case old != nil:
+			in.SetUID(old.GetUID())
+		default:
+			in.SetUID(types.UID("uid-" + strconv.Itoa(s.version)))
+		}
+		in.SetResourceVersion(strconv.Itoa(s.version))
+		s.RBAC[path] = in
+		answer(in)
+	case old == nil:
+		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	case r.Method == http.MethodDelete:
+		var o metav1.DeleteOptions
+		_ = json.NewDecoder(r.Body).Decode(&o) // an empty body is none
+		if o.Preconditions != nil && o.Preconditions.UID != nil && *o.Preconditions.UID != old.GetUID() {
+			status(w, http.StatusConflict, metav1.StatusReasonConflict)
+			return
+		}
+		delete(s.RBAC, path)
+		answer(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
+	default:
+		answer(old)
 	}
 }
 
