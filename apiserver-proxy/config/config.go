@@ -29,7 +29,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/atomicfile"
-	"microk8s/internal/setup/access"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -299,7 +299,7 @@ func replace(path string, data []byte) error {
 	} else if st, err = os.Stat(like); err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}
-	return atomicfile.Write(path, data, mode, access.OwnerOf(st))
+	return atomicfile.Write(path, data, mode, fileaccess.OwnerOf(st))
 }
 
 // Render makes traefik.yaml from its template, with the directories of this revision. Without a
@@ -321,7 +321,7 @@ func Render(env snapenv.Env) error {
 // files that people may have edited stay. It may be repeated. Starting the service is left to
 // the caller.
 func Install(env snapenv.Env, addresses []string) error {
-	a := access.For(env)
+	a := fileaccess.For(env)
 	if err := a.SharedDir(Dir(env)); err != nil {
 		return fmt.Errorf("cannot set up the API server proxy: %w", err)
 	}

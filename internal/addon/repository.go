@@ -16,7 +16,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"microk8s/internal/setup/access"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -214,7 +214,7 @@ func (r *Repositories) Clean() {
 // share gives a tree to the group of the product.
 func (r *Repositories) share(dir string) error {
 	gid := -1
-	if id, ok, err := access.GroupID(r.Env.HostPath("etc/group"), snapenv.Group); err == nil && ok {
+	if id, ok, err := fileaccess.GroupID(r.Env.HostPath("etc/group"), snapenv.Group); err == nil && ok {
 		gid = id
 	}
 	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
@@ -259,7 +259,7 @@ func (r *Repositories) command(ctx context.Context, dir string, args []string) (
 	home := r.Env.Args("git")
 	config := filepath.Join(home, ".gitconfig")
 	if _, err := os.Stat(config); errors.Is(err, fs.ErrNotExist) {
-		a := access.For(r.Env)
+		a := fileaccess.For(r.Env)
 		if err := errors.Join(a.SharedDir(home), a.WriteShared(config, []byte("[safe]\n\tdirectory = *\n"))); err != nil {
 			return nil, err
 		}

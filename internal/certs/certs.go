@@ -5,7 +5,7 @@
 //
 // Private keys are made once and kept; a new certificate is for the old key, except where the
 // CA changes. Keys and the daemons' kubeconfigs are readable by root alone, certificates and
-// the administrator's kubeconfig by the group of internal/setup/access.
+// the administrator's kubeconfig by the group of internal/fileaccess.
 //
 // Distribution of certificates in a cluster is left to the joining code; on a worker this
 // package renews only what the node's own CA signs.
@@ -29,9 +29,10 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"microk8s/internal/fileaccess"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/pki"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -100,7 +101,7 @@ func New(env snapenv.Env, opts Options) *Store {
 		opts.Hostname = Hostname
 	}
 	if opts.Addresses == nil {
-		opts.Addresses = Addresses
+		opts.Addresses = hostinfo.Addresses
 	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -130,10 +131,10 @@ func (s *Store) key(name string) string { return s.env.Cert(name + ".key") }
 // be interrupted and run again. Files that contradict each other are an error that names them,
 // and stay as they are.
 func (s *Store) Ensure(ctx context.Context) (Change, error) {
-	if err := access.For(s.env).SharedDir(s.env.CertsDir()); err != nil {
+	if err := fileaccess.For(s.env).SharedDir(s.env.CertsDir()); err != nil {
 		return Change{}, err
 	}
-	if err := access.For(s.env).SharedDir(s.env.CredentialsDir()); err != nil {
+	if err := fileaccess.For(s.env).SharedDir(s.env.CredentialsDir()); err != nil {
 		return Change{}, err
 	}
 	var all errgroup.Group
@@ -156,7 +157,7 @@ func (s *Store) ensureCluster(ctx context.Context) (Change, error) {
 		return Change{}, err
 	}
 	if _, err := os.Stat(s.env.Cert("csr.conf.template")); errors.Is(err, fs.ErrNotExist) {
-		if err := access.For(s.env).WriteShared(s.env.Cert("csr.conf.template"), CSRTemplate); err != nil {
+		if err := fileaccess.For(s.env).WriteShared(s.env.Cert("csr.conf.template"), CSRTemplate); err != nil {
 			return Change{}, err
 		}
 	}
@@ -171,7 +172,7 @@ func (s *Store) ensureKey(path string, bits int) (*rsa.PrivateKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		return key, access.For(s.env).WriteSecret(path, pki.EncodeKey(key))
+		return key, fileaccess.For(s.env).WriteSecret(path, pki.EncodeKey(key))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the key: %w", err)
@@ -219,7 +220,7 @@ func (s *Store) ensureCA(name string) error {
 	if err != nil {
 		return err
 	}
-	return access.For(s.env).WriteShared(s.crt(name), pki.EncodeCert(der))
+	return fileaccess.For(s.env).WriteShared(s.crt(name), pki.EncodeCert(der))
 }
 
 // checkCA compares a CA certificate with its key. A node without the key (a worker's view of
@@ -253,7 +254,7 @@ func (s *Store) ensureDatastorePair() error {
 	if s.env.Locked(snapenv.LockNoDqlite) {
 		return nil
 	}
-	if err := access.For(s.env).SharedDir(dir); err != nil {
+	if err := fileaccess.For(s.env).SharedDir(dir); err != nil {
 		return err
 	}
 	cert, _, err := readCert(crt)
@@ -286,7 +287,7 @@ func (s *Store) ensureDatastorePair() error {
 	if err != nil {
 		return err
 	}
-	return access.For(s.env).WriteShared(crt, pki.EncodeCert(der))
+	return fileaccess.For(s.env).WriteShared(crt, pki.EncodeCert(der))
 }
 
 // Renew issues again each certificate that is missing, is not signed by the present CA, lacks a
@@ -332,7 +333,7 @@ func (s *Store) writeChanged(path string, data []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
 		return nil
 	}
-	return access.For(s.env).WriteShared(path, data)
+	return fileaccess.For(s.env).WriteShared(path, data)
 }
 
 // wanted is the subject, names and addresses that a serving certificate shall have.
@@ -507,7 +508,7 @@ func (s *Store) issue(sp spec, want wanted) error {
 	if err != nil {
 		return err
 	}
-	return access.For(s.env).WriteShared(s.crt(sp.name), pki.EncodeCert(der))
+	return fileaccess.For(s.env).WriteShared(s.crt(sp.name), pki.EncodeCert(der))
 }
 
 // writeKubeconfig rewrites the file of sp if it is missing or holds another certificate, CA or
@@ -539,9 +540,9 @@ func (s *Store) writeKubeconfig(sp spec) error {
 		return err
 	}
 	if sp.name == Admin {
-		return access.For(s.env).WriteShared(path, data)
+		return fileaccess.For(s.env).WriteShared(path, data)
 	}
-	return access.For(s.env).WriteSecret(path, data)
+	return fileaccess.For(s.env).WriteSecret(path, data)
 }
 
 // NextRenewal is when the first certificate becomes due; the zero time if none can be read.

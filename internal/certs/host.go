@@ -4,11 +4,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"slices"
 	"strings"
 
 	"microk8s/internal/args"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/snapenv"
 )
 
@@ -18,42 +17,10 @@ const (
 	defaultPort        = 16443
 )
 
-// ownInterfaces have addresses of the pod network, under which no one reaches the node.
-var ownInterfaces = []string{"vxlan.calico", "flannel.1", "cni0", "ovn0"}
-
 // Hostname is the machine's name in lower case, which is the node's name.
 func Hostname() (string, error) {
-	name, err := os.Hostname()
-	if err != nil {
-		return "", fmt.Errorf("cannot find out the host's name: %w", err)
-	}
-	return strings.ToLower(name), nil
-}
-
-// Addresses are those under which other machines reach this one: of all interfaces that are
-// up, without loopback, link-local ones and the pod network's.
-func Addresses() ([]net.IP, error) {
-	interfaces, err := net.Interfaces()
-	if err != nil {
-		return nil, fmt.Errorf("cannot list the host's addresses: %w", err)
-	}
-	var ips []net.IP
-	for _, i := range interfaces {
-		if i.Flags&net.FlagUp == 0 || slices.Contains(ownInterfaces, i.Name) || strings.HasPrefix(i.Name, "cali") {
-			continue
-		}
-		addrs, err := i.Addrs()
-		if err != nil {
-			continue // the interface went away
-		}
-		for _, a := range addrs {
-			n, ok := a.(*net.IPNet)
-			if ok && !n.IP.IsLoopback() && n.IP.IsGlobalUnicast() {
-				ips = append(ips, n.IP)
-			}
-		}
-	}
-	return ips, nil
+	name, err := hostinfo.Hostname()
+	return strings.ToLower(name), err
 }
 
 // serviceIPs are the first addresses of the configured service CIDRs, which clients in pods use.

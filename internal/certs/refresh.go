@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/pki"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -129,7 +129,7 @@ func (s *Store) ReplaceCA(ctx context.Context, dir string) (Change, error) {
 	if err != nil {
 		return Change{}, err
 	}
-	a := access.For(s.env)
+	a := fileaccess.For(s.env)
 	// The key first: a crash in between is seen at the next start as a pair that does not
 	// match, never as certificates of two CAs.
 	if err := a.WriteSecret(s.key(CA), key); err != nil {
@@ -248,7 +248,7 @@ func copyFiles(from, to string) error {
 		if err != nil {
 			return err
 		}
-		if err := atomicfile.Write(filepath.Join(to, e.Name()), data, st.Mode().Perm(), access.OwnerOf(st)); err != nil {
+		if err := atomicfile.Write(filepath.Join(to, e.Name()), data, st.Mode().Perm(), fileaccess.OwnerOf(st)); err != nil {
 			return err
 		}
 	}

@@ -19,7 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"microk8s/internal/agentport"
-	"microk8s/internal/certs"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/kube"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
@@ -172,7 +172,7 @@ func (a *App) fingerprint(tok token.Token) (string, error) {
 
 // joinAddresses lists the addresses under which another machine may reach this one.
 func joinAddresses() ([]string, error) {
-	ips, err := certs.Addresses()
+	ips, err := hostinfo.Addresses()
 	if err != nil {
 		return nil, err
 	}

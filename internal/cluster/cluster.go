@@ -23,11 +23,12 @@ import (
 
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
+	"microk8s/internal/fileaccess"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/pki"
 	"microk8s/internal/service"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -71,7 +72,7 @@ func (n *Node) defaults() {
 		n.Hostname = certs.Hostname
 	}
 	if n.Addresses == nil {
-		n.Addresses = certs.Addresses
+		n.Addresses = hostinfo.Addresses
 	}
 	if n.Now == nil {
 		n.Now = time.Now
@@ -112,10 +113,10 @@ func IsWorker(env snapenv.Env) bool { return env.Locked(snapenv.LockWorker) }
 const lockJoining = "join-in-progress"
 
 func (n *Node) lock(name string) error {
-	if err := access.For(n.Env).SharedDir(n.Env.LocksDir()); err != nil {
+	if err := fileaccess.For(n.Env).SharedDir(n.Env.LocksDir()); err != nil {
 		return err
 	}
-	return access.For(n.Env).WriteShared(n.Env.Lock(name), nil)
+	return fileaccess.For(n.Env).WriteShared(n.Env.Lock(name), nil)
 }
 
 func (n *Node) unlock(names ...string) error {

@@ -16,8 +16,8 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/service"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 
 	"crypto/tls"
@@ -82,7 +82,7 @@ func (s *joinRun) controlPlaneCerts(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	files := access.For(s.Env)
+	files := fileaccess.For(s.Env)
 	secrets := map[string]string{
 		s.Env.Cert("ca.key"): *a.CAKey, s.Env.Cert("serviceaccount.key"): a.ServiceAccountKey,
 		s.Env.Credential(callbackToken): a.CallbackToken,
@@ -140,7 +140,7 @@ func (s *joinRun) joinDatastore(ctx context.Context) error {
 		return err
 	}
 	own, live := s.storeAddress(a), s.Env.BackendLive()
-	files := access.For(s.Env)
+	files := fileaccess.For(s.Env)
 	if _, err := os.Stat(filepath.Join(live, "init.yaml")); errors.Is(err, fs.ErrNotExist) && len(members(live)) == 0 {
 		if err := files.SharedDir(live); err != nil {
 			return err

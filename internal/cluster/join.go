@@ -19,10 +19,10 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/etcdargs"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/service"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -491,7 +491,7 @@ func (s *joinRun) sameNetwork(a *answer) error {
 	// The cluster has a pod network of its own: this file makes the built-in one stand aside. The
 	// cluster's is applied on the nodes that have it.
 	if _, err := os.Stat(s.Env.CNIManifest()); errors.Is(err, fs.ErrNotExist) {
-		return access.For(s.Env).WriteShared(s.Env.CNIManifest(), []byte(foreignCNI))
+		return fileaccess.For(s.Env).WriteShared(s.Env.CNIManifest(), []byte(foreignCNI))
 	}
 	return nil
 }
@@ -574,5 +574,5 @@ func (n *Node) kubeconfigFor(file, user, server, ca, cert, key string) error {
 	if err != nil {
 		return err
 	}
-	return access.For(n.Env).WriteSecret(n.Env.Credential(file), data)
+	return fileaccess.For(n.Env).WriteSecret(n.Env.Credential(file), data)
 }

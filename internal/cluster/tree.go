@@ -10,7 +10,7 @@ import (
 	"strings"
 
 	"microk8s/internal/atomicfile"
-	"microk8s/internal/setup/access"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -105,7 +105,7 @@ func copyTree(from, to string) error {
 		if err != nil {
 			return err
 		}
-		return atomicfile.Write(target, data, st.Mode().Perm(), access.OwnerOf(st))
+		return atomicfile.Write(target, data, st.Mode().Perm(), fileaccess.OwnerOf(st))
 	})
 	if errors.Is(err, fs.ErrNotExist) {
 		if _, missing := os.Stat(from); errors.Is(missing, fs.ErrNotExist) {
@@ -116,7 +116,7 @@ func copyTree(from, to string) error {
 }
 
 func own(path string, st fs.FileInfo) error {
-	if o := access.OwnerOf(st); o != nil {
+	if o := fileaccess.OwnerOf(st); o != nil {
 		if err := os.Lchown(path, o.UID, o.GID); err != nil {
 			return err
 		}
@@ -172,7 +172,7 @@ func restoreTree(from, to string, locks bool) error {
 				return nil
 			}
 		}
-		return atomicfile.Write(target, data, st.Mode().Perm(), access.OwnerOf(st))
+		return atomicfile.Write(target, data, st.Mode().Perm(), fileaccess.OwnerOf(st))
 	})
 	if err != nil {
 		return err
@@ -266,5 +266,5 @@ func writeLike(path string, data []byte) error {
 	if err != nil {
 		return atomicfile.Write(path, data, 0o660, nil)
 	}
-	return atomicfile.Write(path, data, st.Mode().Perm(), access.OwnerOf(st))
+	return atomicfile.Write(path, data, st.Mode().Perm(), fileaccess.OwnerOf(st))
 }

@@ -13,8 +13,8 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/pki"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -116,7 +116,7 @@ func (s *joinRun) workerCerts(context.Context) error {
 	if err != nil {
 		return err
 	}
-	files := access.For(s.Env)
+	files := fileaccess.For(s.Env)
 	for name, text := range map[string]string{remoteCA: a.CA, "kubelet.crt": a.KubeletCert, "proxy.crt": a.ProxyCert} {
 		if err := files.WriteShared(s.Env.Cert(name), []byte(text)); err != nil {
 			return err

@@ -25,6 +25,7 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -160,7 +161,7 @@ func (p *Preparer) host() hostprobe.Host {
 
 func (p *Preparer) addresses() ([]net.IP, error) {
 	if p.Addresses == nil {
-		return certs.Addresses()
+		return hostinfo.Addresses()
 	}
 	return p.Addresses()
 }

@@ -19,7 +19,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/etcdargs"
-	"microk8s/internal/setup/access"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -154,7 +154,7 @@ func (p *Preparer) failureDomain() error {
 	if _, err := os.Stat(p.Env.BackendLive()); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	return access.For(p.Env).WriteShared(target, []byte(domain+"\n"))
+	return fileaccess.For(p.Env).WriteShared(target, []byte(domain+"\n"))
 }
 
 // kernel switches on what pods need of the kernel. What is not allowed is said, and left.
@@ -296,5 +296,5 @@ func (p *Preparer) readdress() error {
 		return err
 	}
 	p.Log.Info("the address of the datastore is not one of this host any more: it moves to the loopback", "from", info.Address)
-	return access.For(p.Env).WriteShared(filepath.Join(dir, "update.yaml"), []byte("Address: "+net.JoinHostPort("127.0.0.1", port)+"\n"))
+	return fileaccess.For(p.Env).WriteShared(filepath.Join(dir, "update.yaml"), []byte("Address: "+net.JoinHostPort("127.0.0.1", port)+"\n"))
 }

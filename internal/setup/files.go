@@ -12,7 +12,7 @@ import (
 	"strings"
 
 	"microk8s/internal/atomicfile"
-	"microk8s/internal/setup/access"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -72,7 +72,7 @@ func replaceLink(target, path string) error {
 // the system's own tools do it.
 func (in *Installer) group(ctx context.Context) error {
 	path := in.Env.HostPath("etc/group")
-	if _, found, err := access.GroupID(path, snapenv.Group); err != nil || found || in.Env.Locked(snapenv.LockCIS) {
+	if _, found, err := fileaccess.GroupID(path, snapenv.Group); err != nil || found || in.Env.Locked(snapenv.LockCIS) {
 		return err
 	}
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
@@ -120,14 +120,14 @@ func (in *Installer) group(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := atomicfile.Write(shadow, fmt.Appendf(data, "%s:!::\n", snapenv.Group), st.Mode().Perm(), access.OwnerOf(st)); err != nil {
+		if err := atomicfile.Write(shadow, fmt.Appendf(data, "%s:!::\n", snapenv.Group), st.Mode().Perm(), fileaccess.OwnerOf(st)); err != nil {
 			return err
 		}
 	}
 	if err := in.changed(shadow); err != nil {
 		return err
 	}
-	if err := atomicfile.Write(path, data, st.Mode().Perm(), access.OwnerOf(st)); err != nil {
+	if err := atomicfile.Write(path, data, st.Mode().Perm(), fileaccess.OwnerOf(st)); err != nil {
 		return err
 	}
 	return in.changed(path)

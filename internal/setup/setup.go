@@ -17,8 +17,8 @@ import (
 	"path/filepath"
 
 	"microk8s/internal/certs"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/pki"
-	"microk8s/internal/setup/access"
 	"microk8s/internal/snapenv"
 )
 
@@ -150,7 +150,7 @@ func (in *Installer) changed(what string) error {
 	return nil
 }
 
-func (in *Installer) access() access.Access { return access.For(in.Env) }
+func (in *Installer) access() fileaccess.Access { return fileaccess.For(in.Env) }
 
 // certificates makes all certificates and kubeconfigs that are missing or due.
 func (in *Installer) certificates(ctx context.Context) error {

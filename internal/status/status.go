@@ -17,6 +17,7 @@ import (
 
 	"microk8s/internal/certs"
 	"microk8s/internal/etcdargs"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -175,7 +176,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.HA.Enabled = false // nobody knows who lives
 		}
 		r.haProblems()
-		if own, err := certs.Addresses(); err == nil && len(own) > 0 {
+		if own, err := hostinfo.Addresses(); err == nil && len(own) > 0 {
 			r.addressProblem(p.Env, own)
 		}
 		if !storeOK && running(service.Datastore) {

@@ -1,7 +1,7 @@
-// Package access says who may read and write the product's files: members of the group
+// Package fileaccess decides who may read and write the product's files: members of the group
 // microk8s for what the command line needs, root alone for private keys, and root alone for
 // everything while the lock cis-hardening is there (cli.md 0.6).
-package access
+package fileaccess
 
 import (
 	"errors"

@@ -1,4 +1,4 @@
-package access
+package fileaccess
 
 import (
 	"os"
