@@ -227,6 +227,7 @@ func slim(obj any) (any, error) {
 	}
 	out := &corev1.Node{}
 	out.Name, out.UID, out.ResourceVersion, out.Annotations = full.Name, full.UID, full.ResourceVersion, full.Annotations
+	out.CreationTimestamp = full.CreationTimestamp
 	out.Spec.PodCIDR, out.Spec.PodCIDRs = full.Spec.PodCIDR, full.Spec.PodCIDRs
 	out.Status.Addresses = full.Status.Addresses
 	return out, nil
@@ -262,6 +263,16 @@ func (n *node) changes() (c chan struct{}, stop func()) {
 			}
 		}
 	}
+}
+
+// all returns all nodes as last seen.
+func (n *node) all() []*corev1.Node {
+	list := n.store.List()
+	out := make([]*corev1.Node, 0, len(list))
+	for _, obj := range list {
+		out = append(out, obj.(*corev1.Node))
+	}
+	return out
 }
 
 // own is this node's object as last seen, nil if there is none.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,6 +24,7 @@ import (
 	"github.com/vishvananda/netns"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
@@ -331,6 +334,28 @@ func TestTwoNodes(t *testing.T) {
 			b.await("new address", func() bool { return f.get("node1").Annotations[annotationPublic] == "192.0.2.22" })
 			reach(t, a, b, "10.1.1.1")
 
+			t.Log("a node that claims another's subnet gets none of its packets, and one outside of the cluster stops nothing")
+			for i, cidr := range []string{"10.1.1.0/24", "192.168.77.0/24"} {
+				thief := newNode(fmt.Sprintf("thief%d", i), cidr, "192.0.2.9")
+				thief.CreationTimestamp = metav1.NewTime(time.Unix(int64(time.Hour/time.Second), 0))
+				thief.Annotations = maps.Clone(f.get("node1").Annotations)
+				thief.Annotations[annotationPublic] = "192.0.2.9"
+				f.set(thief)
+			}
+			f.set(newNode("node2", "10.1.2.0/24", "192.0.2.9")) // seen after both
+			node2 := f.get("node2")
+			node2.Annotations = maps.Clone(f.get("node1").Annotations)
+			node2.Annotations[annotationPublic] = "192.0.2.9"
+			node2.Annotations[annotationData] = `{"VNI":1,"VtepMAC":"02:00:00:00:00:99"}`
+			f.set(node2)
+			if backend == BackendVXLAN {
+				a.await("route to node2", func() bool { return a.routes("10.1.2.0/24") })
+			}
+			reach(t, a, b, "10.1.1.1")
+			for _, name := range []string{"thief0", "thief1", "node2"} {
+				f.remove(name)
+			}
+
 			t.Log("a node that goes is forgotten")
 			b.stop()
 			f.remove("node1")
@@ -473,5 +498,64 @@ func TestLeaseOfOthers(t *testing.T) {
 		if _, ok := leaseOf(n, cluster4); ok {
 			t.Errorf("%s: a lease", name)
 		}
+	}
+}
+
+// What a node writes about itself takes nothing from another: who was there first keeps it.
+func TestOwners(t *testing.T) {
+	node := func(name string, age int, mac string, cidrs ...string) *corev1.Node {
+		n := newNode(name, "", "192.0.2.1")
+		n.Spec.PodCIDRs = cidrs
+		n.CreationTimestamp = metav1.NewTime(time.Unix(int64(1000-age), 0))
+		n.UID = types.UID("uid-" + name)
+		n.Annotations = map[string]string{
+			annotationManaged: "true", annotationType: "vxlan", annotationPublic: "192.0.2.1", annotationPublic6: "2001:db8::1",
+			annotationData: `{"VNI":1,"VtepMAC":"` + mac + `"}`, annotationData6: `{"VNI":1,"VtepMAC":"` + mac + `"}`,
+		}
+		return n
+	}
+	dual := append(cluster4[:1:1], netip.MustParsePrefix("fd01::/64"))
+	for _, tc := range []struct {
+		name    string
+		cluster []netip.Prefix
+		nodes   []*corev1.Node
+		want    string
+		refused map[string]string
+	}{
+		{"each its own", cluster4, []*corev1.Node{node("a", 2, "02:00:00:00:00:0a", "10.1.0.0/24"), node("b", 1, "02:00:00:00:00:0b", "10.1.1.0/24")}, "a b", nil},
+		{"the same subnet", cluster4, []*corev1.Node{node("a", 1, "02:00:00:00:00:0a", "10.1.0.0/24"), node("b", 2, "02:00:00:00:00:0b", "10.1.0.0/24")}, "b",
+			map[string]string{"a": "that of node b"}},
+		{"at the same time", cluster4, []*corev1.Node{node("b", 1, "02:00:00:00:00:0b", "10.1.0.0/24"), node("a", 1, "02:00:00:00:00:0a", "10.1.0.0/24")}, "a",
+			map[string]string{"b": "that of node a"}},
+		{"around another's", cluster4, []*corev1.Node{node("a", 2, "02:00:00:00:00:0a", "10.1.7.0/24"), node("b", 1, "02:00:00:00:00:0b", "10.1.0.0/17")}, "a",
+			map[string]string{"b": "10.1.0.0/17"}},
+		{"within another's", cluster4, []*corev1.Node{node("a", 2, "02:00:00:00:00:0a", "10.1.7.0/24"), node("b", 1, "02:00:00:00:00:0b", "10.1.7.128/25")}, "a",
+			map[string]string{"b": "10.1.7.128/25"}},
+		{"before it announces anything", cluster4, []*corev1.Node{
+			{ObjectMeta: metav1.ObjectMeta{Name: "a", CreationTimestamp: metav1.NewTime(time.Unix(1, 0))}, Spec: corev1.NodeSpec{PodCIDRs: []string{"10.1.0.0/24"}}},
+			node("b", 1, "02:00:00:00:00:0b", "10.1.0.0/24")}, "", map[string]string{"b": "that of node a"}},
+		{"outside of the cluster", cluster4, []*corev1.Node{node("a", 2, "02:00:00:00:00:0a", "192.168.77.0/24"), node("b", 1, "02:00:00:00:00:0b", "10.1.0.0/24")}, "b",
+			map[string]string{"a": "outside of the cluster CIDR"}},
+		{"the second family", dual, []*corev1.Node{node("a", 2, "02:00:00:00:00:0a", "10.1.0.0/24", "fd01::/80"), node("b", 1, "02:00:00:00:00:0b", "10.1.1.0/24", "fd01::/80")}, "a",
+			map[string]string{"b": "fd01::/80"}},
+		{"the same hardware address", cluster4, []*corev1.Node{node("a", 2, "02:00:00:00:00:0A", "10.1.0.0/24"), node("b", 1, "02-00-00-00-00-0a", "10.1.1.0/24")}, "a",
+			map[string]string{"b": "02:00:00:00:00:0a"}},
+		{"refused, it takes nothing else", cluster4, []*corev1.Node{node("a", 3, "02:00:00:00:00:0a", "10.1.0.0/24"), node("b", 2, "02:00:00:00:00:0b", "10.1.0.0/24"), node("c", 1, "02:00:00:00:00:0b", "10.1.1.0/24")}, "a c",
+			map[string]string{"b": "that of node a"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			leases, refused := owners(tc.nodes, tc.cluster)
+			if got := strings.Join(slices.Sorted(maps.Keys(leases)), " "); got != tc.want {
+				t.Errorf("parts of the network: %q, want %q", got, tc.want)
+			}
+			if len(refused) != len(tc.refused) {
+				t.Errorf("left aside: %v, want %v", refused, tc.refused)
+			}
+			for name, why := range tc.refused {
+				if err := refused[name]; err == nil || !strings.Contains(err.Error(), why) {
+					t.Errorf("%s is left aside because %v, want %q", name, err, why)
+				}
+			}
+		})
 	}
 }

@@ -1,12 +1,15 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/flannel-io/flannel/pkg/ip"
@@ -67,7 +70,114 @@ func podCIDRs(n *corev1.Node, cluster []netip.Prefix) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// leaseOf reads a node's part of the network; ok is false as long as it has none.
+// owners decides which node has which part of the network, and returns what is left aside.
+//
+// Nodes write their own objects, so that two may name the same subnet, or one a subnet that is
+// no subnet of this cluster. The node that was there first keeps what it has (creationTimestamp,
+// then UID and name); of any other node everything is left aside: a packet must never go to a
+// second claimant. A hardware address of the tunnel counts as a subnet does, since the kernel
+// sends to one machine for each.
+//
+// refused maps the name of a node left aside to the reason; a node that has no subnet yet, or
+// announces nothing, is in neither map.
+func owners(nodes []*corev1.Node, cluster []netip.Prefix) (leases map[string]lease.Lease, refused map[string]error) {
+	nodes = slices.Clone(nodes)
+	slices.SortFunc(nodes, func(a, b *corev1.Node) int {
+		return cmp.Or(a.CreationTimestamp.Compare(b.CreationTimestamp.Time), cmp.Compare(a.UID, b.UID), cmp.Compare(a.Name, b.Name))
+	})
+	leases, refused = map[string]lease.Lease{}, map[string]error{}
+	c := claims{subnets: map[netip.Prefix]string{}, macs: map[string]string{}, lengths: map[int]bool{}}
+	for _, n := range nodes {
+		subnets, err := podCIDRs(n, cluster)
+		if err == nil {
+			err = c.claim(n.Name, subnets, tunnelMACs(n))
+		}
+		if err != nil {
+			refused[n.Name] = err
+			continue
+		}
+		if l, ok := leaseOf(n, cluster); ok {
+			leases[n.Name] = l
+		}
+	}
+	return leases, refused
+}
+
+// claims is which node has what.
+type claims struct {
+	subnets map[netip.Prefix]string
+	macs    map[string]string
+	lengths map[int]bool // of the subnets
+}
+
+// claim notes what a node takes, or returns an error and notes nothing if another has some of it.
+func (c *claims) claim(name string, subnets []netip.Prefix, hardware []string) error {
+	for _, s := range subnets {
+		if owner, ok := c.owner(s); ok {
+			return fmt.Errorf("its pod CIDR %s is that of node %s, which was there first", s, owner)
+		}
+	}
+	for _, mac := range hardware {
+		if owner, ok := c.macs[mac]; ok {
+			return fmt.Errorf("the hardware address (%s) that it announces is that of node %s, which was there first", mac, owner)
+		}
+	}
+	for _, s := range subnets {
+		c.subnets[s], c.lengths[s.Bits()] = name, true
+	}
+	for _, mac := range hardware {
+		c.macs[mac] = name
+	}
+	return nil
+}
+
+// owner returns who has some of a subnet. Subnets of one family are usually of one size, and
+// then this does not depend on the number of nodes.
+func (c *claims) owner(s netip.Prefix) (string, bool) {
+	for bits := range c.lengths {
+		if bits > s.Bits() {
+			for other, owner := range c.subnets {
+				if s.Overlaps(other) {
+					return owner, true
+				}
+			}
+			return "", false
+		}
+	}
+	for bits := range c.lengths {
+		if p, err := s.Addr().Prefix(bits); err == nil {
+			if owner, ok := c.subnets[p]; ok {
+				return owner, true
+			}
+		}
+	}
+	return "", false
+}
+
+// tunnelMACs returns the hardware addresses that a node announces for its tunnels, each with
+// its family in front.
+func tunnelMACs(n *corev1.Node) (out []string) {
+	for _, annotation := range []string{annotationData, annotationData6} {
+		if mac := vtepMAC(n, annotation); mac != "" {
+			if parsed, err := net.ParseMAC(mac); err == nil {
+				mac = parsed.String()
+			}
+			out = append(out, strings.TrimPrefix(annotation, annotationPrefix)+" "+mac)
+		}
+	}
+	return out
+}
+
+func vtepMAC(n *corev1.Node, annotation string) string {
+	var data struct{ VtepMAC string }
+	if json.Unmarshal([]byte(n.Annotations[annotation]), &data) != nil {
+		return ""
+	}
+	return data.VtepMAC
+}
+
+// leaseOf reads a node's part of the network; ok is false as long as it has none. Whether it
+// may have it is decided by [owners].
 func leaseOf(n *corev1.Node, cluster []netip.Prefix) (l lease.Lease, ok bool) {
 	a := n.Annotations
 	if a[annotationManaged] != "true" {
@@ -204,20 +314,16 @@ func (s *subnets) WatchLeases(ctx context.Context, receiver chan []lease.LeaseWa
 	changes, stop := s.changes()
 	defer stop()
 	sent := map[string]lease.Lease{}
+	warned := map[string]string{}
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changes:
 		}
-		now := map[string]lease.Lease{}
-		for _, obj := range s.store.List() {
-			if n := obj.(*corev1.Node); n.Name != s.NodeName {
-				if l, ok := leaseOf(n, s.cidrs); ok {
-					now[n.Name] = l
-				}
-			}
-		}
+		now, refused := owners(s.all(), s.cidrs)
+		delete(now, s.NodeName)
+		s.warn(refused, warned)
 		events := leaseChanges(sent, now)
 		sent = now
 		if len(events) == 0 {
@@ -228,6 +334,22 @@ func (s *subnets) WatchLeases(ctx context.Context, receiver chan []lease.LeaseWa
 			return ctx.Err()
 		case receiver <- []lease.LeaseWatchResult{{Events: events}}:
 		}
+	}
+}
+
+// warn logs why nodes are left aside, once for each reason. warned is what was said before.
+func (s *subnets) warn(refused map[string]error, warned map[string]string) {
+	for name := range warned {
+		if refused[name] == nil {
+			delete(warned, name)
+		}
+	}
+	for name, err := range refused {
+		if warned[name] == err.Error() {
+			continue
+		}
+		warned[name] = err.Error()
+		s.Log.Warn("pods of a node are not reached: its part of the pod network is left aside", "node", name, "err", err)
 	}
 }
 
@@ -262,14 +384,7 @@ func (s *subnets) GetStoredMacAddresses(context.Context) (v4, v6 string) {
 	if n == nil {
 		return "", ""
 	}
-	mac := func(annotation string) string {
-		var data struct{ VtepMAC string }
-		if json.Unmarshal([]byte(n.Annotations[annotation]), &data) != nil {
-			return ""
-		}
-		return data.VtepMAC
-	}
-	return mac(annotationData), mac(annotationData6)
+	return vtepMAC(n, annotationData), vtepMAC(n, annotationData6)
 }
 
 // Name, and the rest of the interface, is used by flannel's own main program only.

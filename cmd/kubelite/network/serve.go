@@ -325,9 +325,11 @@ func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g groun
 // while this program did not run; flannel only removes what it sees going.
 func (n *node) prune() error {
 	used := map[netip.Prefix]bool{}
-	for _, obj := range n.store.List() {
-		cidrs, err := podCIDRs(obj.(*corev1.Node), n.cidrs)
-		if err != nil {
+	nodes := n.all()
+	_, refused := owners(nodes, n.cidrs)
+	for _, other := range nodes {
+		cidrs, err := podCIDRs(other, n.cidrs)
+		if err != nil || refused[other.Name] != nil {
 			continue
 		}
 		for _, c := range cidrs {
