@@ -122,9 +122,9 @@ func (a *App) change() (*cluster.Node, *journal.Journal, error) {
 	j.Log = a.log()
 	j.Show = func(s journal.Step, undo bool, run func() error) error {
 		if undo {
-			return p.step("Undo: "+s.Name, run)
+			return p.step("Undo: "+s.Title, run)
 		}
-		return p.step(s.Name, run)
+		return p.step(s.Title, run)
 	}
 	j.At = a.dieAt
 	return &cluster.Node{
@@ -135,7 +135,7 @@ func (a *App) change() (*cluster.Node, *journal.Journal, error) {
 	}, j, nil
 }
 
-// dieVar names a point of a journal, as "join/Stop the services/begin", at which the command
+// dieVar names a point of a journal, as "join/stop/begin", at which the command
 // kills itself like kill -9 would. Tests of interruptions use it; root can do no harm with it
 // that it could not do otherwise.
 const dieVar = "MICROK8S_DIE_AT"

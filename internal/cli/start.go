@@ -130,9 +130,9 @@ func (a *App) refuseHalfChanged() error {
 	case r == nil || r.Operation == "remove-node": // which is about another node
 		return nil
 	case strings.HasPrefix(r.Operation, "join"):
-		return failf("run microk8s join again to go on, or microk8s leave to take it back", "cannot start: a join was interrupted at %q", r.Step)
+		return failf("run microk8s join again to go on, or microk8s leave to take it back", "cannot start: a join was interrupted at %q", r.At())
 	}
-	return failf("run microk8s "+r.Operation+" again to finish it", "cannot start: microk8s %s was interrupted at %q", r.Operation, r.Step)
+	return failf("run microk8s "+r.Operation+" again to finish it", "cannot start: microk8s %s was interrupted at %q", r.Operation, r.At())
 }
 
 // checkPorts refuses to start a service whose port another program holds.

@@ -182,17 +182,18 @@ func (n *Node) isOwn(ip string) bool {
 	return false
 }
 
-// Steps lists the names of the steps of every operation, by operation. A control-plane join and
-// a worker's have their own.
+// Steps returns the IDs of the steps of every operation, by operation and in order. A control-plane
+// join and a worker's have their own.
 func Steps() map[string][]string {
 	out := map[string][]string{}
 	for _, p := range plans() {
-		out[p.Operation] = p.Names()
+		out[p.Operation] = p.IDs()
 	}
 	return out
 }
 
-// Undos lists, in their order, the steps of every operation that can be taken back.
+// Undos returns the IDs of the steps of every operation that can be undone, by operation and in
+// order.
 func Undos() map[string][]string {
 	out := map[string][]string{}
 	for _, p := range plans() {

@@ -156,14 +156,15 @@ type site struct {
 	apis     *httptest.Server
 	said     []string
 
-	mu       sync.Mutex
-	upstream bool           // the agent is one of upstream's
-	request  map[string]any // the last for a join
-	problems []api.Problem
-	events   []string // of the agent: join, confirm, release
-	ca       *x509.Certificate
-	caPEM    string
-	caKeyPEM string
+	mu         sync.Mutex
+	upstream   bool           // the agent is one of upstream's
+	foreignCNI bool           // the cluster has a pod network of its own
+	request    map[string]any // the last for a join
+	problems   []api.Problem
+	events     []string // of the agent: join, confirm, release
+	ca         *x509.Certificate
+	caPEM      string
+	caKeyPEM   string
 }
 
 func newSite(t *testing.T) *site {
@@ -271,7 +272,7 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 		out := api.JoinResponse{
 			CA: s.caPEM, CallbackToken: "the-callback-token", APIPort: "16443", AuthorizationMode: "Node,RBAC", HostnameOverride: ownIP,
 			KubeletArgs: "--cluster-dns=10.152.183.99\n--node-ip=10.9.0.1\n--hostname-override=n1\n--root-dir=${SNAP_COMMON}/var/lib/kubelet\n",
-			Product:     api.Product, ClusterCIDR: "10.1.0.0/16", ServiceCIDR: "10.152.183.0/24", APIServers: []string{s.apis.Listener.Addr().String()},
+			CNI:         s.foreignCNI, Product: api.Product, ClusterCIDR: "10.1.0.0/16", ServiceCIDR: "10.152.183.0/24", APIServers: []string{s.apis.Listener.Addr().String()},
 		}
 		if s.upstream {
 			out.Product, out.ServiceCIDR, out.APIServers = "", "", nil
@@ -506,7 +507,7 @@ func TestJoinKilledAnywhere(t *testing.T) {
 						if dead, err := dying(j, point, func() error { return s.node().Join(t.Context(), j, s.options(t, worker)) }); !dead {
 							t.Fatalf("it did not come there: %v", err)
 						}
-						if undo && name != stepConfirm && name != stepClean {
+						if undo && name != StepConfirm && name != StepCleanUp {
 							if found, err := s.node().UndoJoin(t.Context(), s.journal(t)); !found || err != nil {
 								t.Fatalf("%v, %v", found, err)
 							}
@@ -554,7 +555,7 @@ func TestJoinFails(t *testing.T) {
 			}
 			j := s.journal(t)
 			j.Show = func(st journal.Step, undo bool, run func() error) error {
-				if undo && st.Name == stepStop {
+				if undo && st.ID == StepStop {
 					s.services.refuse = ""
 				}
 				return run()

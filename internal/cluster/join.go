@@ -161,47 +161,33 @@ func (n *Node) UndoJoin(ctx context.Context, j *journal.Journal) (found bool, er
 	return true, j.Undo(ctx, n.joinPlan(&p), "it was given up")
 }
 
-// Names of the steps that both kinds of joins have.
-const (
-	stepAsk     = "Ask the cluster"
-	stepSave    = "Keep what this node is"
-	stepStop    = "Stop the services"
-	stepCerts   = "Take over the certificates"
-	stepArgs    = "Set the arguments"
-	stepStore   = "Join the datastore"
-	stepStart   = "Start the services"
-	stepNode    = "Wait for the node"
-	stepConfirm = "Confirm the join"
-	stepClean   = "Clean up"
-)
-
 // joinPlan is the list of steps. Nothing outside of the node changes before its services start;
 // the join counts when the cluster has been told that the node is in.
 func (n *Node) joinPlan(p *joinParams) journal.Plan {
 	s := &joinRun{Node: n, joinParams: p}
-	plan := journal.Plan{Operation: p.operation(), Commit: stepConfirm, Steps: []journal.Step{
-		{Name: stepAsk, Do: s.ask, Undo: s.release},
-		{Name: stepSave, Do: func(context.Context) error { return n.save() }, Undo: func(context.Context) error { return os.RemoveAll(n.file(saved)) }},
-		{Name: stepStop, Do: s.stop, Undo: s.startAgain},
+	plan := journal.Plan{Operation: p.operation(), Commit: StepConfirm, Renamed: renamed, Steps: []journal.Step{
+		step(StepAsk, s.ask, s.release),
+		step(StepSaveState, func(context.Context) error { return n.save() }, func(context.Context) error { return os.RemoveAll(n.file(saved)) }),
+		step(StepStop, s.stop, s.startAgain),
 	}}
 	if p.Worker {
 		plan.Steps = append(plan.Steps,
-			journal.Step{Name: stepArgs, Do: s.workerArgs, Undo: s.back("args", "lock")},
-			journal.Step{Name: stepCerts, Do: s.workerCerts, Undo: s.back("certs", "credentials")},
-			journal.Step{Name: stepStart, Do: s.start, Undo: s.stopAgain},
+			step(StepArguments, s.workerArgs, s.back("args", "lock")),
+			step(StepCertificates, s.workerCerts, s.back("certs", "credentials")),
+			step(StepStart, s.start, s.stopAgain),
 		)
 	} else {
 		plan.Steps = append(plan.Steps,
-			journal.Step{Name: stepArgs, Do: s.controlPlaneArgs, Undo: s.back("args", "lock")},
-			journal.Step{Name: stepCerts, Do: s.controlPlaneCerts, Undo: s.back("certs", "credentials")},
-			journal.Step{Name: stepStore, Do: s.joinDatastore, Undo: s.leaveDatastore},
-			journal.Step{Name: stepStart, Do: s.start, Undo: s.stopAgain},
+			step(StepArguments, s.controlPlaneArgs, s.back("args", "lock")),
+			step(StepCertificates, s.controlPlaneCerts, s.back("certs", "credentials")),
+			step(StepJoinDatastore, s.joinDatastore, s.leaveDatastore),
+			step(StepStart, s.start, s.stopAgain),
 		)
 	}
 	plan.Steps = append(plan.Steps,
-		journal.Step{Name: stepNode, Do: s.waitForNode},
-		journal.Step{Name: stepConfirm, Do: s.confirm},
-		journal.Step{Name: stepClean, Do: s.clean},
+		step(StepWait, s.waitForNode, nil),
+		step(StepConfirm, s.confirm, nil),
+		step(StepCleanUp, s.clean, nil),
 	)
 	return plan
 }
@@ -491,6 +477,9 @@ func (s *joinRun) sameNetwork(a *answer) error {
 	// The cluster has a pod network of its own: this file makes the built-in one stand aside. The
 	// cluster's is applied on the nodes that have it.
 	if _, err := os.Stat(s.Env.CNIManifest()); errors.Is(err, fs.ErrNotExist) {
+		if err := atomicfile.Write(s.file(placedCNI), []byte(foreignCNI), 0o600, nil); err != nil {
+			return err
+		}
 		return fileaccess.For(s.Env).WriteShared(s.Env.CNIManifest(), []byte(foreignCNI))
 	}
 	return nil
@@ -498,6 +487,10 @@ func (s *joinRun) sameNetwork(a *answer) error {
 
 // foreignCNI is the manifest of a pod network that this node does not have itself.
 const foreignCNI = "# The cluster that this node has joined brings its own pod network.\n"
+
+// placedCNI holds what a join has written as the manifest of a pod network, which leave removes
+// again as long as nobody else has changed it.
+const placedCNI = saved + "/cni.yaml"
 
 // apiServers lists host:port of the API servers, the contacted node's first.
 func (a *answer) apiServers() []string {

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"microk8s/apiserver-proxy/config"
@@ -46,16 +46,6 @@ var (
 	ErrOnlyCopy = errors.New("this node holds the only copy of the datastore that can be used")
 	// ErrContact is wrapped when the datastore's other members did not do what was asked.
 	ErrContact = errors.New("the other members of the datastore could not be asked")
-)
-
-const (
-	stepQuiet    = "Stop Kubernetes on this node"
-	stepDepart   = "Leave the datastore"
-	stepForget   = "Forget the cluster"
-	stepSetUp    = "Set the node up anew"
-	stepNewStart = "Start the services"
-	stepNewNode  = "Wait for the node"
-	stepTidy     = "Clean up"
 )
 
 // Leave takes this node out of its cluster and makes it a single node with an empty datastore,
@@ -166,14 +156,14 @@ func (n *Node) unpin() error {
 
 func (n *Node) leavePlan(p *leaveParams) journal.Plan {
 	s := &leaveRun{Node: n, leaveParams: p}
-	return journal.Plan{Operation: opLeave, Commit: stepForget, Steps: []journal.Step{
-		{Name: stepQuiet, Do: s.quiet, Undo: s.resume},
-		{Name: stepDepart, Do: s.depart},
-		{Name: stepForget, Do: s.forget},
-		{Name: stepSetUp, Do: func(ctx context.Context) error { return n.Install(ctx) }},
-		{Name: stepNewStart, Do: s.start},
-		{Name: stepNewNode, Do: s.wait},
-		{Name: stepTidy, Do: func(context.Context) error { return os.RemoveAll(n.file(saved)) }},
+	return journal.Plan{Operation: opLeave, Commit: StepForget, Renamed: renamed, Steps: []journal.Step{
+		step(StepStopKubernetes, s.quiet, s.resume),
+		step(StepLeaveDatastore, s.depart, nil),
+		step(StepForget, s.forget, nil),
+		step(StepSetUp, func(ctx context.Context) error { return n.Install(ctx) }, nil),
+		step(StepStart, s.start, nil),
+		step(StepWait, s.wait, nil),
+		step(StepCleanUp, func(context.Context) error { return os.RemoveAll(n.file(saved)) }, nil),
 	}}
 }
 
@@ -267,13 +257,37 @@ func (s *leaveRun) forget(ctx context.Context) error {
 	if err := s.ownDatastore(); err != nil {
 		return err
 	}
-	if data, err := os.ReadFile(s.Env.CNIManifest()); err == nil && strings.HasPrefix(string(data), foreignCNI) {
-		if err := os.Remove(s.Env.CNIManifest()); err != nil {
-			return err
-		}
+	if err := s.ownNetwork(); err != nil {
+		return err
 	}
 	return s.unlock(snapenv.LockNoReissue, snapenv.LockWorker, snapenv.LockNoDqlite)
 }
+
+// ownNetwork removes the manifest of a pod network that the join has placed, unless it was changed
+// since: then it is the user's.
+func (s *leaveRun) ownNetwork() error {
+	placed, err := os.ReadFile(s.file(placedCNI))
+	if errors.Is(err, fs.ErrNotExist) {
+		placed, err = []byte(placedUnrecorded), nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot restore the pod network: %w", err)
+	}
+	now, err := os.ReadFile(s.Env.CNIManifest())
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !bytes.Equal(now, placed) {
+		return nil
+	}
+	if err == nil {
+		err = os.Remove(s.Env.CNIManifest())
+	}
+	if err != nil {
+		return fmt.Errorf("cannot restore the pod network: %w", err)
+	}
+	return nil
+}
+
+// placedUnrecorded is the manifest that earlier versions placed without a record.
+const placedUnrecorded = "# The cluster that this node has joined brings its own pod network.\n"
 
 // ownDatastore points the API server at this node's datastore where it still uses an etcd, as on
 // the node that had it first: the arguments of the others were put back to what they were.

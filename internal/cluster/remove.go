@@ -41,12 +41,6 @@ var (
 	ErrSelf = errors.New("it is this node")
 )
 
-const (
-	stepUnregister = "Remove it from the datastore"
-	stepRevoke     = "Change the secrets that it knows"
-	stepDelete     = "Delete the node"
-)
-
 // Remove takes another node out of this node's cluster for good. An interrupted one is finished
 // first.
 func (n *Node) Remove(ctx context.Context, j *journal.Journal, o RemoveOptions) error {
@@ -143,10 +137,10 @@ func sameIP(x, y string) bool {
 }
 
 func (n *Node) removePlan(p *removeParams) journal.Plan {
-	return journal.Plan{Operation: opRemove, Commit: stepUnregister, Steps: []journal.Step{
-		{Name: stepUnregister, Do: func(ctx context.Context) error { return n.unregister(ctx, p) }},
-		{Name: stepRevoke, Do: func(ctx context.Context) error { return n.revoke(ctx) }},
-		{Name: stepDelete, Do: func(ctx context.Context) error { return n.deleteNode(ctx, p) }},
+	return journal.Plan{Operation: opRemove, Commit: StepUnregister, Renamed: renamed, Steps: []journal.Step{
+		step(StepUnregister, func(ctx context.Context) error { return n.unregister(ctx, p) }, nil),
+		step(StepRevoke, n.revoke, nil),
+		step(StepDelete, func(ctx context.Context) error { return n.deleteNode(ctx, p) }, nil),
 	}}
 }
 

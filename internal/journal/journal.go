@@ -1,13 +1,16 @@
 // Package journal carries out changes that consist of several steps, so that they can be
 // interrupted anywhere, by a crash or kill -9 too, and end either done or undone.
 //
-// A [Plan] is a list of named steps, each of which can be run again after it was interrupted
-// and knows how to take itself back. A [Journal] is a file that says which step is under way; it
-// is on disk before the step begins. When a step fails, those before it are taken back in
-// reverse order, up to the plan's commit: from there on a plan only goes forward, and a failed
-// one is finished by running it again.
+// A [Plan] is a list of steps, each of which can be run again after an interruption and knows how
+// to undo itself. A [Journal] is a file that records which step is under way; it is on disk before
+// the step begins. When a step fails, it and those before it are undone in reverse order, up to
+// the plan's commit: from there on a plan only goes forward, and a failed one is finished by
+// running it again.
 //
-// What the steps do, and what they must remember (it belongs into the journal's parameters), is
+// A step is stored by its ID, which stays the same as long as a journal may hold it. Its title is
+// for people and may change with any version.
+//
+// What the steps do, and what they must remember (it belongs in the journal's parameters), is
 // up to the callers: internal/cluster has joining, leaving and removing.
 package journal
 
@@ -20,6 +23,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"sync"
 
@@ -31,46 +35,63 @@ import (
 // Step is one part of a change. Do and Undo may have been interrupted before and then are run
 // again from their beginning; Undo is also run when Do never began to change anything.
 type Step struct {
-	Name string // unique in its plan; a sentence's beginning, as "Stop the services"
-	Do   func(ctx context.Context) error
-	Undo func(ctx context.Context) error // nil where there is nothing to take back
+	// ID is what the journal stores and what a [Point] names: unique in its plan, words of
+	// a-z joined by hyphens, as "save-state". It never changes once a version with it is out.
+	ID string
+	// Title is what people read while the step runs: the beginning of a sentence, as "Stop the
+	// services".
+	Title string
+	Do    func(ctx context.Context) error
+	Undo  func(ctx context.Context) error // nil if there is nothing to undo
 }
 
 // Plan is a change.
 type Plan struct {
 	Operation string // "join"
 	Steps     []Step
-	// Commit is the name of the first step that is not taken back, nor are those before it
-	// once it has begun. "" means that everything can be.
+	// Commit is the ID of the first step that is not undone, nor are those before it once it has
+	// begun. "" means that all of them can be.
 	Commit string
+	// Renamed maps what earlier versions stored for a step to its ID, so that a change which they
+	// began can be finished or undone. Entries for steps of other plans do no harm.
+	Renamed map[string]string
 }
 
-// Names lists the plan's steps.
-func (p Plan) Names() []string {
+// IDs returns the IDs of the plan's steps, in order.
+func (p Plan) IDs() []string {
 	var out []string
 	for _, s := range p.Steps {
-		out = append(out, s.Name)
+		out = append(out, s.ID)
 	}
 	return out
 }
 
-// Undos lists the steps that have something to take back, as long as the plan has not come to its
-// commit.
+// Undos returns the IDs of the steps that have something to undo, in order, as long as the plan
+// has not come to its commit.
 func (p Plan) Undos() []string {
 	var out []string
 	for _, s := range p.Steps[:p.commit()] {
 		if s.Undo != nil {
-			out = append(out, s.Name)
+			out = append(out, s.ID)
 		}
 	}
 	return out
 }
 
-func (p Plan) index(name string) int {
-	return slices.IndexFunc(p.Steps, func(s Step) bool { return s.Name == name })
+// index returns the index of the step with an ID, or with a name of an earlier version; -1 if
+// there is none.
+func (p Plan) index(id string) int {
+	is := func(id string) int { return slices.IndexFunc(p.Steps, func(s Step) bool { return s.ID == id }) }
+	if i := is(id); i >= 0 {
+		return i
+	}
+	if now, ok := p.Renamed[id]; ok {
+		return is(now)
+	}
+	return -1
 }
 
-// commit is the index of the first step that is not taken back.
+// commit is the index of the first step that is not undone.
 func (p Plan) commit() int {
 	if i := p.index(p.Commit); i >= 0 {
 		return i
@@ -78,13 +99,15 @@ func (p Plan) commit() int {
 	return len(p.Steps)
 }
 
+var stepID = regexp.MustCompile(`^[a-z]+(-[a-z]+)*$`)
+
 func (p Plan) check() error {
 	seen := map[string]bool{}
 	for _, s := range p.Steps {
-		if s.Name == "" || s.Do == nil || seen[s.Name] {
-			return fmt.Errorf("step %q of %s has no name or nothing to do, or is there twice", s.Name, p.Operation)
+		if !stepID.MatchString(s.ID) || s.Title == "" || s.Do == nil || seen[s.ID] {
+			return fmt.Errorf("step %q of %s lacks an ID of a-z and hyphens, a title or something to do, or is there twice", s.ID, p.Operation)
 		}
-		seen[s.Name] = true
+		seen[s.ID] = true
 	}
 	if p.Commit != "" && !seen[p.Commit] {
 		return fmt.Errorf("%s has no step %q", p.Operation, p.Commit)
@@ -92,23 +115,35 @@ func (p Plan) check() error {
 	return nil
 }
 
-// Record is what the file says: a change that was begun and is neither done nor undone.
+// Record is what the file holds: a change that was begun and is neither done nor undone.
 type Record struct {
 	Operation string          `json:"operation"`
 	Params    json.RawMessage `json:"params,omitempty"` // what the steps need to know; may hold secrets
-	Step      string          `json:"step"`             // under way, or to be taken back next
+	Step      string          `json:"step"`             // ID of the one under way, or to be undone next
+	Title     string          `json:"title,omitempty"`  // the step's, for readers without the plan
 	Undoing   bool            `json:"undoing,omitempty"`
-	Reason    string          `json:"reason,omitempty"` // why it is taken back
+	Reason    string          `json:"reason,omitempty"` // why it is undone
 }
+
+// At returns what to show people for the step: its title. Earlier versions stored that alone.
+func (r Record) At() string {
+	if r.Title != "" {
+		return r.Title
+	}
+	return r.Step
+}
+
+// under notes that a step is under way.
+func (r *Record) under(s Step) { r.Step, r.Title = s.ID, s.Title }
 
 // Point is a moment in a change. For each step there are two: it has been written down and
 // nothing has been done, and all is done and that has not been written down.
 type Point struct {
-	Operation, Step string
+	Operation, Step string // Step is an ID
 	Undo, End       bool
 }
 
-// String is the form in which a person names a point: join/Stop the services/begin.
+// String returns the form in which a person names a point: join/stop/begin.
 func (p Point) String() string {
 	what := "begin"
 	switch {
@@ -122,7 +157,7 @@ func (p Point) String() string {
 	return p.Operation + "/" + p.Step + "/" + what
 }
 
-// ErrBusy is returned while another process carries a change of this node out.
+// ErrBusy is returned while another process carries out a change of this node.
 var ErrBusy = errors.New("another change of this node is under way")
 
 // Journal is the file of one node. Only one process has it at a time; its methods may not be
@@ -140,7 +175,7 @@ type Journal struct {
 }
 
 // Open takes the journal at path, which need not exist; its directory is made, for root alone.
-// ErrBusy is wrapped while another process has it. [Journal.Close] gives it back.
+// The error wraps ErrBusy while another process has it. [Journal.Close] releases it.
 func Open(path string) (*Journal, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, fmt.Errorf("cannot open the journal: %w", err)
@@ -159,14 +194,14 @@ func Open(path string) (*Journal, error) {
 	return &Journal{path: path, lock: f, Log: slog.New(slog.DiscardHandler)}, nil
 }
 
-// Close gives the journal back. It may be called twice.
+// Close releases the journal. It may be called twice.
 func (j *Journal) Close() error {
 	var err error
 	j.once.Do(func() { err = j.lock.Close() })
 	return err
 }
 
-// Read gives what was begun and has not ended, nil where that is nothing. It needs no open
+// Read returns the change that was begun and has not ended, nil if there is none. It needs no open
 // journal: status reads it beside a running change.
 func Read(path string) (*Record, error) {
 	data, err := os.ReadFile(path)
@@ -187,7 +222,7 @@ func Read(path string) (*Record, error) {
 	return &r, nil
 }
 
-// Pending gives what was begun and has not ended, nil where that is nothing.
+// Pending returns the change that was begun and has not ended, nil if there is none.
 func (j *Journal) Pending() (*Record, error) { return Read(j.path) }
 
 func (j *Journal) write(r Record) error {
@@ -212,17 +247,17 @@ func (j *Journal) remove() error {
 
 // Failed is the error of a change that did not succeed.
 type Failed struct {
-	Step string // that failed
+	Step string // ID of the step that failed
 	Err  error
 	// Undone: nothing is left of the change. If it is not set, the change is still in the
 	// journal: running it again goes on, forward or backward.
 	Undone  bool
-	UndoErr error // why taking it back did not succeed; nil when it was not tried
+	UndoErr error // why undoing it failed; nil if it was not tried
 }
 
 func (f *Failed) Error() string {
 	if f.UndoErr != nil {
-		return fmt.Sprintf("%v; and it could not be taken back: %v", f.Err, f.UndoErr)
+		return fmt.Sprintf("%v; and undoing it failed: %v", f.Err, f.UndoErr)
 	}
 	return f.Err.Error()
 }
@@ -237,7 +272,7 @@ func (j *Journal) Run(ctx context.Context, plan Plan, params any) error {
 		return err
 	}
 	if old != nil {
-		return fmt.Errorf("cannot begin to %s: the step %q of %s has not ended", plan.Operation, old.Step, old.Operation)
+		return fmt.Errorf("cannot begin to %s: the step %q of %s has not ended", plan.Operation, old.At(), old.Operation)
 	}
 	data, err := json.Marshal(params)
 	if err != nil {
@@ -247,7 +282,7 @@ func (j *Journal) Run(ctx context.Context, plan Plan, params any) error {
 }
 
 // Resume goes on with the change in the journal, of which plan is the list of steps: forward,
-// or backward if it was being taken back. Nothing is done where nothing is pending.
+// or backward if it was being undone. It does nothing if nothing is pending.
 func (j *Journal) Resume(ctx context.Context, plan Plan) error {
 	r, i, err := j.find(plan)
 	if err != nil || r == nil {
@@ -262,18 +297,18 @@ func (j *Journal) Resume(ctx context.Context, plan Plan) error {
 	return j.forward(ctx, plan, *r, i)
 }
 
-// ErrCommitted says that the change cannot be taken back any more, only finished.
-var ErrCommitted = errors.New("it is too late to take it back")
+// ErrCommitted is wrapped when a change is past its commit.
+var ErrCommitted = errors.New("past the point of no return; it can only be finished")
 
-// Undo takes back the change in the journal. It gives an error that wraps ErrCommitted where it
-// is too late for that. Nothing is done where nothing is pending.
+// Undo undoes the change in the journal. The error wraps ErrCommitted if the change is past its
+// commit. It does nothing if nothing is pending.
 func (j *Journal) Undo(ctx context.Context, plan Plan, reason string) error {
 	r, i, err := j.find(plan)
 	if err != nil || r == nil {
 		return err
 	}
 	if i >= plan.commit() && !r.Undoing {
-		return fmt.Errorf("cannot undo %s at %q: %w", plan.Operation, r.Step, ErrCommitted)
+		return fmt.Errorf("cannot undo %s at %q: %w", plan.Operation, r.At(), ErrCommitted)
 	}
 	if !r.Undoing {
 		r.Reason = reason
@@ -291,8 +326,9 @@ func (j *Journal) find(plan Plan) (*Record, int, error) {
 	}
 	i := plan.index(r.Step)
 	if r.Operation != plan.Operation || i < 0 {
-		return nil, 0, fmt.Errorf("cannot go on with %s in %s: its step %q is not known to this version; use the version that began it", r.Operation, j.path, r.Step)
+		return nil, 0, fmt.Errorf("cannot go on with %s in %s: this version has no step %q; finish it with the version that began it", r.Operation, j.path, r.Step)
 	}
+	r.under(plan.Steps[i])
 	return r, i, nil
 }
 
@@ -304,7 +340,7 @@ func (j *Journal) forward(ctx context.Context, plan Plan, r Record, from int) er
 		s := plan.Steps[i]
 		err := ctx.Err()
 		if err == nil {
-			r.Step = s.Name
+			r.under(s)
 			if err := j.write(r); err != nil {
 				// What is on disk is the step before, and this one has done nothing yet.
 				if i == from && from == 0 {
@@ -312,7 +348,7 @@ func (j *Journal) forward(ctx context.Context, plan Plan, r Record, from int) er
 				}
 				return j.failed(ctx, plan, r, i-1, err)
 			}
-			j.at(Point{Operation: plan.Operation, Step: s.Name})
+			j.at(Point{Operation: plan.Operation, Step: s.ID})
 			err = j.show(s, false, func() error { return s.Do(ctx) })
 		} else if i == 0 {
 			return err
@@ -320,18 +356,19 @@ func (j *Journal) forward(ctx context.Context, plan Plan, r Record, from int) er
 		if err != nil {
 			return j.failed(ctx, plan, r, i, err)
 		}
-		j.Log.Debug("step done", "operation", plan.Operation, "step", s.Name)
-		j.at(Point{Operation: plan.Operation, Step: s.Name, End: true})
+		j.Log.Debug("step done", "operation", plan.Operation, "step", s.ID)
+		j.at(Point{Operation: plan.Operation, Step: s.ID, End: true})
 	}
 	return j.remove()
 }
 
 func (j *Journal) failed(ctx context.Context, plan Plan, r Record, i int, err error) error {
-	f := &Failed{Step: plan.Steps[i].Name, Err: err}
+	f := &Failed{Step: plan.Steps[i].ID, Err: err}
 	if i >= plan.commit() {
 		return f
 	}
-	r.Step, r.Reason = f.Step, err.Error()
+	r.under(plan.Steps[i])
+	r.Reason = err.Error()
 	f.UndoErr = j.backward(context.WithoutCancel(ctx), plan, r, i)
 	f.Undone = f.UndoErr == nil
 	return f
@@ -344,15 +381,15 @@ func (j *Journal) backward(ctx context.Context, plan Plan, r Record, from int) e
 		if s.Undo == nil {
 			continue
 		}
-		r.Step = s.Name
+		r.under(s)
 		if err := j.write(r); err != nil {
 			return err
 		}
-		j.at(Point{Operation: plan.Operation, Step: s.Name, Undo: true})
+		j.at(Point{Operation: plan.Operation, Step: s.ID, Undo: true})
 		if err := j.show(s, true, func() error { return s.Undo(ctx) }); err != nil {
-			return fmt.Errorf("%q: %w", s.Name, err)
+			return fmt.Errorf("%q: %w", s.Title, err)
 		}
-		j.at(Point{Operation: plan.Operation, Step: s.Name, Undo: true, End: true})
+		j.at(Point{Operation: plan.Operation, Step: s.ID, Undo: true, End: true})
 	}
 	return j.remove()
 }

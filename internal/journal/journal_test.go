@@ -23,7 +23,7 @@ func (d *disk) plan(commit string, names ...string) Plan {
 	p := Plan{Operation: "join", Commit: commit}
 	for _, n := range names {
 		p.Steps = append(p.Steps, Step{
-			Name: n,
+			ID: n, Title: "Do " + n,
 			Do: func(context.Context) error {
 				d.calls = append(d.calls, "do "+n)
 				if !slices.Contains(d.done, n) {
@@ -242,8 +242,8 @@ func TestForeignRecords(t *testing.T) {
 	for _, tc := range []struct{ name, text, want string }{
 		{"torn", `{"operation":"jo`, "damaged"},
 		{"empty", ``, "damaged"},
-		{"a step of another version", `{"operation":"join","step":"zzz"}`, "not known to this version"},
-		{"another operation", `{"operation":"leave","step":"a"}`, "not known to this version"},
+		{"a step of another version", `{"operation":"join","step":"zzz"}`, "this version has no step"},
+		{"another operation", `{"operation":"leave","step":"a"}`, "this version has no step"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "journal")
@@ -259,9 +259,39 @@ func TestForeignRecords(t *testing.T) {
 	}
 }
 
+// TestRenamedStep has journals that hold what an earlier version stored for a step.
+func TestRenamedStep(t *testing.T) {
+	for _, tc := range []struct{ name, text, calls, says string }{
+		{"forward", `{"operation":"join","step":"Old b"}`, "do b do c", "Old b"},
+		{"backward", `{"operation":"join","step":"Old b","undoing":true,"reason":"x"}`, "undo b undo a", "Old b"},
+		{"of today", `{"operation":"join","step":"b","title":"Do b"}`, "do b do c", "Do b"},
+		{"of another plan only", `{"operation":"join","step":"Other"}`, "", "Other"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "journal")
+			if err := os.WriteFile(path, []byte(tc.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if r, err := Read(path); err != nil || r.At() != tc.says {
+				t.Errorf("read %+v, %v", r, err)
+			}
+			d := &disk{}
+			plan := d.plan("", "a", "b", "c")
+			plan.Renamed = map[string]string{"Old b": "b", "Other": "z"}
+			err := open(t, path).Resume(t.Context(), plan)
+			if got := strings.Join(d.calls, " "); got != tc.calls {
+				t.Errorf("ran %q, want %q (%v)", got, tc.calls, err)
+			}
+			if tc.calls != "" {
+				nothingPending(t, path)
+			}
+		})
+	}
+}
+
 func TestPlansAreChecked(t *testing.T) {
 	d := &disk{}
-	for i, plan := range []Plan{d.plan("x", "a"), d.plan("", "a", "a"), d.plan("", ""), {Operation: "o", Steps: []Step{{Name: "a"}}}} {
+	for i, plan := range []Plan{d.plan("x", "a"), d.plan("", "a", "a"), d.plan("", ""), d.plan("", "Stop it"), {Operation: "o", Steps: []Step{{ID: "a", Title: "A"}}}, {Operation: "o", Steps: []Step{{ID: "a", Do: d.plan("", "a").Steps[0].Do}}}} {
 		path := filepath.Join(t.TempDir(), fmt.Sprint(i))
 		if err := open(t, path).Run(t.Context(), plan, nil); err == nil {
 			t.Errorf("plan %d was run", i)

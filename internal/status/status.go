@@ -273,9 +273,9 @@ func (r *Report) changeProblems(env snapenv.Env) {
 	case err != nil:
 		r.add("%v", err)("")
 	case pending != nil && strings.HasPrefix(pending.Operation, "join"):
-		r.add("microk8s join is under way or was interrupted, at %q", pending.Step)("if it was interrupted: run it again, or take it back with microk8s leave")
+		r.add("microk8s join is under way or was interrupted, at %q", pending.At())("if it was interrupted: run it again, or take it back with microk8s leave")
 	case pending != nil:
-		r.add("microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.Step)("if it was interrupted: run it again")
+		r.add("microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.At())("if it was interrupted: run it again")
 	}
 }
 

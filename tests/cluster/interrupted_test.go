@@ -102,7 +102,7 @@ func TestInterrupted(t *testing.T) {
 			for _, at := range []string{"undo-begin", "undo-end"} {
 				t.Run(name+" "+at, func(t *testing.T) {
 					// The other node dies when nobody looks for it any more.
-					c.wantKilled(t, "n2", "leave/Leave the datastore/begin", "microk8s", "leave")
+					c.wantKilled(t, "n2", "leave/"+membership.StepLeaveDatastore+"/begin", "microk8s", "leave")
 					if err := c.lab.Kill(t.Context(), "n1"); err != nil {
 						t.Fatal(err)
 					}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/cluster-agent/api"
+	membership "microk8s/internal/cluster"
 	"microk8s/internal/pki"
 	"microk8s/internal/token"
 )
@@ -145,7 +146,7 @@ func (c *cluster) testMiddle(t *testing.T, from, host string) {
 	c.wantMark(t, host, "single")
 	t.Run("the token is still good", func(t *testing.T) {
 		// For a join that stops short, so that the node stays what it is.
-		c.wantKilled(t, host, "join/Keep what this node is/begin", good...)
+		c.wantKilled(t, host, "join/"+membership.StepSaveState+"/begin", good...)
 		c.run(t, host, "microk8s", "leave")
 	})
 }

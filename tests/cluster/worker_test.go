@@ -4,6 +4,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	membership "microk8s/internal/cluster"
 )
 
 const killed = 128 + 9
@@ -149,7 +151,7 @@ func (c *cluster) points(t *testing.T, operation string, some int) []string {
 
 // committed says whether a join that died at a point can only go forward.
 func committed(point string) bool {
-	return strings.Contains(point, "/Confirm the join/") || strings.Contains(point, "/Clean up/")
+	return strings.Contains(point, "/"+membership.StepConfirm+"/") || strings.Contains(point, "/"+membership.StepCleanUp+"/")
 }
 
 // testInterrupted kills a join at its steps. Run again with the same line it succeeds; taken back,
