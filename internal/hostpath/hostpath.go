@@ -4,8 +4,13 @@
 // and a volume that is bound to the node, and the same instance deletes the directory when
 // the volume is released and its class says so.
 //
-// A volume's directory is always a direct child of one of the allowed directories. Nothing
-// else is ever made or deleted, whatever the names in claims, classes and volumes say.
+// A volume's directory is open to every user of its pod, so that the directory above it must be
+// closed to the users of the host. An allowed directory that is closed holds volumes itself; in
+// any other they are in its subdirectory [closedName], which is made with mode 0700. Volumes that
+// an earlier version made directly in it stay where they are.
+//
+// A volume's directory is always a direct child of one of these. Nothing else is ever made or
+// deleted, whatever the names in claims, classes and volumes say.
 //
 // Watching claims and volumes, retries, events and reclaim policies are the business of
 // sig-storage-lib-external-provisioner; sizes are not enforced by anyone.
@@ -21,6 +26,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
@@ -39,8 +45,11 @@ const (
 	selectedNodeAnnotation = "volume.kubernetes.io/selected-node"
 
 	// volumeMode lets every user of a pod write. Directories of the host have no fsGroup, and
-	// the mode of the directory above keeps people of the host out.
+	// the mode of the directory above keeps the users of the host out.
 	volumeMode = 0o777
+
+	// closedName is the subdirectory of an allowed directory that users of the host may enter.
+	closedName = "microk8s"
 
 	maxName = 255 // bytes of a file name on Linux's file systems
 )
@@ -58,7 +67,7 @@ var (
 	_ controller.DeletionGuard = (*Provisioner)(nil)
 )
 
-// ShouldProvision says whether the scheduler has chosen this node for the claim. Claims of a
+// ShouldProvision reports whether the scheduler has chosen this node for the claim. Claims of a
 // class that binds at once have no node; every instance takes these up and refuses them, so
 // that their events say why they stay pending.
 func (p *Provisioner) ShouldProvision(_ context.Context, claim *corev1.PersistentVolumeClaim) bool {
@@ -84,7 +93,11 @@ func (p *Provisioner) Provision(_ context.Context, o controller.ProvisionOptions
 		return refuse("%w", err)
 	}
 	name := dirName(o.PVC.Namespace, o.PVC.Name, o.PVName)
-	if err := makeDir(dir, name); err != nil {
+	dir, err = closed(dir)
+	if err == nil {
+		err = makeDir(dir, name)
+	}
+	if err != nil {
 		// Another node may do better: the scheduler is asked again.
 		return nil, controller.ProvisioningReschedule, fmt.Errorf("node %s cannot make the volume: %w", p.Node, err)
 	}
@@ -136,7 +149,7 @@ func (p *Provisioner) dir(class *storagev1.StorageClass) (string, error) {
 	return filepath.Clean(want), nil
 }
 
-// ShouldDelete says whether the volume is on this node: by its node affinity, or, for volumes
+// ShouldDelete reports whether the volume is on this node: by its node affinity, or, for volumes
 // that have none, because their directory is here.
 func (p *Provisioner) ShouldDelete(_ context.Context, pv *corev1.PersistentVolume) bool {
 	if nodes, ok := boundTo(pv); ok {
@@ -150,7 +163,7 @@ func (p *Provisioner) ShouldDelete(_ context.Context, pv *corev1.PersistentVolum
 	return err == nil
 }
 
-// boundTo gives the host names that a volume is bound to.
+// boundTo returns the host names that a volume is bound to.
 func boundTo(pv *corev1.PersistentVolume) (nodes []string, ok bool) {
 	if pv.Spec.NodeAffinity == nil || pv.Spec.NodeAffinity.Required == nil {
 		return nil, false
@@ -179,7 +192,8 @@ func (p *Provisioner) Delete(_ context.Context, pv *corev1.PersistentVolume) err
 	return nil
 }
 
-// split gives the allowed directory of a volume and the name in it.
+// split returns the directory of a volume's directory, which is an allowed one or the closed
+// subdirectory of one, and the name in it.
 func (p *Provisioner) split(pv *corev1.PersistentVolume) (dir, name string, err error) {
 	if pv.Spec.HostPath == nil {
 		return "", "", fmt.Errorf("volume %s is no directory of a host", pv.Name)
@@ -187,7 +201,8 @@ func (p *Provisioner) split(pv *corev1.PersistentVolume) (dir, name string, err 
 	path := pv.Spec.HostPath.Path
 	dir, name = filepath.Split(path)
 	dir = filepath.Clean(dir)
-	if filepath.Clean(path) != path || !slices.Contains(p.Dirs, dir) || name == "" {
+	allowed := slices.Contains(p.Dirs, dir) && name != closedName || filepath.Base(dir) == closedName && slices.Contains(p.Dirs, filepath.Dir(dir))
+	if filepath.Clean(path) != path || !allowed || name == "" {
 		return "", "", fmt.Errorf("volume %s is at %s, which is not directly in %s: delete it by hand", pv.Name, path, strings.Join(p.Dirs, " or "))
 	}
 	return dir, name, nil
@@ -241,8 +256,8 @@ func syncDir(dir string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// Prepare closes the default directory, while it is empty, to people of the host: the volumes
-// in it are open to everyone who can reach them.
+// Prepare closes the default directory to the users of the host while it is empty; what
+// somebody uses already is left as it is.
 func (p *Provisioner) Prepare() error {
 	entries, err := os.ReadDir(p.Dirs[0])
 	if err != nil {
@@ -252,4 +267,49 @@ func (p *Provisioner) Prepare() error {
 		return nil
 	}
 	return os.Chmod(p.Dirs[0], 0o700)
+}
+
+// closed returns where the volumes of an allowed directory are made: there, if no user of the
+// host can enter it, or in its closed subdirectory, which it makes. It refuses a directory in
+// which every user may put another one in that place.
+func closed(dir string) (string, error) {
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return "", err
+	}
+	if private(fi) {
+		return dir, nil
+	}
+	if fi.Mode().Perm()&0o002 != 0 && fi.Mode()&fs.ModeSticky == 0 {
+		return "", fmt.Errorf("every user of the host may replace what is in %s; run there: chmod o-w %s", dir, dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	path := filepath.Join(dir, closedName)
+	if err := root.Mkdir(closedName, 0o700); err == nil {
+		return path, syncDir(dir)
+	} else if !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	fi, err = root.Lstat(closedName)
+	switch {
+	case err != nil:
+		return "", err
+	case !fi.IsDir() || !owned(fi):
+		return "", fmt.Errorf("%s is there and no directory of root: move it away", path)
+	case !private(fi):
+		return path, root.Chmod(closedName, 0o700)
+	}
+	return path, nil
+}
+
+// private reports whether only this program's user, root on a node, can enter a directory.
+func private(fi fs.FileInfo) bool { return fi.Mode().Perm()&0o077 == 0 && owned(fi) }
+
+func owned(fi fs.FileInfo) bool {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
 }

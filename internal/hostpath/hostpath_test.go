@@ -1,6 +1,7 @@
 package hostpath
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -18,7 +19,7 @@ func provisioner(t *testing.T) *Provisioner {
 	t.Helper()
 	dirs := []string{filepath.Join(t.TempDir(), "default"), filepath.Join(t.TempDir(), "other")}
 	for _, d := range dirs {
-		if err := os.Mkdir(d, 0o755); err != nil {
+		if err := os.Mkdir(d, 0o700); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -220,5 +221,92 @@ func TestPrepare(t *testing.T) {
 	}
 	if err := p.Prepare(); err != nil || mode() != 0o755 {
 		t.Errorf("what someone uses is left as it is: %v, mode %o", err, mode())
+	}
+}
+
+// Nobody of the host reaches a volume, wherever it is: a directory that is not closed gets a
+// closed one below it, and one that cannot be closed is refused.
+func TestVolumesAreClosedToTheHost(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		prepare func(dir string) error
+		want    string // path below the directory; "" for a refusal
+		err     string
+	}{
+		{"closed", func(dir string) error { return os.Chmod(dir, 0o700) }, "ns-data-pvc-1", ""},
+		{"open to readers", func(dir string) error { return os.Chmod(dir, 0o755) }, "microk8s/ns-data-pvc-1", ""},
+		{"open to a group", func(dir string) error { return os.Chmod(dir, 0o770) }, "microk8s/ns-data-pvc-1", ""},
+		{"like /tmp", func(dir string) error { return os.Chmod(dir, 0o777|os.ModeSticky) }, "microk8s/ns-data-pvc-1", ""},
+		{"open to all", func(dir string) error { return os.Chmod(dir, 0o777) }, "", "chmod o-w"},
+		{"the closed one was opened", func(dir string) error {
+			return errors.Join(os.Chmod(dir, 0o755), os.Mkdir(filepath.Join(dir, "microk8s"), 0o755))
+		}, "microk8s/ns-data-pvc-1", ""},
+		{"a link in its place", func(dir string) error {
+			return errors.Join(os.Chmod(dir, 0o755), os.Symlink("/", filepath.Join(dir, "microk8s")))
+		}, "", "move it away"},
+		{"another user's in its place", func(dir string) error {
+			sub := filepath.Join(dir, "microk8s")
+			return errors.Join(os.Chmod(dir, 0o777|os.ModeSticky), os.Mkdir(sub, 0o700), os.Chown(sub, 65534, 65534))
+		}, "", "move it away"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if strings.HasPrefix(tc.name, "another user") && os.Geteuid() != 0 {
+				t.Skip("only root can make another user's directory")
+			}
+			p := provisioner(t)
+			if err := tc.prepare(p.Dirs[1]); err != nil {
+				t.Fatal(err)
+			}
+			o := options("data")
+			o.StorageClass.Parameters = map[string]string{"pvDir": p.Dirs[1]}
+			pv, state, err := p.Provision(t.Context(), o)
+			if tc.want == "" {
+				if err == nil || !strings.Contains(err.Error(), tc.err) || state != controller.ProvisioningReschedule {
+					t.Fatalf("%v, %s; want %q", err, state, tc.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := pv.Spec.HostPath.Path
+			if path != filepath.Join(p.Dirs[1], tc.want) {
+				t.Errorf("the volume is at %s, want %s below %s", path, tc.want, p.Dirs[1])
+			}
+			if fi, err := os.Stat(filepath.Dir(path)); err != nil || fi.Mode().Perm() != 0o700 {
+				t.Errorf("the directory above it: %v, %v", fi, err)
+			}
+			if err := p.Delete(t.Context(), pv); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.Lstat(path); !os.IsNotExist(err) {
+				t.Errorf("%s is left: %v", path, err)
+			}
+		})
+	}
+}
+
+// A volume that an earlier version made directly in a directory of --pv-dir is deleted there.
+func TestVolumesOfEarlierVersions(t *testing.T) {
+	p := provisioner(t)
+	old := filepath.Join(p.Dirs[1], "ns-data-pvc-0")
+	sub := filepath.Join(p.Dirs[1], "microk8s")
+	if err := errors.Join(os.Chmod(p.Dirs[1], 0o755), os.Mkdir(old, 0o777), os.Mkdir(sub, 0o700), os.WriteFile(filepath.Join(sub, "file"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	volume := func(path string) *corev1.PersistentVolume {
+		return &corev1.PersistentVolume{Spec: corev1.PersistentVolumeSpec{PersistentVolumeSource: corev1.PersistentVolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: path}}}}
+	}
+	if err := p.Delete(t.Context(), volume(old)); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(old); !os.IsNotExist(err) {
+		t.Errorf("%s is left: %v", old, err)
+	}
+	if err := p.Delete(t.Context(), volume(sub)); err == nil {
+		t.Error("the directory of all volumes was deleted")
+	}
+	if _, err := os.Lstat(filepath.Join(sub, "file")); err != nil {
+		t.Error(err)
 	}
 }

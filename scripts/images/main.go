@@ -65,7 +65,7 @@ var images = []image{
 	{
 		archive: "hostpath-provisioner",
 		// The number changes with the program, so that pods are renewed.
-		refs:    []string{"microk8s.io/hostpath-provisioner:1"},
+		refs:    []string{"microk8s.io/hostpath-provisioner:2"},
 		program: "/hostpath-provisioner",
 		user:    "0:0", // the volumes of all users
 		title:   "hostpath-provisioner",
