@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"k8s.io/apimachinery/pkg/util/duration"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"microk8s/internal/agentport"
@@ -30,14 +31,24 @@ import (
 // tokenWait bounds how long add-node waits for the API server.
 const tokenWait = 20 * time.Second
 
-// noTTL is the default of --token-ttl: one use, whenever it is.
+// noTTL is upstream's default of --token-ttl: one use, without an end. Where the flag is not
+// set, the token is good for one node within [tokenLife].
 const noTTL = -1
+
+// tokenLife is how long a token is good for where nothing else is asked for: long enough to walk
+// to the other machine, short enough that a line in a chat or a shell's history is worth nothing.
+const tokenLife = time.Hour
+
+// never is the value of --expires for a token without an end.
+const never = "never"
 
 // maxTTL, in seconds, is a hundred years; durations have an end.
 const maxTTL = 100 * 365 * 24 * 3600
 
 type addNodeFlags struct {
 	ttl          int
+	ttlSet       bool
+	expires      string
 	token        string
 	format       string
 	worker, list bool
@@ -47,20 +58,25 @@ type addNodeFlags struct {
 func (a *App) newAddNode() *cobra.Command {
 	f := addNodeFlags{}
 	cmd := &cobra.Command{
-		Use:   "add-node [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--worker] [--name NODE] [--format FORMAT]",
+		Use:   "add-node [--worker] [--expires DURATION|never] [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--name NODE] [--format FORMAT]",
 		Short: "Make a token for another machine, and print how it joins",
 		Long: `Make a token with which another machine joins this cluster, and print what to type there.
 
-Without --token-ttl the token is good for one node, whenever it joins. With it, any number of
-nodes may join until it expires. It is used up when a join is done, not when one fails, and
-every control plane node knows it.
+The token is good for one node and for one hour; --expires changes how long. With --token-ttl,
+any number of nodes may join until it expires. A token is used up when a join is done, not when
+one fails, and every control plane node knows it.
+
+Whoever has a token made without --worker can join as a control plane node, and gets the keys
+of the whole cluster. Make a token with --worker for machines that only carry workloads.
 
 A token that is made here proves to the joining machine that it talks to this cluster. One
 that you choose yourself cannot, so its lines end in a longer fingerprint of the certificate;
-that changes when the certificate is issued anew.
+that changes when the certificate is issued again.
 
     microk8s add-node --worker           only for machines without a control plane
-    microk8s add-node --name n2          only for the machine n2, also when it was installed anew
+    microk8s add-node --name n2          only for the machine n2, also when it was reinstalled
+    microk8s add-node --expires 72h      one machine, within three days
+    microk8s add-node --token-ttl 600    any number of machines, within ten minutes
     microk8s add-node --list             the tokens there are, without the secret part
     microk8s add-node --revoke ID        take one back`,
 		Args: noArgs,
@@ -74,12 +90,17 @@ that changes when the certificate is issued anew.
 				return a.listTokens(cmd.Context(), f.format)
 			case cmd.Flags().Changed("revoke"):
 				return a.revokeToken(cmd.Context(), f.revoke)
+			case f.expires != "" && cmd.Flags().Changed("token-ttl"):
+				return &usageError{cmd, errors.New("--expires and --token-ttl do not go together: --expires is for one node, --token-ttl for any number")}
 			}
+			f.ttlSet = cmd.Flags().Changed("token-ttl")
 			return a.addNode(cmd.Context(), f)
 		},
 	}
 	set := cmd.Flags()
 	set.IntVarP(&f.ttl, "token-ttl", "l", noTTL, "seconds for which the token is good, for any number of nodes; -1: for one node, without an end")
+	set.Lookup("token-ttl").DefValue = "0" // not shown: without the flag it is one node and an hour
+	set.StringVar(&f.expires, "expires", "", "how long the token is good for one node, such as 30m or 72h, or never (default 1h)")
 	set.StringVarP(&f.token, "token", "t", "", "use this token, of at least 32 characters, instead of a generated one")
 	set.StringVar(&f.format, "format", "pretty", "pretty, short, token, token-check, json or yaml")
 	set.BoolVar(&f.worker, "worker", false, "the token joins workers only")
@@ -115,8 +136,9 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		}
 		tok = given
 	}
-	if f.ttl != noTTL && (f.ttl <= 0 || f.ttl > maxTTL) {
-		return failf("give a number of seconds, or leave it out for a token that is good for one node", "cannot use --token-ttl %d", f.ttl)
+	opts, err := f.options()
+	if err != nil {
+		return err
 	}
 	if f.name != "" {
 		if problems := validation.IsDNS1123Subdomain(f.name); len(problems) > 0 {
@@ -131,16 +153,9 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 	if err != nil {
 		return err
 	}
-	opts := tokenstore.Options{Worker: f.worker, Name: f.name, Uses: 1}
-	if f.ttl != noTTL {
-		opts.Uses, opts.TTL = tokenstore.Unlimited, time.Duration(f.ttl)*time.Second
-		if f.name != "" {
-			opts.Uses = 1
-		}
-	}
 	ctx, cancel := context.WithTimeout(ctx, tokenWait)
 	defer cancel()
-	if _, err := a.tokens().Add(ctx, tok, opts); err != nil {
+	if _, err := a.tokens().Add(ctx, tok, opts.Options); err != nil {
 		return explainTokens(err)
 	}
 	first := "none"
@@ -148,7 +163,57 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		first = addr.String()
 	}
 	c := connection{token: tok.Reveal(), check: check, port: agentport.Of(a.Env), first: first, all: all, worker: f.worker, ha: a.Env.Locked(snapenv.LockHA)}
-	return c.print(a.Out, f.format)
+	if err := c.print(a.Out, f.format); err != nil {
+		return err
+	}
+	if a.Term && f.format == "pretty" { // scripts read the rest
+		fmt.Fprintln(a.Err, "\n"+opts.describe())
+	}
+	return nil
+}
+
+// options returns what the token may be used for.
+func (f addNodeFlags) options() (tokenUse, error) {
+	use := tokenUse{tokenstore.Options{Worker: f.worker, Name: f.name, Uses: 1, TTL: tokenLife}}
+	switch {
+	case f.ttlSet && f.ttl == noTTL, f.expires == never:
+		use.TTL = 0
+	case f.ttlSet && (f.ttl <= 0 || f.ttl > maxTTL):
+		return use, failf("use a number of seconds, or leave it out for a token that is good for one node", "cannot use --token-ttl %d", f.ttl)
+	case f.ttlSet:
+		use.TTL = time.Duration(f.ttl) * time.Second
+		if f.name == "" {
+			use.Uses = tokenstore.Unlimited
+		}
+	case f.expires != "":
+		d, err := time.ParseDuration(f.expires)
+		if err != nil || d < time.Second || d > maxTTL*time.Second {
+			return use, failf("use a duration such as 30m or 72h, or never", "cannot use --expires %s", f.expires)
+		}
+		use.TTL = d
+	}
+	return use, nil
+}
+
+// tokenUse is what a new token may be used for.
+type tokenUse struct{ tokenstore.Options }
+
+// describe returns one sentence for the person that made the token.
+func (u tokenUse) describe() string {
+	who, end := "one node", "without an end"
+	if u.Uses == tokenstore.Unlimited {
+		who = "any number of nodes"
+	}
+	if u.Name != "" {
+		who = "the node " + u.Name
+	}
+	if u.Worker {
+		who += ", as a worker"
+	}
+	if u.TTL > 0 {
+		end = "for " + duration.HumanDuration(u.TTL)
+	}
+	return fmt.Sprintf("The token is good for %s, %s. List and revoke tokens with: microk8s add-node --list", who, end)
 }
 
 // fingerprint gives the digits of the agent's certificate that go into a connection string:
@@ -156,11 +221,11 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 func (a *App) fingerprint(tok token.Token) (string, error) {
 	data, err := os.ReadFile(a.Env.Cert("server.crt"))
 	if err != nil {
-		return "", failf("make it anew with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
+		return "", failf("issue it again with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
 	}
 	cert, err := pki.ParseCert(data)
 	if err != nil {
-		return "", failf("make it anew with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
+		return "", failf("issue it again with: sudo microk8s refresh-certs -e server.crt", "cannot read the certificate of the cluster agent: %w", err)
 	}
 	sum := sha256.Sum256(cert.Raw)
 	digits := hex.EncodeToString(sum[:])
@@ -276,7 +341,7 @@ type listedToken struct {
 }
 
 func listed(r tokenstore.Record, now time.Time) listedToken {
-	l := listedToken{ID: r.ID.String(), Role: "any", Node: r.Name, Uses: fmt.Sprint(r.Uses), State: "valid", Nodes: r.SpentBy}
+	l := listedToken{ID: r.ID.String(), Role: "control-plane", Node: r.Name, Uses: fmt.Sprint(r.Uses), State: "valid", Nodes: r.SpentBy}
 	if r.Worker {
 		l.Role = "worker"
 	}

@@ -49,6 +49,9 @@ You can either try again with sudo or add the user %[1]s to the '%[2]s' group:
     sudo chown -R %[1]s ~/.kube
 
 After this, reload the user groups either via a reboot or by running 'newgrp %[2]s'.
+
+Members of the group '%[2]s' are as good as root on this machine, as those of the group
+docker are: add only users that may use sudo for everything.
 `, user, a.Group)
 	return exitError(ExitError)
 }

@@ -271,7 +271,7 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 		s.note("join")
 		out := api.JoinResponse{
 			CA: s.caPEM, CallbackToken: "the-callback-token", APIPort: "16443", AuthorizationMode: "Node,RBAC", HostnameOverride: ownIP,
-			KubeletArgs: "--cluster-dns=10.152.183.99\n--node-ip=10.9.0.1\n--hostname-override=n1\n--root-dir=${SNAP_COMMON}/var/lib/kubelet\n",
+			KubeletArgs: "--cluster-dns=10.152.183.99\n--node-ip=10.9.0.1\n--hostname-override=n1\n--kube-reserved=memory=32Gi\n--system-reserved=memory=8Gi\n--reserved-cpus=0-3\n--root-dir=${SNAP_COMMON}/var/lib/kubelet\n",
 			CNI:         s.foreignCNI, Product: api.Product, ClusterCIDR: "10.1.0.0/16", ServiceCIDR: "10.152.183.0/24", APIServers: []string{s.apis.Listener.Addr().String()},
 		}
 		if s.upstream {
@@ -419,6 +419,14 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 		if !strings.Contains(kubelet, want) {
 			t.Errorf("the kubelet's arguments have no %s:\n%s", want, kubelet)
 		}
+	}
+	for _, other := range []string{"memory=32Gi", "memory=8Gi", "reserved-cpus"} {
+		if strings.Contains(kubelet, other) {
+			t.Errorf("the kubelet reserves what the other machine's size asks for: %s", other)
+		}
+	}
+	if !strings.Contains(kubelet, "--kube-reserved=cpu=") {
+		t.Error("the kubelet lost the reservation for this machine")
 	}
 	if strings.Contains(kubelet, "hostname-override") {
 		t.Error("the kubelet has the other node's name")

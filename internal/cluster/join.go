@@ -438,6 +438,9 @@ func (s *joinRun) kubeletArgs(a *answer, change map[string]string) error {
 	}
 	f.Unset("hostname-override")
 	f.Unset("node-ip")
+	if err := s.ownSize(f); err != nil {
+		return err
+	}
 	if s.isOwn(a.Address) {
 		change["node-ip"] = a.Address
 	} else {
@@ -449,6 +452,22 @@ func (s *joinRun) kubeletArgs(a *answer, change map[string]string) error {
 		}
 	}
 	return f.Save(s.Env.Args("kubelet"))
+}
+
+// sizeFlags are arguments of the kubelet that follow from the size of the machine.
+var sizeFlags = []string{"kube-reserved", "system-reserved", "reserved-cpus", "reserved-memory"}
+
+// ownSize replaces the arguments that follow from the other machine's size by those of this one.
+func (s *joinRun) ownSize(f *args.File) error {
+	for _, flag := range sizeFlags {
+		own := s.arg("kubelet", flag)
+		if own == "" {
+			f.Unset(flag)
+		} else if err := f.Set(flag, own); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sameNetwork takes over the cluster's addresses of pods and Services.

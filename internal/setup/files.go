@@ -237,6 +237,11 @@ func (in *Installer) defaultArgs(context.Context) error {
 		if err != nil {
 			return err
 		}
+		if rel == "kubelet" {
+			if data, err = in.reserve(data); err != nil {
+				return err
+			}
+		}
 		if err := a.WriteShared(to, data); err != nil {
 			return err
 		}
