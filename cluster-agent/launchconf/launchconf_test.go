@@ -396,3 +396,28 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestJSON reads configurations as json.dumps, jq --tab and Go's encoder write them.
+func TestJSON(t *testing.T) {
+	for name, text := range map[string]string{
+		"one line": `{"version": "0.1.0", "extraKubeletArgs": {"--v": "3", "--max-pods": 60, "--node-labels": null}, "extraSANs": ["a.example"]}`,
+		"tabs":     "{\n\t\"version\": \"0.1.0\",\n\t\"extraKubeletArgs\": {\n\t\t\"--v\": \"3\",\n\t\t\"--max-pods\": 60,\n\t\t\"--node-labels\": null\n\t},\n\t\"extraSANs\": [\n\t\t\"a.example\"\n\t]\n}\n",
+		"compact":  `{"version":"0.1.0","extraKubeletArgs":{"--v":"3","--max-pods":60,"--node-labels":null},"extraSANs":["a.example"]}`,
+		"escapes":  `{"version":"0.1.0","extraKubeletArgs":{"\u002d-v":"3","--max-pods":60,"--node-labels":null},"extraSANs":["a\u002eexample"]}`,
+	} {
+		docs, warnings, err := Parse([]byte(text))
+		if err != nil || len(warnings) > 0 || len(docs) != 1 {
+			t.Errorf("%s: %v, %q, %d documents", name, err, warnings, len(docs))
+			continue
+		}
+		k := docs[0].KubeletArgs
+		if k["--v"] == nil || *k["--v"] != "3" || *k["--max-pods"] != "60" || k["--node-labels"] != nil || (*docs[0].ExtraSANs)[0] != "a.example" {
+			t.Errorf("%s: read as %v, %v", name, k, *docs[0].ExtraSANs)
+		}
+	}
+	// Numbers keep their digits, and pairs of surrogates are one character.
+	docs, _, err := Parse([]byte("{\"version\":\"0.1.0\",\n\t\"extraConfigFiles\":{\"a\":1.10,\"b\":\"\\ud83d\\udc33\"}}"))
+	if err != nil || docs[0].ExtraConfigFiles["a"] != "1.10" || docs[0].ExtraConfigFiles["b"] != "\U0001F433" {
+		t.Errorf("%v, %v", docs, err)
+	}
+}

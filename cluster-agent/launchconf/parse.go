@@ -10,6 +10,7 @@ package launchconf
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -128,13 +129,13 @@ func (d *Document) files() []file {
 	}
 }
 
-// Parse reads all documents. Warnings are about fields that nobody knows; the error says
+// Parse reads all documents, YAML or JSON. Warnings are about fields that nobody knows; the error says
 // everything that is wrong.
 func Parse(data []byte) (docs []Document, warnings []string, err error) {
 	if len(data) > MaxSize {
 		return nil, nil, fmt.Errorf("could not parse configuration: it has more than %d bytes", MaxSize)
 	}
-	strict := yaml.NewDecoder(bytes.NewReader(data))
+	strict := yaml.NewDecoder(bytes.NewReader(plainJSON(data)))
 	var errs []error
 	for number := 1; ; number++ {
 		var raw yaml.Node
@@ -168,6 +169,25 @@ func Parse(data []byte) (docs []Document, warnings []string, err error) {
 		return nil, warnings, errors.Join(errs...)
 	}
 	return docs, warnings, nil
+}
+
+// plainJSON returns a JSON text as YAML reads it, and any other text as it is. JSON is YAML but
+// for its pairs of escaped surrogates; numbers keep their digits.
+func plainJSON(data []byte) []byte {
+	if !json.Valid(data) {
+		return data
+	}
+	var value any
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.UseNumber()
+	if err := dec.Decode(&value); err != nil {
+		return data
+	}
+	out, err := json.Marshal(value)
+	if err != nil {
+		return data
+	}
+	return out
 }
 
 // empty says that a document holds nothing but comments.

@@ -21,6 +21,20 @@ func main() { os.Exit(run()) }
 
 func run() int {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	env := snapenv.FromEnviron(os.Getenv)
+	if len(os.Args) > 1 && os.Args[1] == agent.InitCommand {
+		err := agent.Init(ctx, env, os.Args[2:], os.Stdin, os.Stdout, log)
+		switch {
+		case errors.Is(err, pflag.ErrHelp):
+			return 0
+		case err != nil:
+			log.Error("cannot apply the launch configuration", "err", err)
+			return 1
+		}
+		return 0
+	}
 	flags, err := agent.Parse(os.Args[1:], os.Stderr)
 	if errors.Is(err, pflag.ErrHelp) {
 		return 0
@@ -29,9 +43,6 @@ func run() int {
 		log.Error("cannot start", "err", err)
 		return 2
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
-	env := snapenv.FromEnviron(os.Getenv)
 	if err := agent.Run(ctx, env, flags, service.New(env), log); err != nil {
 		log.Error("the cluster agent ends", "err", err)
 		return 1

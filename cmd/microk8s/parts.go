@@ -29,10 +29,11 @@ func stopContainers(ctx context.Context, env snapenv.Env) error {
 	return errors.Join(images.StopAll(ctx, env), hostnet.RemoveAccepts())
 }
 
-// install sets the node up, or brings one that is in line with this version of the package.
+// install sets the node up as the hook of snapd does, with the launch configuration that a
+// person has left for it, or brings one that is set up in line with this version of the package.
 func install(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 	if env.Locked(snapenv.LockInstalled) {
 		return setup.Configure(ctx, env, log)
 	}
-	return setup.Install(ctx, env, log)
+	return hooks(env, log).Run(ctx, "install")
 }

@@ -82,7 +82,7 @@ func (r *Runner) launchFiles() []string {
 	return []string{
 		r.Env.HostPath("etc/microk8s.yaml"),
 		filepath.Join(r.Env.UserCommon, ".microk8s.yaml"),
-		filepath.Join(r.Env.Common, ".microk8s.yaml"),
+		r.Env.UserLaunchFile(),
 	}
 }
 

@@ -224,6 +224,10 @@ func (e Env) DatastoreSocket() string { return filepath.Join(e.Backend(), "kine.
 
 // In $SNAP_COMMON.
 
+// UserLaunchFile is where a person puts a launch configuration for the first start of the node,
+// $SNAP_COMMON/.microk8s.yaml.
+func (e Env) UserLaunchFile() string { return filepath.Join(e.Common, ".microk8s.yaml") }
+
 // LaunchDir is where the cluster agent finds launch configurations, $SNAP_COMMON/etc/launcher.
 func (e Env) LaunchDir() string { return filepath.Join(e.Common, "etc/launcher") }
 
