@@ -1,5 +1,5 @@
 // Package callback keeps the secrets with which one node may ask another to do something
-// (design decision 6). The cluster's key K_cb is in a Secret that control-plane nodes can
+// (ADR 4). The cluster's key K_cb is in a Secret that control-plane nodes can
 // read; the secret of node N is made from it and N's name, and lies in N's
 // credentials/callback-token.txt, with which N's agent compares.
 //

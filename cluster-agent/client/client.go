@@ -1,5 +1,5 @@
 // Package client is the joining node's side of the cluster agent's wire: it makes sure with whom
-// it talks before it tells the token, and then asks (cluster-agent.md 3, design decision 6).
+// it talks before it tells the token, and then asks (cluster-agent.md 3, ADR 10).
 //
 // For tokens that this product makes, the server proves on the very connection that it knows
 // the token; for others the fingerprint in the connection string decides. Both are done again on

@@ -80,7 +80,7 @@ var logFileFlags = []string{
 	"skip-headers", "skip-log-headers", "one-output", "add-dir-header", "log-backtrace-at",
 }
 
-// obsolete lists, by argument file, flags that today's programs refuse (cli.md 7.2, 4).
+// obsolete lists, by argument file, flags that today's programs refuse (cli.md 7.2).
 var obsolete = map[string][]string{
 	"kube-apiserver": {
 		"insecure-port", "insecure-bind-address", "port", "address", "service-account-api-audiences",

@@ -164,7 +164,7 @@ func (in *Installer) directories(context.Context) error {
 }
 
 // sideload takes over the archives of images that were put beside the snap before it was
-// installed (cli.md 8.1, 4); internal/images loads them.
+// installed (cli.md 8.1); internal/images loads them.
 func (in *Installer) sideload(context.Context) error {
 	for _, from := range []string{in.Env.UserCommon, in.Env.Common, in.Env.Snap} {
 		archives, err := filepath.Glob(filepath.Join(from, "sideload/*.tar"))

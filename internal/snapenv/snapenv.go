@@ -212,7 +212,7 @@ const (
 func (e Env) Backend() string { return filepath.Join(e.Data, "var/kubernetes/backend") }
 
 // BackendLive is where the datastore really lives. It is in $SNAP_COMMON so that no snap
-// revert can bring an old log and vote back (design decision 2).
+// revert can bring an old log and vote back (ADR 9).
 func (e Env) BackendLive() string { return filepath.Join(e.Common, "var/kubernetes/backend") }
 
 // BackendMarker says how far the datastore's directory has come, so that an old copy of it does

@@ -1,6 +1,6 @@
 // Package token is the secret that lets a machine join a cluster: its two forms, what is
 // derived from it, and the proof by which a server shows that it knows a token without being
-// told it (design decisions 5 and 6).
+// told it (ADR 10).
 //
 // It does no I/O. Where tokens are kept, with their roles and uses, is in internal/tokenstore.
 package token
