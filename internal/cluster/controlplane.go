@@ -222,8 +222,12 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	if _, err := os.Lstat(s.backendAside()); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	var id uint64 // 0: it never got one, or not yet
+	if m := ownMember(live); m.Address == own {
+		id = m.ID
+	}
 	others := slices.DeleteFunc(slices.Concat(members(live), a.Voters), func(m string) bool { return m == own }) // its daemon is stopped
-	if err := s.removeMember(ctx, s.patience(ctx, s.removeWait), live, own, others); err != nil {
+	if err := s.removeMember(ctx, s.patience(ctx, s.removeWait), live, id, own, others); err != nil && !errors.Is(err, peers.ErrReplaced) {
 		s.Say("WARNING: this node could not be taken out of the datastore's list of members (%v); on a node of the cluster run: microk8s remove-node %s --force", err, s.Self)
 	} else if err := s.deleteNodeObject(ctx, a, s.Self); err != nil {
 		s.Log.Warn("cannot delete the Node object", "err", err)
@@ -231,10 +235,12 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	return s.takeBackendBack()
 }
 
-// removeMember takes the member with this address out of the datastore, asking the given ones with
-// the key pair of the directory until the limit is over.
-func (n *Node) removeMember(ctx context.Context, limit time.Duration, storage, address string, ask []string) error {
-	_, config, err := peers.KeyPair(storage, tls.VersionTLS12, 0)
+// removeMember takes a member out of the datastore, asking those at the given addresses with the
+// key pair of the directory until the limit is over. With an id only the member that has it is
+// removed: the error wraps peers.ErrReplaced where another one has its address. One that is no
+// member is in order.
+func (n *Node) removeMember(ctx context.Context, limit time.Duration, storage string, id uint64, address string, ask []string) error {
+	dial, err := n.memberDial(storage)
 	if err != nil {
 		return nil //nolint:nilerr // without the pair it never became a member
 	}
@@ -248,36 +254,51 @@ func (n *Node) removeMember(ctx context.Context, limit time.Duration, storage, a
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	dial := dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config)
-	if err := peers.RemoveFrom(ctx, store, dial, address); err != nil && !errors.Is(err, peers.ErrNotMember) {
+	if err := peers.RemoveID(ctx, store, dial, id, address); err != nil && !errors.Is(err, peers.ErrNotMember) {
 		return err
 	}
 	return nil
 }
 
+// memberDial makes connections to members of the datastore with the key pair of a directory.
+func (n *Node) memberDial(storage string) (dqlite.DialFunc, error) {
+	_, config, err := peers.KeyPair(storage, tls.VersionTLS12, 0)
+	if err != nil {
+		return nil, err
+	}
+	return dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config), nil
+}
+
+// storedMember is a member in a storage directory's files.
+type storedMember struct {
+	ID      uint64
+	Address string
+	Role    peers.Role
+}
+
+// storedMembers lists the members in a storage directory's cluster.yaml.
+func storedMembers(storage string) (list []storedMember) {
+	data, err := os.ReadFile(filepath.Join(storage, "cluster.yaml"))
+	if err != nil || yaml.Unmarshal(data, &list) != nil {
+		return nil
+	}
+	return list
+}
+
 // members lists the addresses in a storage directory's cluster.yaml.
 func members(storage string) []string {
-	data, err := os.ReadFile(filepath.Join(storage, "cluster.yaml"))
-	if err != nil {
-		return nil
-	}
-	var list []struct{ Address string }
-	if yaml.Unmarshal(data, &list) != nil {
-		return nil
-	}
 	var out []string
-	for _, m := range list {
+	for _, m := range storedMembers(storage) {
 		out = append(out, m.Address)
 	}
 	return out
 }
 
-// ownMember is the address of this node's member, "" where it has none.
-func ownMember(storage string) string {
-	var info struct{ Address string }
+// ownMember is this node's member, the zero value where it has none.
+func ownMember(storage string) (own storedMember) {
 	data, err := os.ReadFile(filepath.Join(storage, "info.yaml"))
-	if err != nil || yaml.Unmarshal(data, &info) != nil {
-		return ""
+	if err != nil || yaml.Unmarshal(data, &own) != nil {
+		return storedMember{}
 	}
-	return info.Address
+	return own
 }

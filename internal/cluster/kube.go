@@ -9,6 +9,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -41,9 +43,14 @@ func getNode(ctx context.Context, c *kube.Core, name string) (*corev1.Node, erro
 	return &node, err
 }
 
-// deleteNode deletes a Node; a missing one is in order.
-func deleteNode(ctx context.Context, c *kube.Core, name string) error {
-	err := c.Delete().Resource("nodes").Name(name).Timeout(kubeTimeout).Do(ctx).Error()
+// deleteNode deletes a Node; a missing one is in order. With a uid, one of another UID is left
+// alone: the error is then the API's Conflict.
+func deleteNode(ctx context.Context, c *kube.Core, name string, uid types.UID) error {
+	o := metav1.DeleteOptions{}
+	if uid != "" {
+		o.Preconditions = &metav1.Preconditions{UID: &uid}
+	}
+	err := c.Delete().Resource("nodes").Name(name).Timeout(kubeTimeout).Body(&o).Do(ctx).Error()
 	if err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("cannot delete the node %s: %w", name, err)
 	}
@@ -113,7 +120,7 @@ func (s *joinRun) deleteNodeObject(ctx context.Context, a *answer, name string) 
 	for _, server := range a.apiServers() {
 		c, err := s.Kube("client.config", server)
 		if err == nil {
-			err = deleteNode(ctx, c, name)
+			err = deleteNode(ctx, c, name, "")
 		}
 		if err == nil {
 			return nil

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"microk8s/apiserver-proxy/config"
@@ -26,13 +28,30 @@ import (
 type LeaveOptions struct {
 	// Force leaves also when the cluster cannot be told: it must then be told with remove-node.
 	Force bool
+	// Confirm asks a person about something that cannot be taken back; an error stops the
+	// operation. nil refuses with ErrUnconfirmed.
+	Confirm func(question string) error
+}
+
+// ErrUnconfirmed is wrapped when nobody could be asked, or the answer was no.
+var ErrUnconfirmed = errors.New("not confirmed")
+
+func confirm(ask func(string) error, format string, a ...any) error {
+	if ask == nil {
+		return ErrUnconfirmed
+	}
+	return ask(fmt.Sprintf(format, a...))
 }
 
 type leaveParams struct {
 	Self   string `json:"self"` // this node's name
 	Worker bool   `json:"worker,omitempty"`
 	Member string `json:"member,omitempty"` // of the datastore: this node's address there
+	ID     uint64 `json:"id,omitempty"`     // of that member; 0 in journals of earlier versions
 	Force  bool   `json:"force,omitempty"`
+	// Elsewhere: the member's address is not one of this host's. It may be another machine's, of
+	// whose disk this one is a copy: the member stays.
+	Elsewhere bool `json:"elsewhere,omitempty"`
 }
 
 // Reasons not to leave.
@@ -76,6 +95,16 @@ func (n *Node) Leave(ctx context.Context, j *journal.Journal, o LeaveOptions) er
 			return fmt.Errorf("cannot read the journal of the interrupted leave: %w", err)
 		}
 		n.Say("An earlier leave was interrupted: going on with it")
+		// The disk may have been copied to another machine, or the journal be an earlier version's.
+		if own := ownMember(n.Env.BackendLive()); own.Address != "" && own.Address == p.Member {
+			p.ID, p.Elsewhere = own.ID, n.elsewhere(own)
+			at := cmp.Or(renamed[r.Step], r.Step)
+			if early := at == StepStopKubernetes || at == StepLeaveDatastore; early && o.Force && !p.Force {
+				if err := n.confirmLast(ctx, own, o); err != nil {
+					return err
+				}
+			}
+		}
 		p.Force = p.Force || o.Force
 		return j.Resume(ctx, n.leavePlan(&p))
 	} else if r != nil {
@@ -111,13 +140,25 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 	if sharesEtcd(n.Env) {
 		return p, nil // the datastore is not the cluster's nodes'
 	}
-	p.Member = ownMember(n.Env.BackendLive())
+	own := ownMember(n.Env.BackendLive())
+	p.Member, p.ID, p.Elsewhere = own.Address, own.ID, n.elsewhere(own)
 	if o.Force {
+		return p, n.confirmLast(ctx, own, o)
+	}
+	if p.Elsewhere {
+		if voters, answers := n.others(ctx, own); !answers {
+			return nil, fmt.Errorf("%w: none of the voters %s answers", ErrContact, strings.Join(voters, ", "))
+		}
 		return p, nil
 	}
 	list, err := peers.Members(ctx, n.Env.BackendLive())
+	if errors.Is(err, peers.ErrNotRunning) {
+		if _, answers := n.others(ctx, own); answers {
+			return p, nil // they are asked, and know whether this node was removed
+		}
+	}
 	if err != nil {
-		return nil, fmt.Errorf("cannot leave: %w", err)
+		return nil, fmt.Errorf("cannot leave: %w: %w", ErrContact, err)
 	}
 	if !slices.ContainsFunc(list, func(m peers.Member) bool { return m.Self || m.Address == p.Member }) {
 		return p, nil // somebody has removed it already
@@ -136,6 +177,20 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 		return nil, ErrOnlyCopy
 	}
 	return p, nil
+}
+
+// confirmLast asks before a node leaves by force whose copy of the cluster's data may be the last one.
+func (n *Node) confirmLast(ctx context.Context, own storedMember, o LeaveOptions) error {
+	voters, answers := n.others(ctx, own)
+	if answers {
+		return nil
+	}
+	who := "There is no other voter of the datastore."
+	if len(voters) > 0 {
+		who = "No other voter of the datastore answers (" + strings.Join(voters, ", ") + ")."
+	}
+	return confirm(o.Confirm, "%s This node may have the last copy of the cluster's data%s. "+
+		"After it has left, the copy is kept on this node, but nothing runs with it.", who, n.howFar())
 }
 
 // unpin takes the address that a join has written into the arguments out of them, where nobody had
@@ -163,7 +218,9 @@ func (n *Node) leavePlan(p *leaveParams) journal.Plan {
 		step(StepSetUp, func(ctx context.Context) error { return n.Install(ctx) }, nil),
 		step(StepStart, s.start, nil),
 		step(StepWait, s.wait, nil),
-		step(StepCleanUp, func(context.Context) error { return os.RemoveAll(n.file(saved)) }, nil),
+		step(StepCleanUp, func(context.Context) error {
+			return errors.Join(os.RemoveAll(n.file(saved)), os.RemoveAll(n.file(departedFile)))
+		}, nil),
 	}}
 }
 
@@ -173,6 +230,9 @@ type leaveRun struct {
 }
 
 func (s *leaveRun) quiet(ctx context.Context) error {
+	if err := os.RemoveAll(s.file(departedFile)); err != nil { // of an earlier leave that was taken back
+		return err
+	}
 	if err := s.lock(lockJoining); err != nil {
 		return err
 	}
@@ -195,24 +255,47 @@ func (s *leaveRun) depart(ctx context.Context) error {
 	if s.Worker || s.Member == "" {
 		return nil
 	}
+	if s.Elsewhere {
+		return s.staysMember(ctx)
+	}
 	live := s.Env.BackendLive()
 	everyone := append(members(live), s.Member)
-	err := s.removeMember(ctx, s.removeWait, live, s.Member, everyone)
-	if err != nil && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
+	err := s.removeMember(ctx, s.removeWait, live, s.ID, s.Member, everyone)
+	if err != nil && !errors.Is(err, peers.ErrReplaced) && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
 		if startErr := s.Services.Start(ctx, service.Datastore); startErr == nil {
 			err = waitFor(ctx, s.removeWait, func(ctx context.Context) error {
-				return s.removeMember(ctx, s.removeWait, live, s.Member, everyone)
+				return s.removeMember(ctx, s.removeWait, live, s.ID, s.Member, everyone)
 			})
 		}
 	}
-	if err == nil || ctx.Err() != nil {
+	if errors.Is(err, peers.ErrReplaced) { // it was removed, and another one is in its place
+		s.Log.Info("this node's member was removed before", "err", err)
+		err = nil
+	}
+	if ctx.Err() != nil {
 		return errors.Join(err, ctx.Err())
+	}
+	if err == nil {
+		return s.noteDeparted()
 	}
 	if s.Force {
 		s.Say("WARNING: the cluster was not told that this node leaves (%v); on one of its nodes run: microk8s remove-node %s --force", err, s.Self)
 		return nil
 	}
 	return fmt.Errorf("%w: %w", ErrContact, err)
+}
+
+// staysMember is depart on a host that does not have its member's address. It removes nothing.
+func (s *leaveRun) staysMember(ctx context.Context) error {
+	address := host(s.Member)
+	dial, err := s.memberDial(s.Env.BackendLive())
+	if err == nil && peers.Answers(ctx, s.Member, dial) {
+		s.Say("WARNING: the cluster's member %s runs on another machine, of whose disk this one is a copy: it stays a member", address)
+		return s.noteDeparted()
+	}
+	s.Say("WARNING: the cluster knows this node as %s, which is not an address of this host; that member was left as it is. "+
+		"If no other machine has it, run on another node: microk8s remove-node %s --force", address, address)
+	return ctx.Err()
 }
 
 // forget removes every secret and setting of the cluster. From here on there is only forward.
@@ -224,13 +307,18 @@ func (s *leaveRun) forget(ctx context.Context) error {
 	if err := s.unlock(snapenv.LockInstalled); err != nil {
 		return err
 	}
+	if _, err := os.Lstat(s.file(departedFile)); err != nil {
+		if err := s.keepLeft(); err != nil {
+			return err
+		}
+	}
 	if err := emptyExcept(s.Env.CertsDir(), "csr.conf.template"); err != nil {
 		return err
 	}
 	if err := emptyExcept(s.Env.CredentialsDir()); err != nil {
 		return err
 	}
-	for _, path := range []string{s.store().BackupDir(), s.Env.BackendLive(), s.file(answerFile)} {
+	for _, path := range []string{s.store().BackupDir(), s.Env.BackendLive(), s.file(answerFile)} { // the backend only where others have it
 		if err := os.RemoveAll(path); err != nil {
 			return err
 		}

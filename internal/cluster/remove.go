@@ -7,9 +7,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
+	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
 
 	"microk8s/cluster-agent/fanout"
 	"microk8s/internal/datastore/peers"
@@ -21,12 +26,22 @@ import (
 type RemoveOptions struct {
 	Node  string // name or InternalIP
 	Force bool   // also one that is a member of the datastore
+	// Confirm asks a person whether a member that answers is to be removed; an error stops the
+	// operation. nil refuses with ErrUnconfirmed.
+	Confirm func(question string) error
 }
 
 type removeParams struct {
 	Asked  string `json:"asked"`            // name or address, as it was given
 	Name   string `json:"name"`             // of the Node object
 	Member string `json:"member,omitempty"` // address of its member of the datastore, "" for none
+	// Identified: UID and ID are those of what was to be removed, and where they are empty there
+	// was none. Journals of earlier versions have names and addresses only.
+	Identified bool      `json:"identified,omitempty"`
+	UID        types.UID `json:"uid,omitempty"` // of the Node object
+	ID         uint64    `json:"id,omitempty"`  // of the member
+
+	replaced []string // what has another identity now, found by the steps
 }
 
 // Reasons not to remove a node.
@@ -37,6 +52,9 @@ var (
 	ErrNoNode = errors.New("the node does not exist in Kubernetes")
 	// ErrNoAddress: its object has no address.
 	ErrNoAddress = errors.New("the node has no address")
+	// ErrReplaced: what was to be removed is gone, and another node or member of that name or
+	// address is there now, which was left alone.
+	ErrReplaced = errors.New("it has been replaced meanwhile")
 	// ErrSelf: it is this node.
 	ErrSelf = errors.New("it is this node")
 )
@@ -58,10 +76,25 @@ func (n *Node) Remove(ctx context.Context, j *journal.Journal, o RemoveOptions) 
 			return fmt.Errorf("cannot read the journal of the interrupted removal: %w", err)
 		}
 		n.Say("The removal of %s was interrupted: going on with it", p.Name)
+		if !p.Identified {
+			began := n.Now()
+			if st, err := os.Stat(n.Env.Journal()); err == nil {
+				began = st.ModTime()
+			}
+			if err := n.identify(ctx, &p, began); err != nil {
+				return err
+			}
+		}
 		if err := j.Resume(ctx, n.removePlan(&p)); err != nil {
 			return err
 		}
-		if p.Asked == o.Node || p.Name == o.Node {
+		same := p.Asked == o.Node || p.Name == o.Node
+		switch {
+		case len(p.replaced) > 0 && same:
+			return fmt.Errorf("%w: %s", ErrReplaced, strings.Join(p.replaced, ", "))
+		case len(p.replaced) > 0:
+			n.Say("WARNING: %s: %v (%s); the new one was left alone", p.Name, ErrReplaced, strings.Join(p.replaced, ", "))
+		case same:
 			return nil
 		}
 	}
@@ -69,7 +102,51 @@ func (n *Node) Remove(ctx context.Context, j *journal.Journal, o RemoveOptions) 
 	if err != nil {
 		return err
 	}
-	return j.Run(ctx, n.removePlan(p), p)
+	if err := j.Run(ctx, n.removePlan(p), p); err != nil {
+		return err
+	}
+	if len(p.replaced) > 0 {
+		return fmt.Errorf("%w: %s", ErrReplaced, strings.Join(p.replaced, ", "))
+	}
+	return nil
+}
+
+// identify finds out what a journal without identities means. A Node that was made after the
+// removal had begun, and a member that answers, are others.
+func (n *Node) identify(ctx context.Context, p *removeParams, began time.Time) error {
+	c, err := n.Kube("client.config", "")
+	if err != nil {
+		return err
+	}
+	node, err := getNode(ctx, c, p.Name)
+	switch {
+	case err == nil && node.CreationTimestamp.After(began):
+		p.replaced = append(p.replaced, "the node "+p.Name+" was made later")
+	case err == nil:
+		p.UID = node.UID
+	case !apierrors.IsNotFound(err):
+		return fmt.Errorf("cannot ask for the node %s: %w", p.Name, err)
+	}
+	p.Identified = true
+	if p.Member == "" {
+		return nil
+	}
+	all, err := peers.Members(ctx, n.Env.BackendLive())
+	if err != nil {
+		return fmt.Errorf("cannot go on with the removal: %w", err)
+	}
+	member := p.Member
+	p.Member = ""
+	for _, m := range all {
+		switch {
+		case m.Address != member:
+		case m.Online || len(p.replaced) > 0:
+			p.replaced = append(p.replaced, "the datastore's member "+member+" answers")
+		default:
+			p.Member, p.ID = member, m.ID
+		}
+	}
+	return nil
 }
 
 func host(address string) string {
@@ -94,11 +171,11 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 	if err != nil {
 		return nil, err
 	}
-	p := &removeParams{Asked: o.Node, Name: o.Node}
+	p := &removeParams{Asked: o.Node, Name: o.Node, Identified: true}
 	var found *corev1.Node
 	for _, node := range list {
 		if node.Name == o.Node || sameIP(internalIP(&node), o.Node) {
-			found, p.Name = &node, node.Name
+			found, p.Name, p.UID = &node, node.Name, node.UID
 		}
 	}
 	if p.Name == hostname || n.isOwn(o.Node) {
@@ -117,8 +194,11 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 		}
 		for _, m := range all {
 			if sameIP(host(m.Address), address) || host(m.Address) == address {
-				p.Member = m.Address
+				p.Member, p.ID = m.Address, m.ID
 			}
+		}
+		if found == nil && p.Member == "" {
+			return p, &NoNodeError{Members: withoutNode(all, list)}
 		}
 	}
 	switch {
@@ -126,8 +206,33 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 		return p, ErrRegistered
 	case found == nil && p.Member == "":
 		return p, ErrNoNode
+	case p.Member == "":
+		return p, nil
+	}
+	dial, err := n.memberDial(n.Env.BackendLive())
+	if err == nil && peers.Answers(ctx, p.Member, dial) {
+		return p, confirm(o.Confirm, "The datastore's member at %s (node %s) answers, so that machine runs. It loses its part in the cluster without having left; to take it out in order run there: microk8s leave", p.Member, p.Name)
 	}
 	return p, nil
+}
+
+// NoNodeError wraps ErrNoNode. It lists the members of the datastore that no Node object belongs to,
+// one of which may be meant.
+type NoNodeError struct{ Members []peers.Member }
+
+func (e *NoNodeError) Error() string { return ErrNoNode.Error() }
+func (e *NoNodeError) Unwrap() error { return ErrNoNode }
+
+// withoutNode lists the members at whose address no node is.
+func withoutNode(all []peers.Member, nodes []corev1.Node) []peers.Member {
+	return slices.DeleteFunc(slices.Clone(all), func(m peers.Member) bool {
+		return m.Self || slices.ContainsFunc(nodes, func(node corev1.Node) bool { return sameIP(internalIP(&node), host(m.Address)) })
+	})
+}
+
+func isIP(text string) bool {
+	_, err := netip.ParseAddr(text)
+	return err == nil
 }
 
 func sameIP(x, y string) bool {
@@ -149,8 +254,12 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 		return nil
 	}
 	live := n.Env.BackendLive()
-	others := slices.DeleteFunc(append(members(live), ownMember(live)), func(m string) bool { return m == p.Member || m == "" })
-	err := n.removeMember(ctx, n.removeWait, live, p.Member, others)
+	others := slices.DeleteFunc(append(members(live), ownMember(live).Address), func(m string) bool { return m == p.Member || m == "" })
+	err := n.removeMember(ctx, n.removeWait, live, p.ID, p.Member, others)
+	if errors.Is(err, peers.ErrReplaced) {
+		p.replaced = append(p.replaced, err.Error())
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrContact, err)
 	}
@@ -158,11 +267,19 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 }
 
 func (n *Node) deleteNode(ctx context.Context, p *removeParams) error {
+	if p.Identified && p.UID == "" {
+		return nil // there was none
+	}
 	c, err := n.Kube("client.config", "")
 	if err != nil {
 		return err
 	}
-	return deleteNode(ctx, c, p.Name)
+	err = deleteNode(ctx, c, p.Name, p.UID)
+	if apierrors.IsConflict(err) { // the UID
+		p.replaced = append(p.replaced, "there is a new node called "+p.Name)
+		return nil
+	}
+	return err
 }
 
 // revoke changes the key of the nodes' callback secrets, which a control-plane node could read.

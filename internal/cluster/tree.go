@@ -249,17 +249,6 @@ func (n *Node) takeBackendBack() error {
 	return syncDir(filepath.Dir(n.backendAside()))
 }
 
-// keepBackendAsBackup ends what setBackendAside began.
-func (n *Node) keepBackendAsBackup() error {
-	if _, err := os.Lstat(n.backendAside()); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err := os.RemoveAll(n.backendBackup()); err != nil {
-		return err
-	}
-	return os.Rename(n.backendAside(), n.backendBackup())
-}
-
 // writeLike replaces a file and keeps its mode and owner.
 func writeLike(path string, data []byte) error {
 	st, err := os.Stat(path)

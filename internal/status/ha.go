@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"sigs.k8s.io/yaml"
 
@@ -139,23 +140,59 @@ func (r *Report) haProblems() {
 	}
 }
 
-// addressProblem says that a member of a cluster has lost the address that the others know.
-// (A node that is alone moves its datastore by itself.)
-func (r *Report) addressProblem(env snapenv.Env, own []net.IP) {
-	if len(r.HA.Nodes) < 2 {
-		return
-	}
+// elsewhere is the address of this node's member of the datastore where this host does not have it.
+type elsewhere struct {
+	address string // host:port, "" where it is in order
+	taken   bool   // somebody answers there
+}
+
+// memberElsewhere looks whether the host, whose addresses are own, has its member's address.
+func memberElsewhere(env snapenv.Env, own []net.IP) elsewhere {
 	var info node
 	data, err := os.ReadFile(filepath.Join(env.BackendLive(), "info.yaml"))
-	if err != nil || yaml.Unmarshal(data, &info) != nil {
-		return
+	if err != nil || yaml.Unmarshal(data, &info) != nil || len(own) == 0 {
+		return elsewhere{}
 	}
 	host, _, err := net.SplitHostPort(info.Address)
 	ip := net.ParseIP(host)
 	if err != nil || ip == nil || slices.ContainsFunc(own, ip.Equal) {
+		return elsewhere{}
+	}
+	return elsewhere{address: info.Address}
+}
+
+// ask finds out whether somebody has the address, in half of the time that ctx leaves.
+func (e elsewhere) ask(ctx context.Context) elsewhere {
+	if e.address == "" {
+		return e
+	}
+	if end, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+		defer cancel()
+	}
+	if conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", e.address); err == nil {
+		e.taken = true
+		conn.Close()
+	}
+	return e
+}
+
+// addressProblem says that a member of a cluster does not have the address that the others know.
+// (A node that is alone moves its datastore by itself.)
+func (r *Report) addressProblem(e elsewhere) {
+	if len(r.HA.Nodes) < 2 || e.address == "" {
 		return
 	}
-	r.add("the other nodes know this one as %s, which is not an address of this host any more", ip)("give the host that address back, or run microk8s leave --force here, microk8s remove-node " + ip.String() + " --force on another node, and join again")
+	ip, _, _ := net.SplitHostPort(e.address)
+	if e.taken {
+		r.add("the cluster's member %s runs on another machine: this disk is a copy of that machine's, or that machine has taken this one's address", ip)(
+			"if this is the copy, make it a node of its own with microk8s leave, which leaves the other machine alone")
+		return
+	}
+	r.add("the other nodes know this one as %s, which is not an address of this host any more", ip)(
+		"give the host that address back, or run microk8s leave --force here and join again; the member " + ip +
+			" then stays in the cluster: if no other machine is to have it, run microk8s remove-node " + ip + " --force on another node")
 }
 
 // Tolerates says in a sentence what may be lost, "" where there is nothing to say: on a single

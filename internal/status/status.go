@@ -126,6 +126,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		ha       HA
 		local    []Problem
 		ports    []PortProblem
+		away     elsewhere
 	)
 	missed := gather(ctx, map[string]func(){
 		"services":   func() { services, svcErr = p.Manager.Status(ctx) },
@@ -133,8 +134,13 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
 		"members":    func() { ha = askHA(ctx, p.Env) },
-		"disk":       func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
-		"ports":      func() { ports = busyPorts(p.Env) },
+		"address": func() {
+			if own, err := hostinfo.Addresses(); err == nil {
+				away = memberElsewhere(p.Env, own).ask(ctx)
+			}
+		},
+		"disk":  func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
+		"ports": func() { ports = busyPorts(p.Env) },
 	})
 	// What is late is still being written to by its goroutine: take nothing from it.
 	r := Report{}
@@ -176,8 +182,8 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.HA.Enabled = false // nobody knows who lives
 		}
 		r.haProblems()
-		if own, err := hostinfo.Addresses(); err == nil && len(own) > 0 {
-			r.addressProblem(p.Env, own)
+		if !missed["address"] {
+			r.addressProblem(away)
 		}
 		if !storeOK && running(service.Datastore) {
 			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")

@@ -340,11 +340,11 @@ func TestHighAvailability(t *testing.T) {
 				t.Errorf("problems: %s, want %q", text, tc.problems)
 			}
 			r.Problems = nil
-			r.addressProblem(env, []net.IP{net.ParseIP("10.0.0.1")})
+			r.addressProblem(memberElsewhere(env, []net.IP{net.ParseIP("10.0.0.1")}))
 			if len(r.Problems) != 0 {
 				t.Errorf("with its address: %v", r.Problems)
 			}
-			if r.addressProblem(env, []net.IP{net.ParseIP("10.0.0.77")}); (len(r.Problems) == 1) != (len(tc.members) > 1) {
+			if r.addressProblem(memberElsewhere(env, []net.IP{net.ParseIP("10.0.0.77")})); (len(r.Problems) == 1) != (len(tc.members) > 1) {
 				t.Errorf("without its address: %v", r.Problems)
 			}
 		})

@@ -15,6 +15,10 @@ import (
 // ErrNotMember says that no member has the address that was to be removed.
 var ErrNotMember = errors.New("no member has the address")
 
+// ErrReplaced says that another member has the address meanwhile: the one that was to be removed is
+// gone already.
+var ErrReplaced = errors.New("another member has the address meanwhile")
+
 // ErrOnlyMember says that the last member of a cluster cannot be removed from it.
 var ErrOnlyMember = errors.New("it is the only member of the datastore; removing it would leave none")
 
@@ -31,20 +35,23 @@ func Remove(ctx context.Context, dir, address string) error {
 	if err != nil {
 		return err
 	}
-	return remove(ctx, store, client.DialFuncWithTLS(client.DefaultDialFunc, config), address)
+	return RemoveFrom(ctx, store, client.DialFuncWithTLS(client.DefaultDialFunc, config), address)
 }
 
-// RemoveFrom is Remove for callers that have a list of members and a way to reach them.
+// RemoveFrom is [Remove] for callers that have a list of members and a way to reach them.
 func RemoveFrom(ctx context.Context, store client.NodeStore, dial client.DialFunc, address string) error {
-	return remove(ctx, store, dial, address)
+	return RemoveID(ctx, store, dial, 0, address)
 }
 
-func remove(ctx context.Context, store client.NodeStore, dial client.DialFunc, address string) error {
+// RemoveID is [RemoveFrom] for the member with an ID. Where that member is gone and another one
+// has its address, it removes nothing and returns ErrReplaced. An id of 0 means whichever member
+// has the address.
+func RemoveID(ctx context.Context, store client.NodeStore, dial client.DialFunc, id uint64, address string) error {
 	// Leadership may move meanwhile, and membership changes one at a time: try again until
 	// the context ends.
 	const pause = 300 * time.Millisecond
 	for {
-		again, err := tryRemove(ctx, store, dial, address)
+		again, err := tryRemove(ctx, store, dial, id, address)
 		if err == nil || !again {
 			return err
 		}
@@ -56,7 +63,7 @@ func remove(ctx context.Context, store client.NodeStore, dial client.DialFunc, a
 	}
 }
 
-func tryRemove(ctx context.Context, store client.NodeStore, dial client.DialFunc, address string) (again bool, err error) {
+func tryRemove(ctx context.Context, store client.NodeStore, dial client.DialFunc, id uint64, address string) (again bool, err error) {
 	quiet := client.WithLogFunc(func(client.LogLevel, string, ...any) {})
 	leader, err := client.FindLeader(ctx, store, client.WithDialFunc(dial), quiet)
 	if err != nil {
@@ -76,13 +83,10 @@ func tryRemove(ctx context.Context, store client.NodeStore, dial client.DialFunc
 	if err != nil {
 		return true, fmt.Errorf("cannot list the members: %w", err)
 	}
-	var victim *client.NodeInfo
-	for i := range members {
-		if members[i].Address == address {
-			victim = &members[i]
-		}
-	}
+	victim, err := find(members, id, address)
 	switch {
+	case err != nil:
+		return false, err
 	case victim == nil:
 		return false, fmt.Errorf("%w %s", ErrNotMember, address)
 	case len(members) == 1:
@@ -111,6 +115,29 @@ func tryRemove(ctx context.Context, store client.NodeStore, dial client.DialFunc
 		}
 	}
 	return true, fmt.Errorf("cannot remove %s: it leads, and no other member answers that could", address)
+}
+
+// find returns the member to remove, nil where there is none, or ErrReplaced.
+func find(members []client.NodeInfo, id uint64, address string) (*client.NodeInfo, error) {
+	var there *client.NodeInfo
+	for i, m := range members {
+		if id != 0 && m.ID == id {
+			return &members[i], nil
+		}
+		if m.Address == address {
+			there = &members[i]
+		}
+	}
+	if id != 0 && there != nil {
+		return nil, fmt.Errorf("%w: %s is member %x now, and was %x", ErrReplaced, address, there.ID, id)
+	}
+	return there, nil
+}
+
+// Answers reports whether a member answers at an address, within two seconds. dial must use the
+// key pair that the members share, see [KeyPair].
+func Answers(ctx context.Context, address string, dial client.DialFunc) bool {
+	return answers(ctx, address, dial)
 }
 
 func answers(ctx context.Context, address string, dial client.DialFunc) bool {
