@@ -10,8 +10,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -86,9 +88,16 @@ type Restarter interface {
 	Restart(ctx context.Context, names ...string) error
 }
 
+// memoryLimit is from where on the garbage collector works harder, in bytes. What strangers can
+// make the agent hold is far below it (cluster-agent/server); the rest is for lists of nodes.
+const memoryLimit = 40 << 20
+
 // Run serves, and keeps certificates in order, until ctx ends. Whether the node is a worker is
 // read once: who changes it restarts the agent.
 func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log *slog.Logger) error {
+	if debug.SetMemoryLimit(-1) == math.MaxInt64 { // else GOMEMLIMIT is set, in args/cluster-agent-env
+		debug.SetMemoryLimit(memoryLimit)
+	}
 	isWorker := env.Locked(snapenv.LockWorker)
 	if isWorker {
 		f.CertFile, f.KeyFile = servingPair(env, f)
@@ -104,7 +113,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		return err
 	}
 	limiter := &limit.Limiter{}
-	core := func() (*kube.Core, error) { return kube.FromFile(env.AdminKubeconfig()) }
+	core := (&kube.File{Path: env.AdminKubeconfig()}).Core
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
 	remove := func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
 	here.Remove = remove
@@ -144,7 +153,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		})
 	}
 	group.Go(func() error {
-		kubelet := func() (*kube.Core, error) { return kube.FromFile(env.Credential("kubelet.config")) }
+		kubelet := (&kube.File{Path: env.Credential("kubelet.config")}).Core
 		return (&remount.Keeper{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
 	})
 	if isWorker {

@@ -112,7 +112,11 @@ func (b *Broker) Register(s *server.Server) {
 		api.PathProof: b.proof, api.PathPreflight: b.preflight, api.PathJoin: b.join, api.PathSignCert: b.sign,
 		api.PathConfirm: b.confirm, api.PathRelease: b.release, api.PathRenew: b.renew,
 	} {
-		s.Handle(http.MethodPost, path, h)
+		if path == api.PathRenew { // shows a certificate, not a token
+			s.Handle(http.MethodPost, path, h)
+			continue
+		}
+		s.Handle(http.MethodPost, path, server.BusyFirst(b.Limit, h))
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"microk8s/internal/connlimit"
 	"microk8s/internal/defence"
 )
 
@@ -52,25 +53,14 @@ func (l *Limiter) now() time.Time {
 	return time.Now()
 }
 
-// key makes one source of what one person can have many of: a /64 of IPv6.
-func key(a netip.Addr) netip.Addr {
-	a = a.Unmap().WithZone("")
-	if a.Is6() {
-		if p, err := a.Prefix(64); err == nil {
-			return p.Addr()
-		}
-	}
-	return a
-}
-
-// Busy says that so many wrong answers to this source are waiting that no more are looked at.
+// Busy reports whether so many wrong answers to this source are waiting that no more are looked at.
 func (l *Limiter) Busy(from netip.Addr) bool {
 	if !defence.On(defence.Delay) {
 		return false
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s := l.sources[key(from)]
+	s := l.sources[connlimit.Source(from)]
 	return s != nil && s.waiting >= Waiting
 }
 
@@ -79,7 +69,7 @@ func (l *Limiter) Failed(ctx context.Context, from netip.Addr) {
 	if !defence.On(defence.Delay) {
 		return
 	}
-	s, wait := l.note(key(from))
+	s, wait := l.note(connlimit.Source(from))
 	defer func() {
 		l.mu.Lock()
 		s.waiting--

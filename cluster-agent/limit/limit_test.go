@@ -30,23 +30,6 @@ func TestDelays(t *testing.T) {
 	}
 }
 
-func TestOneSourceIsOnePerson(t *testing.T) {
-	for _, tc := range []struct {
-		x, y string
-		same bool
-	}{
-		{"fd00::1", "fd00::ffff:ffff:ffff:ffff", true},
-		{"fd00::1", "fd00:0:0:1::1", false},
-		{"10.0.0.1", "::ffff:10.0.0.1", true},
-		{"fe80::1%eth0", "fe80::2%eth1", true},
-		{"10.0.0.1", "10.0.0.2", false},
-	} {
-		if got := key(netip.MustParseAddr(tc.x)) == key(netip.MustParseAddr(tc.y)); got != tc.same {
-			t.Errorf("%s and %s: %v", tc.x, tc.y, got)
-		}
-	}
-}
-
 // TestBusy holds back answers until their source has as many as it may.
 func TestBusy(t *testing.T) {
 	release := make(chan struct{})

@@ -17,7 +17,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -32,6 +31,7 @@ import (
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/args"
+	"microk8s/internal/coalesce"
 	"microk8s/internal/defence"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -62,15 +62,26 @@ type Node struct {
 
 	editing sync.Mutex // argument files
 	later   sync.WaitGroup
+	fresh   coalesce.Reads[string] // of Fresh
 }
+
+const (
+	// maxConfigure bounds the body of configure, in bytes. A change of every argument file has
+	// some 10 kB.
+	maxConfigure = 64 << 10
+	// freshEvery is the least time between two questions for this node's secret: what wrong
+	// secrets can cost the API server.
+	freshEvery = time.Second
+)
 
 // Register adds the routes. The last one is for control-plane nodes only.
 func (n *Node) Register(s *server.Server, controlPlane bool) {
 	if n.Limit == nil {
 		n.Limit = &limit.Limiter{}
 	}
-	s.Handle(http.MethodPost, api.PathConfigure, http.HandlerFunc(n.configure))
-	s.HandleStream(http.MethodPost, api.PathImageImport, http.HandlerFunc(n.importImage))
+	n.fresh.Every = freshEvery
+	s.HandleSized(http.MethodPost, api.PathConfigure, maxConfigure, server.BusyFirst(n.Limit, http.HandlerFunc(n.configure)))
+	s.HandleStream(http.MethodPost, api.PathImageImport, server.BusyFirst(n.Limit, http.HandlerFunc(n.importImage)))
 	if controlPlane {
 		s.HandleAny(api.PathDqliteRemove, http.HandlerFunc(n.dqliteRemove))
 	}
@@ -79,13 +90,8 @@ func (n *Node) Register(s *server.Server, controlPlane bool) {
 // Wait returns when everything that answers have set off is done.
 func (n *Node) Wait() { n.later.Wait() }
 
-func source(r *http.Request) netip.Addr {
-	from, _ := netip.ParseAddrPort(r.RemoteAddr)
-	return from.Addr().Unmap()
-}
-
 func (n *Node) audit(r *http.Request, call string, err error, attr ...any) {
-	line := append([]any{"call", call, "from", source(r).String()}, attr...)
+	line := append([]any{"call", call, "from", server.Source(r).String()}, attr...)
 	if err != nil {
 		n.Log.Warn("audit", append(line, "result", "refused", "reason", err.Error())...)
 		return
@@ -101,11 +107,15 @@ func equal(a, b string) bool {
 
 var errToken = errors.New("invalid token")
 
-// authorized checks a callback secret. Wrong ones are answered late.
-func (n *Node) authorized(r *http.Request, given string) error {
-	if n.Limit.Busy(source(r)) {
-		return errToken
-	}
+// refuse waits before the sender of a wrong secret is answered. Nothing of the request may be
+// held meanwhile.
+func (n *Node) refuse(r *http.Request) error {
+	n.Limit.Failed(r.Context(), server.Source(r))
+	return errToken
+}
+
+// knows reports whether the caller has shown this node's callback secret.
+func (n *Node) knows(r *http.Request, given string) bool {
 	want, err := callback.Load(n.Env)
 	if err != nil {
 		n.Log.Error("cannot read this node's callback secret", "err", err)
@@ -116,17 +126,25 @@ func (n *Node) authorized(r *http.Request, given string) error {
 		good = false
 	}
 	if !good && n.Fresh != nil && given != "" {
-		if want, err := n.Fresh(r.Context()); err != nil {
+		if want, err := n.ask(r.Context()); err != nil {
 			n.Log.Warn("cannot ask the control plane for this node's callback secret", "err", err)
 		} else {
 			good = want != "" && equal(given, want)
 		}
 	}
 	if good {
-		return nil
+		server.Authenticated(r)
 	}
-	n.Limit.Failed(r.Context(), source(r))
-	return errToken
+	return good
+}
+
+// ask calls Fresh, at most once each freshEvery: callers that come meanwhile share the next
+// answer, which is never older than their call.
+func (n *Node) ask(ctx context.Context) (string, error) {
+	if !defence.On(defence.SharedReads) {
+		return n.Fresh(ctx)
+	}
+	return n.fresh.Do(ctx, n.Fresh)
 }
 
 // argumentFiles are the files that configure may change.
@@ -136,13 +154,30 @@ var argumentFiles = []string{
 }
 
 func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
-	var req api.ConfigureRequest
-	if !server.ReadJSON(w, r, &req) {
+	body, ok := server.ReadBody(w, r)
+	if !ok {
 		return
 	}
-	if err := n.authorized(r, req.Callback); err != nil {
+	var req api.ConfigureRequest
+	if !defence.On(defence.SecretFirst) && !server.Decode(w, body, &req) {
+		return
+	}
+	// Nothing but the secret is decoded before it is known to be right: a list of empty objects
+	// takes forty times its bytes.
+	var first struct {
+		Callback string `json:"callback"`
+	}
+	if !server.Decode(w, body, &first) {
+		return
+	}
+	if !n.knows(r, first.Callback) { // from here on, body is garbage
+		err := n.refuse(r)
 		n.audit(r, "configure", err)
 		server.WriteFailure(w, http.StatusInternalServerError, api.CodeToken, err.Error())
+		return
+	}
+	if !server.Decode(w, body, &req) {
+		n.audit(r, "configure", errors.New("the request cannot be read"))
 		return
 	}
 	self, err := n.apply(r.Context(), req)
@@ -320,7 +355,8 @@ const importTimeout = time.Hour
 
 // importImage hands the body to containerd. The secret is checked before any of it is read.
 func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
-	if err := n.authorized(r, r.Header.Get(api.HeaderCallback)); err != nil {
+	if !n.knows(r, r.Header.Get(api.HeaderCallback)) {
+		err := n.refuse(r)
 		n.audit(r, "image-import", err)
 		w.Header().Set("Connection", "close")
 		server.WriteFailure(w, http.StatusUnauthorized, api.CodeToken, err.Error())
@@ -364,7 +400,7 @@ func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
 		n.audit(r, "dqlite-remove", err, attr...)
 		server.WriteFailure(w, status, code, prefix+err.Error())
 	}
-	if n.Limit.Busy(source(r)) {
+	if n.Limit.Busy(server.Source(r)) {
 		answer(http.StatusTooManyRequests, api.CodeBusy, errors.New("too many wrong tokens"))
 		return
 	}
@@ -379,7 +415,7 @@ func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
 		good = false
 	}
 	if !good {
-		n.Limit.Failed(r.Context(), source(r))
+		n.Limit.Failed(r.Context(), server.Source(r))
 		answer(http.StatusUnauthorized, api.CodeToken, errors.New("invalid CAPI auth token"))
 		return
 	}

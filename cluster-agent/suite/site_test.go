@@ -35,6 +35,7 @@ import (
 	"microk8s/cluster-agent/node"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/certs"
+	"microk8s/internal/connlimit"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
@@ -50,6 +51,11 @@ const (
 	workers = "10.0.0.5"
 )
 
+// siteCalls is how many calls one source may make of a live site.
+const siteCalls = 50
+
+func sourceOf(address string) netip.Addr { return netip.MustParseAddr(address) }
+
 // site is a control-plane node's agent, with everything behind it that is not the agent's own
 // faked: the API server, the services, the programs.
 type site struct {
@@ -63,6 +69,7 @@ type site struct {
 	log      *bytes.Buffer
 	now      time.Time
 	slept    []time.Duration
+	node     *node.Node
 
 	mu      sync.Mutex
 	ran     [][]string     // programs
@@ -145,6 +152,7 @@ func newSite(t testing.TB) *site {
 	log := slog.New(slog.NewTextHandler(&locked{w: s.log}, nil))
 	srv, err := server.New(server.Options{
 		CertFile: s.env.Cert("server.crt"), KeyFile: s.env.Cert("server.key"), Timeout: time.Minute, BodyTime: 200 * time.Millisecond, Log: log,
+		Limits: connlimit.Limits{Total: 100, PerSource: 16, NewPerSecond: 1000, NewBurst: 1000, CallsPerSecond: 0.001, CallsBurst: siteCalls, Early: 64 << 10},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -182,6 +190,7 @@ func newSite(t testing.TB) *site {
 		},
 		Remove: remove,
 	}
+	s.node = n
 	n.Register(srv, true)
 	t.Cleanup(n.Wait)
 	return s

@@ -41,6 +41,11 @@ const (
 	BodyLimit      Name = "body-limit"      //
 	BodyTime       Name = "body-time"       // a body that trickles is given up
 	Delay          Name = "delay"           // after wrong tokens
+	SecretFirst    Name = "secret-first"    // lists are decoded after the caller has shown a secret
+	BusyFirst      Name = "busy-first"      // no body is read while too many wrong secrets of its source wait
+	SharedReads    Name = "shared-reads"    // wrong secrets share reads of the API server
+	Connections    Name = "connections"     // in all and for each source, and early bytes
+	CallRate       Name = "call-rate"       // of one source
 	NoStore        Name = "no-store"        // answers with secrets are not cached
 )
 
@@ -50,6 +55,6 @@ func All() []Name {
 		TokenKey, TokenSpent, TokenExpiry, TokenRevoked, TokenRole, TokenName, TokenHeld, TokenNames, ProofChosen,
 		NodeName, NameTaken, Datastore, HostHeader, Advertised, CSRSubject, CSRNames, CSRSignature, SignOnce, SignExpiry,
 		ClientCert, Member, Callback, CallbackEmpty, CAPI, CAPIEmpty, Services, ArgumentValues, Addons, Endpoint,
-		BodyLimit, BodyTime, Delay, NoStore,
+		BodyLimit, BodyTime, Delay, NoStore, SecretFirst, BusyFirst, SharedReads, Connections, CallRate,
 	}
 }

@@ -5,6 +5,8 @@ package kube
 import (
 	"context"
 	"fmt"
+	"os"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -32,6 +34,36 @@ func FromFile(path string) (*Core, error) {
 		return nil, fmt.Errorf("cannot use the kubeconfig %s: %w", path, err)
 	}
 	return New(cfg)
+}
+
+// File makes a client from a kubeconfig and keeps it as long as the file is the same: programs
+// that go on for long use it, and follow credentials that are replaced. Set Path. Its methods may
+// be called from any goroutine.
+type File struct {
+	Path string
+
+	mu   sync.Mutex
+	seen os.FileInfo
+	core *Core
+}
+
+// Core returns the client for the file as it is now.
+func (f *File) Core() (*Core, error) {
+	st, err := os.Stat(f.Path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot use the kubeconfig %s: %w", f.Path, err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seen != nil && os.SameFile(f.seen, st) && f.seen.ModTime().Equal(st.ModTime()) && f.seen.Size() == st.Size() {
+		return f.core, nil
+	}
+	core, err := FromFile(f.Path)
+	if err != nil {
+		return nil, err
+	}
+	f.core, f.seen = core, st
+	return core, nil
 }
 
 // New makes a client. The configuration is copied.

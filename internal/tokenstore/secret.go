@@ -14,6 +14,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"microk8s/internal/coalesce"
+	"microk8s/internal/defence"
 	"microk8s/internal/kube"
 	"microk8s/internal/token"
 )
@@ -26,6 +28,18 @@ const SecretName = "microk8s-join-tokens"
 type Secret struct {
 	// Core gives the client; it is asked for each Update, so that new credentials are used.
 	Core func() (*kube.Core, error)
+	// Reads lets questions about tokens share reads of the Secret, so that a flood of wrong ones
+	// costs the API server little. nil means a read for each.
+	Reads *coalesce.Reads[*corev1.Secret]
+}
+
+// read returns the Secret as it is after the call began. The result may be shared.
+func (s Secret) read(ctx context.Context, core *kube.Core) (*corev1.Secret, error) {
+	get := func(ctx context.Context) (*corev1.Secret, error) { return core.Secret(ctx, SecretName) }
+	if s.Reads == nil || !defence.On(defence.SharedReads) {
+		return get(ctx)
+	}
+	return s.Reads.Do(ctx, get)
 }
 
 // ErrUnavailable is wrapped where the API server cannot be asked.
@@ -51,7 +65,7 @@ func (s Secret) Update(ctx context.Context, change func(*State) error) error {
 }
 
 func (s Secret) try(ctx context.Context, core *kube.Core, change func(*State) error) error {
-	secret, err := core.Secret(ctx, SecretName)
+	secret, err := s.read(ctx, core)
 	fresh := apierrors.IsNotFound(err)
 	if err != nil && !fresh {
 		return fmt.Errorf("%w: cannot read the join tokens: %w", ErrUnavailable, err)
@@ -81,6 +95,7 @@ func (s Secret) try(ctx context.Context, core *kube.Core, change func(*State) er
 	if maps.EqualFunc(data, secret.Data, bytes.Equal) {
 		return nil
 	}
+	secret = secret.DeepCopy() // others may look at the same one
 	secret.Data = data
 	if fresh {
 		_, err = core.CreateSecret(ctx, secret)

@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/coalesce"
 	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -36,9 +38,13 @@ type Store struct {
 // before the node ever ran; its agent hands them over to the cluster (see Adopt).
 const PersistentFile = "persistent-join-tokens.json"
 
-// Open gives the tokens as a control-plane node sees them: the cluster's, then its own file's.
+// readEvery is the least time between two reads of the cluster's tokens by one agent.
+const readEvery = 20 * time.Millisecond
+
+// Open returns the tokens as a control-plane node sees them: the cluster's, then its own file's.
 func Open(env snapenv.Env, core func() (*kube.Core, error)) *Store {
-	return &Store{Backends: []Backend{Secret{Core: core}, File{Path: env.Credential(PersistentFile)}}}
+	reads := &coalesce.Reads[*corev1.Secret]{Every: readEvery}
+	return &Store{Backends: []Backend{Secret{Core: core, Reads: reads}, File{Path: env.Credential(PersistentFile)}}}
 }
 
 // upstreamFile, in credentials/, is where upstream's launch configurations leave persistent
