@@ -210,7 +210,10 @@ func (l *locked) Write(p []byte) (int, error) {
 
 func (s *site) write(path, text string) {
 	s.t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil { // as the product replaces files
 		s.t.Fatal(err)
 	}
 }
