@@ -40,7 +40,7 @@ func (a *App) newJoin() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "join CONNECTION [--worker | --controlplane] [--skip-verify] [--disable-low-memory-guard]",
 		Short: "Join this node to a cluster",
-		Long: `Join the node to a cluster, with the line that microk8s add-node printed on one of its nodes.
+		Long: `Join this node to a cluster, with the line that microk8s add-node printed on one of its nodes.
 What this node has run and knows as a cluster of its own ends with that; if the join fails,
 it is as before. An interrupted join goes on when it is run again with the same CONNECTION;
 microk8s leave takes it back.
