@@ -234,6 +234,13 @@ type RenewRequest struct {
 	Proxy   string `json:"proxy,omitempty"`
 }
 
+// ImportResponse is the answer to PathImageImport. Upstream's agents answer with the status alone.
+type ImportResponse struct {
+	Status  string   `json:"status"`            // OK
+	Images  []string `json:"images,omitempty"`  // full names of what was imported
+	Skipped []string `json:"skipped,omitempty"` // what was not, each with the reason
+}
+
 // RenewResponse is the answer to a RenewRequest.
 type RenewResponse struct {
 	Kubelet       string   `json:"kubelet,omitempty"` // certificate, PEM

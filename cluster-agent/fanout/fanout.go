@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -56,6 +57,9 @@ type Result struct {
 	Err error // nil when the node did what it was asked
 	// Later says that the node was not reached, and is told when it is back.
 	Later bool
+	// Imported is what [Cluster.ImportImage] brought to the node, as it says; an agent of
+	// another product says nothing.
+	Imported api.ImportResponse
 }
 
 // Failed gives one error for all nodes that failed, or nil.
@@ -148,11 +152,12 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 			return err
 		}
 		if !restarts(mine) {
-			return post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+			_, err := post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+			return err
 		}
 		server := c.apiServer(t)
 		served := ready(ctx, http, server)
-		if err := post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body)); err != nil || !served {
+		if _, err := post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body)); err != nil || !served {
 			return err
 		}
 		if err := c.waitReady(ctx, http, server); err != nil {
@@ -195,17 +200,34 @@ func (c *Cluster) SetArgument(ctx context.Context, service, option, value string
 	return c.Configure(ctx, api.ConfigureRequest{Services: []api.ConfigureService{s}})
 }
 
-// ImportImage gives an OCI or docker archive to the containerd of every node, this one
+// ImportImage sends an OCI or docker archive to the containerd of every node, this one
 // included. open is called once for each node; the archive is streamed.
 func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error)) ([]Result, error) {
-	return c.each(ctx, importLimit, atOnce, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+	var mu sync.Mutex
+	answers := map[Target]api.ImportResponse{}
+	results, err := c.each(ctx, importLimit, atOnce, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		archive, err := open()
 		if err != nil {
 			return err
 		}
 		defer archive.Close()
-		return post(ctx, http, t, api.PathImageImport, secret, archive)
+		answer, err := post(ctx, http, t, api.PathImageImport, secret, archive)
+		if err != nil {
+			return err
+		}
+		var said api.ImportResponse
+		if err := json.Unmarshal(answer, &said); err != nil {
+			return fmt.Errorf("cannot read the answer of its cluster agent: %w", err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		answers[t] = said
+		return nil
 	})
+	for i := range results {
+		results[i].Imported = answers[results[i].Target]
+	}
+	return results, err
 }
 
 // apiServer is where a node's API server answers, if it has one.
@@ -324,30 +346,30 @@ func verify(cert *x509.Certificate, roots *x509.CertPool, node, host string) err
 	return fmt.Errorf("its certificate is that of %s, not of the node %s", cert.Subject, node)
 }
 
-// post sends one call and reads its answer.
-func post(ctx context.Context, client *http.Client, t Target, path, secret string, body io.Reader) error {
+// post sends one call and returns its answer.
+func post(ctx context.Context, client *http.Client, t Target, path, secret string, body io.Reader) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+t.Address+path, body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if secret != "" {
 		req.Header.Set(api.HeaderCallback, secret)
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return unreached{fmt.Errorf("cannot reach its cluster agent: %w", err)}
+		return nil, unreached{fmt.Errorf("cannot reach its cluster agent: %w", err)}
 	}
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
-		return unreached{fmt.Errorf("cannot read the answer of its cluster agent: %w", err)}
+		return nil, unreached{fmt.Errorf("cannot read the answer of its cluster agent: %w", err)}
 	}
 	if resp.StatusCode == http.StatusOK {
-		return nil
+		return answer, nil
 	}
 	var failure api.Error
 	if json.Unmarshal(answer, &failure) != nil || failure.Message == "" {
 		failure.Message = "it gave no reason"
 	}
-	return fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
+	return nil, fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
 }

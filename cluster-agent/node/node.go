@@ -33,6 +33,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/coalesce"
 	"microk8s/internal/defence"
+	"microk8s/internal/images"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -52,6 +53,9 @@ type Node struct {
 	// Run runs a program of the product to its end, with stdin if it is not nil. Its error
 	// says what the program printed.
 	Run func(ctx context.Context, stdin io.Reader, argv ...string) error
+
+	// Import reads an archive of images into containerd; nil means [images.Import].
+	Import func(ctx context.Context, archive io.Reader) (images.Imported, error)
 
 	// Remove takes the member with an address (host:port) out of the datastore.
 	Remove func(ctx context.Context, endpoint string) error
@@ -367,24 +371,28 @@ func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
 	body := &steady{body: r.Body, control: control}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), importTimeout)
 	defer cancel()
-	err := n.Run(ctx, body, n.Env.Bin("ctr"), "--namespace", "k8s.io", "--address", n.Env.ContainerdSocket(),
-		"image", "import", "--platform", platform(), "-")
-	n.audit(r, "image-import", err, "bytes", body.bytes)
+	got, err := n.importArchive(ctx, body)
+	n.audit(r, "image-import", err, "bytes", body.bytes, "images", got.Names)
 	if err != nil {
 		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, "Failed to import the image: "+importFailure(err))
 		return
 	}
-	server.WriteJSON(w, http.StatusOK, map[string]string{"status": "OK"})
+	server.WriteJSON(w, http.StatusOK, api.ImportResponse{Status: "OK", Images: got.Names, Skipped: got.Skipped})
 }
 
-// importFailure is what matters of a failed import: the last line of what ctr printed, or that
-// there is no room.
+func (n *Node) importArchive(ctx context.Context, archive io.Reader) (images.Imported, error) {
+	if n.Import != nil {
+		return n.Import(ctx, archive)
+	}
+	return images.Import(ctx, n.Env, archive)
+}
+
+// importFailure is what matters of a failed import. containerd's errors come as text.
 func importFailure(err error) string {
-	text := strings.TrimSpace(err.Error())
-	if strings.Contains(text, syscall.ENOSPC.Error()) {
+	if strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
 		return "the disk of this node is full, free some space there"
 	}
-	return strings.TrimPrefix(text[strings.LastIndexByte(text, '\n')+1:], "ctr: ")
+	return err.Error()
 }
 
 // capiToken is where a Cluster API provider leaves its token.

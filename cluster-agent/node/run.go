@@ -8,15 +8,11 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"time"
 
 	"microk8s/internal/snapenv"
 )
-
-// platform is this machine's, as ctr names it.
-func platform() string { return "linux/" + runtime.GOARCH }
 
 // Runner gives the function that runs programs of the product.
 func Runner(env snapenv.Env) func(ctx context.Context, stdin io.Reader, argv ...string) error {

@@ -37,6 +37,7 @@ import (
 	"microk8s/internal/certs"
 	"microk8s/internal/connlimit"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/images"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
@@ -189,6 +190,16 @@ func newSite(t testing.TB) *site {
 			return nil
 		},
 		Remove: remove,
+		Import: func(_ context.Context, archive io.Reader) (images.Imported, error) {
+			text, err := io.ReadAll(archive)
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.ran = append(s.ran, []string{"import", string(text)})
+			if string(text) == "nothing" {
+				return images.Imported{}, errors.New("no image in it can be used: x is for linux/s390x")
+			}
+			return images.Imported{Names: []string{"docker.io/library/x:1"}, Skipped: []string{"y has no name"}}, err
+		},
 	}
 	s.node = n
 	n.Register(srv, true)

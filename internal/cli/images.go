@@ -35,7 +35,17 @@ node, and see which there are.`,
 		&cobra.Command{
 			Use:   "import [IMAGE]",
 			Short: "Import an OCI or docker archive on all nodes; - or nothing reads standard input",
-			Args:  atMost(1),
+			Long: `Import the images of an archive, as docker save, skopeo copy or nerdctl save write it, on all
+nodes. It may be compressed with gzip or zstd. Without a name, or with -, it is read from
+standard input.
+
+    docker save app:1 | microk8s images import
+    microk8s images import app.tar.gz
+
+Images need a name. Short ones are completed as docker does it: busybox:1 becomes
+docker.io/library/busybox:1, under which pods find it. For each node the images are printed that
+it has imported; one that cannot use any of them is an error.`,
+			Args: atMost(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return a.importImages(cmd.Context(), append(args, "-")[0])
 			},
@@ -67,7 +77,7 @@ func atMost(n int) cobra.PositionalArgs {
 	}
 }
 
-// importImages checks an archive and gives it to every node. It goes on after a node that
+// importImages checks an archive and sends it to every node. It goes on after a node that
 // failed, and then fails.
 func (a *App) importImages(ctx context.Context, file string) error {
 	path, done, err := a.spool(file)
@@ -104,10 +114,17 @@ func (a *App) importImages(ctx context.Context, file string) error {
 		if r.Err != nil {
 			failed++
 			fmt.Fprintf(a.Err, "Failed to import images on %s (%s): %v\n", r.Address, r.Name, r.Err)
+			continue
+		}
+		for _, name := range r.Imported.Images {
+			fmt.Fprintf(a.Out, "Imported %s on %s\n", name, r.Name)
+		}
+		for _, why := range r.Imported.Skipped {
+			fmt.Fprintf(a.Err, "Not imported on %s: %s\n", r.Name, why)
 		}
 	}
 	if failed > 0 {
-		return failf("run the same command again when that is mended", "%d of %d nodes have not got the images", failed, len(results))
+		return failf("run the same command again when that is fixed", "%d of %d nodes have not got the images", failed, len(results))
 	}
 	return nil
 }

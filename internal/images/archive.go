@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,39 +17,95 @@ import (
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"microk8s/internal/snapenv"
 )
 
-// Check reads an archive of images, of OCI's or docker's form, to its end and says what is
-// wrong with it: every blob of an OCI archive must be what its name, the digest, says.
+// maxIndex is the largest index.json or manifest.json that is looked at, in bytes.
+const maxIndex = 20 << 20
+
+// Check reads an archive of images, of OCI's or docker's form, plain or compressed with gzip or
+// zstd, to its end and says what is wrong with it: every blob of an OCI archive must be what its
+// name, the digest, says, and one image at least must have a name.
 func Check(r io.Reader) error {
-	index := false
-	for t := tar.NewReader(r); ; {
+	plain, err := decompress(r)
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
+	var oci, docker []byte
+	for t := tar.NewReader(plain); ; {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
-			if !index {
-				return errors.New("it holds no images: neither index.json nor manifest.json is in it")
-			}
-			return nil
+			return checkNames(oci, docker)
 		}
 		if err != nil {
 			return fmt.Errorf("it is damaged, or no archive of images: %w", err)
 		}
 		name := path.Clean(h.Name)
-		index = index || name == "index.json" || name == "manifest.json"
-		digest, ok := strings.CutPrefix(name, "blobs/sha256/")
-		if !ok || h.Typeflag != tar.TypeReg {
-			continue
+		switch name {
+		case ocispec.ImageIndexFile:
+			oci, err = io.ReadAll(io.LimitReader(t, maxIndex))
+		case "manifest.json":
+			docker, err = io.ReadAll(io.LimitReader(t, maxIndex))
+		default:
+			if digest, ok := strings.CutPrefix(name, "blobs/sha256/"); ok && h.Typeflag == tar.TypeReg {
+				err = checkBlob(t, digest)
+			}
 		}
-		sum := sha256.New()
-		if _, err := io.Copy(sum, t); err != nil {
+		if err != nil {
 			return fmt.Errorf("it is damaged: %w", err)
 		}
-		if hex.EncodeToString(sum.Sum(nil)) != digest {
-			return fmt.Errorf("it is damaged: blob %s has another content", digest)
-		}
 	}
+}
+
+func checkBlob(r io.Reader, digest string) error {
+	sum := sha256.New()
+	if _, err := io.Copy(sum, r); err != nil {
+		return err
+	}
+	if hex.EncodeToString(sum.Sum(nil)) != digest {
+		return fmt.Errorf("blob %s has another content", digest)
+	}
+	return nil
+}
+
+// checkNames wants a name for one image at least. Where both forms are there OCI's counts, as
+// for containerd.
+func checkNames(oci, docker []byte) error {
+	var why error
+	switch {
+	case oci != nil:
+		var index ocispec.Index
+		if err := json.Unmarshal(oci, &index); err != nil {
+			return fmt.Errorf("its index.json is damaged: %w", err)
+		}
+		for _, m := range index.Manifests {
+			_, err := FullName(m.Annotations)
+			if err == nil {
+				return nil
+			}
+			why = err
+		}
+	case docker != nil:
+		var list []struct{ RepoTags []string }
+		if err := json.Unmarshal(docker, &list); err != nil {
+			return fmt.Errorf("its manifest.json is damaged: %w", err)
+		}
+		for _, img := range list {
+			if len(img.RepoTags) > 0 {
+				return nil
+			}
+			_, why = FullName(nil)
+		}
+	default:
+		return errors.New("it holds no images: neither index.json nor manifest.json is in it")
+	}
+	if why == nil {
+		return errors.New("there is no image in it")
+	}
+	return fmt.Errorf("its image %w", why)
 }
 
 // Export writes images of this node, all that have a name where none is given, as one OCI

@@ -167,11 +167,7 @@ func (in *Installer) directories(context.Context) error {
 // installed (cli.md 8.1); internal/images loads them.
 func (in *Installer) sideload(context.Context) error {
 	for _, from := range []string{in.Env.UserCommon, in.Env.Common, in.Env.Snap} {
-		archives, err := filepath.Glob(filepath.Join(from, "sideload/*.tar"))
-		if err != nil {
-			return err
-		}
-		for _, archive := range archives {
+		for _, archive := range snapenv.SideloadArchives(filepath.Join(from, "sideload")) {
 			to := filepath.Join(in.Env.SideloadDir(), filepath.Base(archive))
 			if err := copyOnce(to, archive); err != nil {
 				return err

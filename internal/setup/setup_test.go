@@ -40,7 +40,7 @@ func machine(t *testing.T) *Installer {
 		put(filepath.Join(env.ShippedCNIBin(), plugin), "plugin", 0o755)
 	}
 	put(filepath.Join(env.UserCommon, "sideload/mine.tar"), "images of mine", 0o600)
-	put(filepath.Join(env.Common, "sideload/ours.tar"), "images of ours", 0o600)
+	put(filepath.Join(env.Common, "sideload/ours.tar.gz"), "images of ours", 0o600)
 	put(env.HostPath("etc/group"), "root:x:0:\nsystemd-x:x:999:\n", 0o644)
 	put(env.HostPath("etc/gshadow"), "root:*::\n", 0o640)
 	put(env.HostPath("proc/meminfo"), "MemTotal:        2048000 kB\nMemFree: 1 kB\n", 0o444)
@@ -406,7 +406,7 @@ func TestSideload(t *testing.T) {
 	if err := in.Install(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for name, want := range map[string]string{"mine.tar": "images of mine", "ours.tar": "images of ours"} {
+	for name, want := range map[string]string{"mine.tar": "images of mine", "ours.tar.gz": "images of ours"} {
 		if got, err := os.ReadFile(filepath.Join(in.Env.SideloadDir(), name)); err != nil || string(got) != want {
 			t.Errorf("%s is %q, %v", name, got, err)
 		}

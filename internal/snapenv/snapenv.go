@@ -259,6 +259,16 @@ func (e Env) KubeletRoot() string { return filepath.Join(e.Common, "var/lib/kube
 // SideloadDir takes archives of images that containerd is to have.
 func (e Env) SideloadDir() string { return filepath.Join(e.Common, "etc/sideload") }
 
+// SideloadArchives lists the archives of images in a folder, by their names' endings.
+func SideloadArchives(dir string) []string {
+	var all []string
+	for _, ending := range []string{"tar", "tar.gz", "tgz", "tar.zst"} {
+		found, _ := filepath.Glob(filepath.Join(dir, "*."+ending)) // the only error is a bad pattern
+		all = append(all, found...)
+	}
+	return all
+}
+
 // DefaultStorage is where the hostpath provisioner keeps volumes.
 func (e Env) DefaultStorage() string { return filepath.Join(e.Common, "default-storage") }
 

@@ -1,7 +1,9 @@
 package node
 
 import (
+	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -18,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -345,6 +348,20 @@ func (n *node) testImages(t *testing.T) {
 	if out := n.runIn(t, string(archive), "microk8s", "images", "import"); !strings.Contains(out, "Pushing OCI images to "+n.ip(t)+":25000") {
 		t.Errorf("images import printed %q", out)
 	}
+	var packed bytes.Buffer
+	gz := gzip.NewWriter(&packed)
+	if _, err := gz.Write(archive); err != nil || gz.Close() != nil {
+		t.Fatal("cannot compress the archive")
+	}
+	if out := n.runIn(t, packed.String(), "microk8s", "images", "import"); !strings.Contains(out, "Imported "+webImage+" on "+n.name+"\n") {
+		t.Errorf("images import of a compressed archive printed %q", out)
+	}
+	// Complete, and of no use on this machine.
+	foreign := tarOf(t, "config.json", `{"os":"linux","architecture":"s390x","rootfs":{"type":"layers","diff_ids":[]}}`,
+		"manifest.json", `[{"Config":"config.json","RepoTags":["foreign:1"],"Layers":[]}]`)
+	if out, err := n.tryAll(t, foreign, "microk8s", "images", "import"); exitCode(err) != 1 || !strings.Contains(out, "docker.io/library/foreign:1 is for linux/s390x, not for linux/"+runtime.GOARCH) {
+		t.Errorf("images import of an archive for another machine: %v\n%s", err, out)
+	}
 	n.run(t, "microk8s", "images", "import", "/web.tar")
 	if out := n.run(t, "microk8s", "images", "list"); !strings.Contains(out, webImage) {
 		t.Errorf("the image was not imported:\n%s", out)
@@ -552,4 +569,23 @@ func (n *node) testHostAccess(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// tarOf makes an archive of name, content, name, content…
+func tarOf(t *testing.T, files ...string) string {
+	t.Helper()
+	var buf bytes.Buffer
+	w := tar.NewWriter(&buf)
+	for i := 0; i+1 < len(files); i += 2 {
+		if err := w.WriteHeader(&tar.Header{Name: files[i], Mode: 0o644, Size: int64(len(files[i+1]))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte(files[i+1])); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return buf.String()
 }
