@@ -1,25 +1,46 @@
 package cli
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
+	rbacv1 "k8s.io/api/rbac/v1"
 
+	"microk8s/internal/cis"
 	"microk8s/internal/inspect"
+	"microk8s/internal/kube"
 )
 
 func (a *App) newInspect() *cobra.Command {
-	return &cobra.Command{
-		Use:   "inspect",
+	var security bool
+	var format string
+	cmd := &cobra.Command{
+		Use:   "inspect [--security [-o json]]",
 		Short: "Check this node for known problems, and collect a report",
 		Long: `Collect logs, arguments and the state of the cluster and of the machine into one tarball that
 can be shown to others: keys, tokens and passwords are taken out. Warnings are printed on the
-way. Exit code 1 means that a service which should run does not.`,
+way. Exit code 1 means that a service which should run does not.
+
+With --security, compare this node with the CIS Kubernetes Benchmark and with what a new node
+has, and print a table: what is wanted, what was found, and how to set it. Nothing is changed,
+and no report is made. Nodes that were installed by an earlier release keep their arguments, so
+they differ. Exit code 1 means that a control fails.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if _, err := os.Stat(a.Env.Data); errors.Is(err, os.ErrNotExist) {
 				return errNotSetUp()
+			}
+			if security {
+				return a.inspectSecurity(cmd, format)
+			}
+			if cmd.Flags().Changed("output") {
+				return &usageError{cmd, errors.New("-o is for --security")}
 			}
 			in := &inspect.Inspector{Env: a.Env, Manager: a.Services, Out: a.Out, Now: a.Now}
 			_, err := in.Inspect(cmd.Context())
@@ -32,4 +53,70 @@ way. Exit code 1 means that a service which should run does not.`,
 			return nil
 		},
 	}
+	cmd.Flags().BoolVar(&security, "security", false, "compare this node with the CIS benchmark instead")
+	cmd.Flags().StringVarP(&format, "output", "o", "table", "of --security: table or json")
+	return cmd
+}
+
+// securityReport is what `inspect --security -o json` prints.
+type securityReport struct {
+	APIVersion string             `json:"apiVersion"` // microk8s.io/v1
+	Kind       string             `json:"kind"`       // SecurityReport
+	Benchmark  string             `json:"benchmark"`
+	Summary    map[cis.Status]int `json:"summary"` // controls by status
+	Controls   []cis.Result       `json:"controls"`
+}
+
+// bindingsWait bounds how long the API server is waited for: the rest does not need it.
+const bindingsWait = 5 * time.Second
+
+func (a *App) inspectSecurity(cmd *cobra.Command, format string) error {
+	if format != "table" && format != "json" {
+		return &usageError{cmd, fmt.Errorf("invalid value of -o: %s (choose from table, json)", format)}
+	}
+	node := &cis.Node{Env: a.Env}
+	if core, err := kube.FromFile(a.Env.AdminKubeconfig()); err == nil {
+		node.Bindings = func(ctx context.Context) ([]rbacv1.ClusterRoleBinding, error) {
+			ctx, cancel := context.WithTimeout(ctx, bindingsWait)
+			defer cancel()
+			var list rbacv1.ClusterRoleBindingList
+			data, err := core.Get().AbsPath("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings").DoRaw(ctx)
+			if err != nil {
+				return nil, err
+			}
+			return list.Items, json.Unmarshal(data, &list)
+		}
+	}
+	results := cis.Run(cmd.Context(), node)
+	count := cis.Count(results)
+	if format == "json" {
+		enc := json.NewEncoder(a.Out)
+		enc.SetIndent("", "  ")
+		if err := enc.Encode(securityReport{"microk8s.io/v1", "SecurityReport", cis.Edition, count, results}); err != nil {
+			return err
+		}
+	} else {
+		a.printSecurity(results, count)
+	}
+	if count[cis.Fail] > 0 {
+		return exitError(ExitError)
+	}
+	return nil
+}
+
+func (a *App) printSecurity(results []cis.Result, count map[cis.Status]int) {
+	w := tabwriter.NewWriter(a.Out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "ID\tSTATUS\tTITLE\tWANTED\tFOUND")
+	for _, r := range results {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", r.ID, r.Status, r.Title, r.Wanted, r.Found)
+	}
+	w.Flush() //nolint:errcheck // as every other line on standard output
+	for _, r := range results {
+		if r.Status == cis.Fail && r.Do != "" {
+			fmt.Fprintf(a.Out, "\n%s %s: %s\n  %s\n", r.ID, r.Title, r.Found, r.Do)
+		}
+	}
+	fmt.Fprintf(a.Out, "\n%s: %d pass, %d fail, %d accepted, %d for a person to check, %d do not apply\n", cis.Edition,
+		count[cis.Pass], count[cis.Fail], count[cis.Accepted], count[cis.Manual], count[cis.None])
+	fmt.Fprintln(a.Out, "docs/cis.md says for each what accepted and not-applicable mean.")
 }

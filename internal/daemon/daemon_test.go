@@ -382,6 +382,30 @@ func TestObsoleteFlags(t *testing.T) {
 	}
 }
 
+// TestOwnAuthentication shows that guides that set --oidc-* or --anonymous-auth work on a node whose
+// arguments name the shipped configuration, which the API server refuses beside them.
+func TestOwnAuthentication(t *testing.T) {
+	const shipped = "--authentication-config=${SNAP_DATA}/args/authentication-config.yaml\n"
+	for _, tc := range []struct{ name, before, want string }{
+		{"nothing set", shipped + "--v=1\n", shipped + "--v=1\n"},
+		{"an issuer", shipped + "--oidc-issuer-url=https://x\n--oidc-client-id=y\n", "--oidc-issuer-url=https://x\n--oidc-client-id=y\n"},
+		{"anonymous requests", shipped + "--anonymous-auth=false\n", "--anonymous-auth=false\n"},
+		{"the user's own", "--authentication-config=/etc/mine.yaml\n--oidc-client-id=y\n", "--authentication-config=/etc/mine.yaml\n--oidc-client-id=y\n"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			n.put(t, n.env.Args("kube-apiserver"), tc.before)
+			n.prepare(t, "kubelite")
+			if got := read(t, n.env.Args("kube-apiserver")); got != tc.want {
+				t.Errorf("%q, want %q", got, tc.want)
+			}
+			if said := strings.Contains(n.log.String(), "authentication-config is left out"); said != (tc.before != tc.want) {
+				t.Errorf("said %v: %s", said, n.log.String())
+			}
+		})
+	}
+}
+
 func TestFailureDomain(t *testing.T) {
 	n := newNode(t)
 	n.put(t, n.env.Args("ha-conf"), "# which rack\nfailure-domain=42\n")

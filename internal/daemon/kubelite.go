@@ -67,6 +67,11 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	if err := errors.Join(append(errs, certs.Check(p.Env))...); err != nil {
 		return err
 	}
+	if !p.worker() {
+		if err := p.ownAuthentication(); err != nil {
+			return err
+		}
+	}
 	if err := p.failureDomain(); err != nil {
 		return err
 	}
@@ -120,6 +125,28 @@ func (p *Preparer) dropObsolete(name string, f *args.File) error {
 		return nil
 	}
 	return f.Save(p.Env.Args(name))
+}
+
+// ownAuthentication leaves the shipped configuration of authentication out where somebody has
+// set flags that the API server refuses beside it (--oidc-*, --anonymous-auth): what was
+// set counts. A configuration of the user's own stays, and the API server says what clashes.
+func (p *Preparer) ownAuthentication() error {
+	const flag, shipped = "authentication-config", "authentication-config.yaml"
+	f, err := p.load("kube-apiserver")
+	if err != nil {
+		return err
+	}
+	if path, set := f.Value(flag, p.lookup); !set || path != p.Env.Args(shipped) {
+		return nil
+	}
+	for _, name := range f.Flags() {
+		if strings.HasPrefix(name, "oidc-") || name == "anonymous-auth" {
+			p.Log.Warn("--"+flag+" is left out, because --"+name+" does not go together with it: requests without credentials reach what RBAC lets them", "file", p.Env.Args("kube-apiserver"))
+			f.Unset(flag)
+			return f.Save(p.Env.Args("kube-apiserver"))
+		}
+	}
+	return nil
 }
 
 // failureDomain carries the number of args/ha-conf into the datastore's directory.
