@@ -35,6 +35,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 
@@ -172,6 +173,11 @@ func (e *ArgumentError) Error() string { return e.what }
 type Set struct {
 	Env snapenv.Env
 	Log *slog.Logger
+	// Adopt takes over objects of an addon that others made. Otherwise they are refused with a
+	// *bootstrap.ForeignError before anything is applied.
+	Adopt bool
+	// Left is called for objects that Disable leaves because others made them; nil logs them.
+	Left func(bootstrap.Foreign)
 
 	config  *rest.Config
 	client  dynamic.Interface
@@ -202,6 +208,8 @@ type Record struct {
 	removing bool
 	applied  string                    // sum of the objects that are in the cluster completely, or ""
 	kinds    []schema.GroupVersionKind // of the objects it may have
+	// UIDs of the objects that were made for the addon, and of those that were taken over.
+	owned, adopted []types.UID
 }
 
 // Check says what is wrong with the arguments of an addon, without asking the cluster.
@@ -333,19 +341,50 @@ func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (
 		for _, k := range before.kinds {
 			record.add(k)
 		}
+		record.owned, record.adopted = before.owned, before.adopted
 	}
+	set := bootstrap.Set{Label: Label, Value: a.Name, Objects: objects, Kinds: record.kinds, Owned: record.owned, Adopted: record.adopted, Adopt: s.Adopt}
+	stay, err := bootstrap.Check(ctx, s.config, set, s.Log)
+	if err != nil {
+		return Applied{}, err
+	}
+	record.adopted = union(record.adopted, stay)
+	set.Adopted = record.adopted
 	if err := s.write(ctx, record); err != nil {
 		return Applied{}, err
 	}
-	set := bootstrap.Set{Label: Label, Value: a.Name, Objects: objects, Kinds: record.kinds}
-	if err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
-		return Applied{}, err
+	result, err := bootstrap.Sync(ctx, s.config, set, s.Log)
+	if err != nil {
+		// What was taken over must be known as others' before the next attempt.
+		record.owned, record.adopted = union(record.owned, result.Owned), union(record.adopted, result.Adopted)
+		return Applied{}, errors.Join(err, s.write(context.WithoutCancel(ctx), record))
 	}
-	record.applied = sum
+	s.left(result.Left)
+	record.applied, record.owned, record.adopted = sum, result.Owned, result.Adopted
 	return Applied{objects, values}, s.write(ctx, record)
 }
 
-// Disable turns an addon off and removes its objects. One that is off stays so.
+func union(a, b []types.UID) []types.UID {
+	out := slices.Clone(a)
+	for _, uid := range b {
+		if !slices.Contains(out, uid) {
+			out = append(out, uid)
+		}
+	}
+	return out
+}
+
+func (s *Set) left(objects []bootstrap.Foreign) {
+	for _, o := range objects {
+		if s.Left != nil {
+			s.Left(o)
+			continue
+		}
+		s.Log.Warn("an object of an addon was left, because others made it", "object", o.Object, "owner", o.Owner)
+	}
+}
+
+// Disable turns an addon off and removes the objects that were made for it. One that is off stays so.
 func (s *Set) Disable(ctx context.Context, name string) error {
 	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
@@ -362,10 +401,12 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 	if err := s.write(ctx, record); err != nil {
 		return err
 	}
-	set := bootstrap.Set{Label: Label, Value: name, Kinds: record.kinds}
-	if err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
+	set := bootstrap.Set{Label: Label, Value: name, Kinds: record.kinds, Owned: record.owned, Adopted: record.adopted}
+	result, err := bootstrap.Sync(ctx, s.config, set, s.Log)
+	if err != nil {
 		return err
 	}
+	s.left(result.Left)
 	err = s.records().Delete(ctx, recordName(name), metav1.DeleteOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("cannot note that %s is disabled: %w", name, err)
@@ -376,7 +417,8 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 // Reconcile brings the cluster in line with what is written down; on a cluster that was just
 // made it first enables the default addons. It goes on after an addon that failed.
 func (s *Set) Reconcile(ctx context.Context) error {
-	if err := s.enableDefaults(ctx); err != nil {
+	fresh, err := s.enableDefaults(ctx)
+	if err != nil {
 		return err
 	}
 	records, err := s.Records(ctx)
@@ -394,7 +436,13 @@ func (s *Set) Reconcile(ctx context.Context) error {
 			s.Log.Warn("an enabled addon is not part of this version; its objects are left as they are", "addon", r.Name)
 			continue
 		}
-		if _, err := s.enable(ctx, a, r.Args, r.applied); err != nil {
+		_, err = s.enable(ctx, a, r.Args, r.applied)
+		var theirs *bootstrap.ForeignError
+		if errors.As(err, &theirs) && slices.Contains(fresh, r.Name) {
+			s.Log.Warn("a default addon is not enabled, because its objects are there already; take them over with: microk8s enable "+r.Name+" --adopt", "reason", err)
+			err = s.records().Delete(ctx, recordName(r.Name), metav1.DeleteOptions{})
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("addon %s: %w", r.Name, err))
 		}
 	}
@@ -402,14 +450,15 @@ func (s *Set) Reconcile(ctx context.Context) error {
 }
 
 // enableDefaults writes the records of the default addons, once in the life of a cluster.
-// Reconcile does the rest.
-func (s *Set) enableDefaults(ctx context.Context) error {
-	_, err := s.records().Get(ctx, DefaultsRecord, metav1.GetOptions{})
+// Reconcile does the rest. It
+// returns the names of those that it wrote.
+func (s *Set) enableDefaults(ctx context.Context) (fresh []string, err error) {
+	_, err = s.records().Get(ctx, DefaultsRecord, metav1.GetOptions{})
 	if err == nil {
-		return nil
+		return nil, nil
 	}
 	if !apierrors.IsNotFound(err) {
-		return fmt.Errorf("cannot find out whether the default addons were enabled: %w", err)
+		return nil, fmt.Errorf("cannot find out whether the default addons were enabled: %w", err)
 	}
 	// A user's own launch configuration says what is to be on; the cluster agent sees to it.
 	names := defaults
@@ -421,18 +470,19 @@ func (s *Set) enableDefaults(ctx context.Context) error {
 	for _, name := range names {
 		a, _, err := Find(s.catalog, CoreRepository+"/"+name)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if _, on, err := s.Enabled(ctx, name); err != nil {
-			return err
+			return nil, err
 		} else if on {
 			continue // by a person, whose arguments count
 		}
 		if err := s.write(ctx, Record{Name: a.Name, Version: a.Version}); err != nil {
-			return err
+			return nil, err
 		}
+		fresh = append(fresh, name)
 	}
-	return s.apply(ctx, configMap(DefaultsRecord, nil, map[string]string{"enabled": "true"}))
+	return fresh, s.apply(ctx, configMap(DefaultsRecord, nil, map[string]string{"enabled": "true"}))
 }
 
 // render fills the manifests of a folder with values and reads them.
@@ -528,6 +578,9 @@ type form struct {
 	Removing bool     `json:"removing,omitempty"`
 	Applied  string   `json:"applied,omitempty"`
 	Kinds    []kind   `json:"kinds"`
+
+	Owned   []types.UID `json:"owned,omitempty"`
+	Adopted []types.UID `json:"adopted,omitempty"`
 }
 
 type kind struct {
@@ -536,7 +589,7 @@ type kind struct {
 }
 
 func (s *Set) write(ctx context.Context, r Record) error {
-	f := form{Version: r.Version, Args: r.Args, Removing: r.removing, Applied: r.applied}
+	f := form{Version: r.Version, Args: r.Args, Removing: r.removing, Applied: r.applied, Owned: r.owned, Adopted: r.adopted}
 	for _, k := range r.kinds {
 		version, name := k.ToAPIVersionAndKind()
 		f.Kinds = append(f.Kinds, kind{version, name})
@@ -554,7 +607,7 @@ func readRecord(o *unstructured.Unstructured) (Record, error) {
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", o.GetName(), err)
 	}
-	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing, applied: f.Applied}
+	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
 	for _, k := range f.Kinds {
 		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
 	}

@@ -2,6 +2,7 @@ package addon
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
 	"log/slog"
 	"maps"
@@ -18,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/rest"
 
+	"microk8s/internal/bootstrap"
 	"microk8s/internal/snapenv"
 )
 
@@ -89,7 +91,22 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			answer(200, old)
 			return
 		}
-		o["metadata"].(map[string]any)["uid"] = "uid of " + path
+		m := o["metadata"].(map[string]any)
+		m["uid"] = "uid of " + path
+		managers := []any{map[string]any{"manager": bootstrap.FieldManager, "operation": "Apply"}}
+		if old := f.objects[path]; old != nil {
+			u := unstructured.Unstructured{Object: old}
+			m["uid"] = string(u.GetUID())
+			if notes := u.GetAnnotations(); notes != nil && m["annotations"] == nil {
+				m["annotations"] = old["metadata"].(map[string]any)["annotations"]
+			}
+			for _, e := range u.GetManagedFields() {
+				if e.Manager != bootstrap.FieldManager {
+					managers = append(managers, map[string]any{"manager": e.Manager, "operation": "Update"})
+				}
+			}
+		}
+		m["managedFields"] = managers
 		f.objects[path] = o
 		answer(200, o)
 	case r.Method == http.MethodGet && f.objects[path] != nil:
@@ -251,6 +268,7 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	}
 	f.objects[record]["data"].(map[string]any)["record"] = `{"version":"1.0","arguments":["192.0.2.53"],"applied":"another","kinds":[{"apiVersion":"v1","kind":"ConfigMap"}]}`
 	old := *configMap("old", map[string]string{Label: "dns"}, nil)
+	old.SetManagedFields([]metav1.ManagedFieldsEntry{{Manager: bootstrap.FieldManager, Operation: metav1.ManagedFieldsOperationApply}})
 	f.objects[inSystem+"configmaps/old"] = old.Object
 	delete(f.objects, inSystem+"services/kube-dns")
 	if err := s.Reconcile(t.Context()); err != nil {
@@ -265,6 +283,81 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	if err != nil || !on || !got.Complete() || !slices.Equal(got.Args, []string{"192.0.2.53"}) {
 		t.Errorf("recorded: %+v, %v, %v", got, on, err)
 	}
+}
+
+// Objects that others made are refused before anything is applied. Adopted, they are the addon's;
+// what an earlier version took over in silence stays when the addon is disabled.
+func TestObjectsOfOthers(t *testing.T) {
+	chart := func(name string) map[string]any {
+		return map[string]any{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": map[string]any{
+			"name": name, "namespace": "kube-system", "uid": "theirs",
+			"annotations":   map[string]any{"meta.helm.sh/release-name": "metrics", "meta.helm.sh/release-namespace": "kube-system"},
+			"managedFields": []any{map[string]any{"manager": "helm", "operation": "Update"}},
+		}}
+	}
+	const account = inSystem + "serviceaccounts/coredns"
+	t.Run("refused", func(t *testing.T) {
+		s, f := open(t)
+		f.objects[account] = chart("coredns")
+		a, _ := s.Find("dns")
+		_, err := s.Enable(t.Context(), a, nil)
+		var theirs *bootstrap.ForeignError
+		if !errors.As(err, &theirs) || err.Error() != "made by others: ServiceAccount/kube-system/coredns (Helm release metrics in kube-system)" {
+			t.Errorf("error: %v", err)
+		}
+		f.want(t, "refused", []string{account})
+		if f.changes != 0 {
+			t.Errorf("%d changes", f.changes)
+		}
+		// The default addon is not tried again at each start.
+		for range 2 {
+			if err := s.Reconcile(t.Context()); err != nil {
+				t.Error(err)
+			}
+			f.want(t, "started", []string{marker, account})
+		}
+	})
+	t.Run("adopted", func(t *testing.T) {
+		s, f := open(t)
+		f.objects[account] = chart("coredns")
+		a, _ := s.Find("dns")
+		s.Adopt = true
+		if _, err := s.Enable(t.Context(), a, nil); err != nil {
+			t.Fatal(err)
+		}
+		s.Adopt = false
+		if _, err := s.Enable(t.Context(), a, []string{"192.0.2.1"}); err != nil {
+			t.Errorf("changed later: %v", err)
+		}
+		if err := s.Disable(t.Context(), "dns"); err != nil {
+			t.Fatal(err)
+		}
+		f.want(t, "disabled", nil)
+	})
+	t.Run("taken over by an earlier version", func(t *testing.T) {
+		s, f := open(t)
+		if err := s.Reconcile(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		theirs := chart("coredns")
+		m := theirs["metadata"].(map[string]any)
+		m["labels"] = map[string]any{Label: "dns"}
+		m["managedFields"] = append(m["managedFields"].([]any), map[string]any{"manager": "microk8s", "operation": "Apply"})
+		f.objects[account] = theirs
+		f.objects[record]["data"].(map[string]any)["record"] = `{"version":"1.0","arguments":[],"applied":"another","kinds":[{"apiVersion":"v1","kind":"ServiceAccount"}]}`
+		if err := s.Reconcile(t.Context()); err != nil {
+			t.Errorf("the upgrade: %v", err)
+		}
+		var left []bootstrap.Foreign
+		s.Left = func(o bootstrap.Foreign) { left = append(left, o) }
+		if err := s.Disable(t.Context(), "dns"); err != nil {
+			t.Fatal(err)
+		}
+		f.want(t, "disabled", []string{marker, account})
+		if len(left) != 1 || left[0].Object != "ServiceAccount/kube-system/coredns" {
+			t.Errorf("left: %v", left)
+		}
+	})
 }
 
 // What a person has changed stays at the next start of the same version.

@@ -1,7 +1,8 @@
 // Package bootstrap keeps the objects in the cluster that the product itself needs: roles of
 // nodes, admission policies. They travel as manifests in $SNAP/manifests; every control-plane
 // node applies all of them when its API server has started, by server-side apply, and removes
-// those that an earlier version had and this one has not.
+// those that an earlier version had and this one has not. Objects that others made are neither
+// changed nor removed (owner.go).
 //
 // The same for any other set of objects is [Sync], which the addons use. It does not wait for
 // anything: the caller starts it when the API server answers, and again, with growing pauses,
@@ -24,6 +25,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/discovery/cached/memory"
@@ -86,7 +88,8 @@ func Apply(ctx context.Context, cfg *rest.Config, dir string, log *slog.Logger, 
 	if err != nil {
 		return err
 	}
-	return Sync(ctx, cfg, Set{Label: Label, Value: LabelValue, Objects: objects, Kinds: pruned}, log)
+	_, err = Sync(ctx, cfg, Set{Label: Label, Value: LabelValue, Objects: objects, Kinds: pruned}, log)
+	return err
 }
 
 // Set is objects that belong together: all that the cluster should have with one value of a
@@ -96,12 +99,18 @@ type Set struct {
 	Objects      []*unstructured.Unstructured
 	// Kinds are looked through for objects to remove, besides the kinds of Objects.
 	Kinds []schema.GroupVersionKind
+	// Owned and Adopted are the UIDs of objects that the product made, and of those of others that it
+	// took over, as an earlier Result had them.
+	Owned, Adopted []types.UID
+	// Adopt takes over objects that others made. Those of kinds in replaceable stay theirs.
+	Adopt bool
 }
 
 // Sync makes the cluster have the objects of a set, labels them, and removes what has the
-// label and is not among them; with no objects it removes all there are. It is idempotent. It
-// goes on after an object that failed, but removes nothing then.
-func Sync(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) error {
+// label, is not among them and was made by the product; with no objects it removes all there are.
+// Objects that others made are left alone: the error then wraps a *ForeignError, except with
+// Adopt. It is idempotent. It goes on after an object that failed, but removes nothing then.
+func Sync(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) (Result, error) {
 	for _, o := range set.Objects {
 		labels := o.GetLabels()
 		if labels == nil {
@@ -112,7 +121,7 @@ func Sync(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) erro
 	}
 	c, err := newCluster(cfg, log)
 	if err != nil {
-		return err
+		return Result{}, err
 	}
 	return c.sync(ctx, set)
 }
@@ -128,7 +137,8 @@ func ApplyFile(ctx context.Context, cfg *rest.Config, path string, log *slog.Log
 	if err != nil {
 		return err
 	}
-	return c.apply(ctx, objects)
+	_, err = c.apply(ctx, Set{Objects: objects, Adopt: true})
+	return err
 }
 
 // load reads the manifests of a directory.
@@ -207,9 +217,10 @@ func newCluster(cfg *rest.Config, log *slog.Logger) (*cluster, error) {
 }
 
 // sync applies objects and then removes those with the label that are not among them.
-func (c *cluster) sync(ctx context.Context, set Set) error {
-	if err := c.apply(ctx, set.Objects); err != nil {
-		return err
+func (c *cluster) sync(ctx context.Context, set Set) (Result, error) {
+	result, err := c.apply(ctx, set)
+	if err != nil {
+		return result, err
 	}
 	keep := map[string]bool{}
 	kinds := slices.Clone(set.Kinds)
@@ -240,6 +251,10 @@ func (c *cluster) sync(ctx context.Context, set Set) error {
 			if _, stays := o.GetAnnotations()[KeepAnnotation]; stays || keep[describe(o)] {
 				continue
 			}
+			if set.standing(o) != mine {
+				result.Left = append(result.Left, Foreign{describe(o), owner(o)})
+				continue
+			}
 			uid := o.GetUID()
 			err := c.resource(mapping, o).Delete(ctx, o.GetName(), metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
 			if err != nil && !apierrors.IsNotFound(err) {
@@ -249,48 +264,80 @@ func (c *cluster) sync(ctx context.Context, set Set) error {
 			c.log.Info("removed an object that this version does not have", "object", describe(o))
 		}
 	}
-	return errors.Join(errs...)
+	return result, errors.Join(errs...)
 }
 
 // apply applies objects, definitions of kinds first, since others may be of those kinds.
-func (c *cluster) apply(ctx context.Context, objects []*unstructured.Unstructured) error {
-	objects = slices.Clone(objects)
+func (c *cluster) apply(ctx context.Context, set Set) (result Result, err error) {
+	objects := slices.Clone(set.Objects)
 	slices.SortStableFunc(objects, func(a, b *unstructured.Unstructured) int { return rank(a) - rank(b) })
 	var errs []error
 	for _, o := range objects {
-		if err := c.applyOne(ctx, o); err != nil {
+		if err := c.applyOne(ctx, o, set, &result); err != nil {
 			errs = append(errs, fmt.Errorf("cannot apply %s: %w", describe(o), err))
 		}
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return errors.Join(errs...)
+	return result, errors.Join(errs...)
 }
 
-func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured) error {
-	gvk := o.GroupVersionKind()
+// mapping finds the resource of a kind.
+func (c *cluster) mapping(gvk schema.GroupVersionKind) (*meta.RESTMapping, error) {
 	mapping, err := c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
 	if meta.IsNoMatchError(err) {
 		c.mapper.Reset() // the kind may have been defined a moment ago
 		mapping, err = c.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
 	}
+	return mapping, err
+}
+
+func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, set Set, result *Result) error {
+	mapping, err := c.mapping(o.GroupVersionKind())
 	if err != nil {
 		return err
 	}
 	resource := c.resource(mapping, o)
-	apply := func() error {
-		_, err := resource.Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: true})
+	now, err := resource.Get(ctx, o.GetName(), metav1.GetOptions{})
+	exists := err == nil
+	if err != nil && !apierrors.IsNotFound(err) {
 		return err
 	}
-	err = apply()
-	if apierrors.IsInvalid(err) && (replaceable[o.GetKind()] || movedService(ctx, resource, o)) {
-		if gone := resource.Delete(ctx, o.GetName(), metav1.DeleteOptions{}); gone != nil && !apierrors.IsNotFound(gone) {
-			return err
+	is := mine
+	if exists {
+		if is = set.standing(now); is == foreign {
+			if !set.Adopt {
+				return &ForeignError{[]Foreign{{describe(o), owner(now)}}}
+			}
+			if is = mine; replaceable[o.GetKind()] {
+				is = shared
+			}
 		}
-		return apply()
 	}
-	return err
+	apply := func(force bool) error {
+		got, err := resource.Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: FieldManager, Force: force})
+		if err == nil {
+			result.add(is, got.GetUID())
+		}
+		return err
+	}
+	// What was not there is not taken from somebody who makes it at this moment.
+	err = apply(exists)
+	switch {
+	case apierrors.IsConflict(err) && !exists:
+		return &ForeignError{[]Foreign{{describe(o), err.Error()}}}
+	case !apierrors.IsInvalid(err) || !replaceable[o.GetKind()] && !movedService(ctx, resource, o):
+		return err
+	case is != mine:
+		return fmt.Errorf("it cannot be changed, and is not replaced because others made it (%s): %w", owner(now), err)
+	}
+	uid := now.GetUID()
+	gone := resource.Delete(ctx, o.GetName(), metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &uid}})
+	if gone != nil && !apierrors.IsNotFound(gone) {
+		return err
+	}
+	return apply(false)
 }
 
 // movedService says whether o is a Service that is there with another address: it cannot be

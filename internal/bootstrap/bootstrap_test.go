@@ -48,6 +48,13 @@ var kinds = map[string][]metav1.APIResource{
 		{Name: "validatingadmissionpolicies", Kind: "ValidatingAdmissionPolicy"},
 		{Name: "validatingadmissionpolicybindings", Kind: "ValidatingAdmissionPolicyBinding"},
 	},
+	"networking.k8s.io/v1": {{Name: "ingressclasses", Kind: "IngressClass"}},
+}
+
+// ours is what an object of the product's has in its metadata.
+func ours(name string) map[string]any {
+	return map[string]any{"name": name, "uid": "uid of " + name, "labels": map[string]any{Label: LabelValue},
+		"managedFields": []any{map[string]any{"manager": FieldManager, "operation": "Apply"}}}
 }
 
 func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -58,7 +65,10 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(code)
 		json.NewEncoder(w).Encode(v)
 	}
-	status := func(code int) { answer(code, metav1.Status{Status: "Failure", Code: int32(code), Message: r.URL.Path}) }
+	reasons := map[int]metav1.StatusReason{404: metav1.StatusReasonNotFound, 409: metav1.StatusReasonConflict, 422: metav1.StatusReasonInvalid}
+	status := func(code int) {
+		answer(code, metav1.Status{Status: "Failure", Code: int32(code), Reason: reasons[code], Message: r.URL.Path})
+	}
 	path := strings.TrimPrefix(r.URL.Path, "/apis/")
 	switch {
 	case r.URL.Path == "/api":
@@ -78,8 +88,13 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			status(http.StatusForbidden)
 			return
 		}
-		if got := r.Header.Get("Content-Type"); got != "application/apply-patch+yaml" || r.URL.Query().Get("fieldManager") != FieldManager || r.URL.Query().Get("force") != "true" {
+		if got := r.Header.Get("Content-Type"); got != "application/apply-patch+yaml" || r.URL.Query().Get("fieldManager") != FieldManager {
 			status(http.StatusBadRequest)
+			return
+		}
+		old := f.objects[path]
+		if old != nil && r.URL.Query().Get("force") != "true" {
+			status(http.StatusConflict)
 			return
 		}
 		body, _ := io.ReadAll(r.Body)
@@ -88,9 +103,35 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			status(http.StatusBadRequest)
 			return
 		}
-		o["metadata"].(map[string]any)["uid"] = "uid of " + path
+		m := o["metadata"].(map[string]any)
+		m["uid"] = "uid of " + path
+		managers := []any{map[string]any{"manager": FieldManager, "operation": "Apply"}}
+		if old != nil {
+			if strings.Contains(path, "ingressclasses") && !cmp.Equal(old["spec"], o["spec"]) {
+				status(http.StatusUnprocessableEntity)
+				return
+			}
+			u := unstructured.Unstructured{Object: old}
+			m["uid"] = string(u.GetUID())
+			for _, e := range u.GetManagedFields() {
+				if e.Manager != FieldManager {
+					managers = append(managers, map[string]any{"manager": e.Manager, "operation": "Update"})
+				}
+			}
+			for k, v := range u.GetAnnotations() {
+				if m["annotations"] == nil {
+					m["annotations"] = map[string]any{}
+				}
+				m["annotations"].(map[string]any)[k] = v
+			}
+		}
+		m["managedFields"] = managers
 		f.objects[path] = o
 		answer(200, o)
+	case r.Method == http.MethodGet && f.objects[path] != nil:
+		answer(200, f.objects[path])
+	case r.Method == http.MethodGet && !r.URL.Query().Has("labelSelector"):
+		status(http.StatusNotFound)
 	case r.Method == http.MethodDelete:
 		if f.objects[path] == nil {
 			status(http.StatusNotFound)
@@ -149,8 +190,7 @@ var everything = []string{
 func TestApplyAndPrune(t *testing.T) {
 	f, cfg := newFake(t)
 	other := map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": map[string]any{"name": "user"}}
-	old := map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": map[string]any{
-		"name": "old", "labels": map[string]any{Label: LabelValue}}}
+	old := map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": ours("old")}
 	f.objects[rbac+"clusterroles/user"] = other
 	f.objects[rbac+"clusterroles/old"] = old
 	want := slices.Sorted(slices.Values(append([]string{rbac + "clusterroles/user"}, everything...)))
@@ -191,7 +231,7 @@ func TestWarningStandsAside(t *testing.T) {
 func TestNothingIsRemovedWhenSomethingFailed(t *testing.T) {
 	f, cfg := newFake(t)
 	f.objects[rbac+"clusterroles/old"] = map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-		"metadata": map[string]any{"name": "old", "labels": map[string]any{Label: LabelValue}}}
+		"metadata": ours("old")}
 	f.refuse = "validatingadmissionpolicies"
 	err := Apply(t.Context(), cfg, manifests, quietly)
 	if err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy.admissionregistration.k8s.io/network-policy-warning.microk8s.io") {

@@ -24,6 +24,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/internal/addon"
 	"microk8s/internal/args"
+	"microk8s/internal/bootstrap"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -65,12 +66,17 @@ a colon:
 It returns when the addon's pods are ready, or with --no-wait at once. Enabling an addon again
 does no harm; with other arguments it is changed. microk8s status lists the addons.
 
+An addon that needs objects which others have made, Helm or a person for instance, is refused. With
+--adopt it takes them over, and disable removes them then; IngressClasses and StorageClasses stay
+theirs.
+
 Arguments of addons:
 `+usages, a.enable)
 }
 
 func (a *App) newDisable() *cobra.Command {
-	return a.addonCommand("disable", "Disable addons on this cluster", `Disable one or more addons: everything they brought into the cluster is removed.
+	return a.addonCommand("disable", "Disable addons on this cluster", `Disable one or more addons: everything they brought into the cluster is removed. What others
+made stays, and is named.
 
     microk8s disable dns
     microk8s disable hostpath-storage [destroy-storage]
@@ -81,7 +87,7 @@ is given, or the question answered with y.`, a.disable)
 
 func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
 	return &cobra.Command{
-		Use:                verb + " [--no-wait] ADDON [ARGS...]",
+		Use:                verb + " [--no-wait]" + map[string]string{"enable": " [--adopt]"}[verb] + " ADDON [ARGS...]",
 		Short:              short,
 		Long:               long,
 		DisableFlagParsing: true, // options are the addon's
@@ -90,6 +96,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 				return cmd.Help()
 			}
 			words, wait := takeFlag(words, "--no-wait")
+			words, adopt := takeFlag(words, "--adopt")
 			if len(words) > 0 && words[0] == "--" {
 				words = words[1:]
 			}
@@ -101,7 +108,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 				fmt.Fprintln(a.Out, "For more information about it, visit https://microk8s.io/docs/addons")
 				return nil
 			}
-			return a.addons(cmd.Context(), verb, words, !wait, run)
+			return a.addons(cmd.Context(), verb, words, !wait, adopt, run)
 		},
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			all, _, _ := addon.Catalogue(a.Env)
@@ -129,7 +136,7 @@ func takeFlag(words []string, flag string) (rest []string, found bool) {
 
 // addons does enable or disable. Everything that a person can get wrong is checked for all
 // addons before the first is touched.
-func (a *App) addons(ctx context.Context, verb string, words []string, wait bool, run func(context.Context, *addon.Set, request, bool) error) error {
+func (a *App) addons(ctx context.Context, verb string, words []string, wait, adopt bool, run func(context.Context, *addon.Set, request, bool) error) error {
 	catalog, broken, err := addon.Catalogue(a.Env)
 	if err != nil {
 		return failf("the installation is damaged: reinstall it", "%w", err)
@@ -181,6 +188,8 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait bool
 	if err != nil {
 		return err
 	}
+	set.Adopt = adopt
+	set.Left = func(o bootstrap.Foreign) { fmt.Fprintf(a.Err, "left in the cluster, because others made it: %s\n", o) }
 	for _, r := range requests {
 		err := error(nil)
 		if r.addon.Hook(verb) != "" {
@@ -309,6 +318,7 @@ func (a *App) refuseAddon(err error) error {
 func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb string, r request, err error) error {
 	var wrong *addon.ArgumentError
 	var late *addon.NotReadyError
+	var theirs *bootstrap.ForeignError
 	var exit exitError
 	switch {
 	case ctx.Err() != nil, errors.As(err, &exit):
@@ -317,6 +327,14 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
 	case errors.As(err, &late):
 		return failf("see more with microk8s kubectl get events -A, or take it off with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
+	}
+	if verb == "enable" && errors.As(err, &theirs) {
+		f := &Failure{Err: fmt.Errorf("cannot enable %s: objects of that name are there already, and were made by others", r.addon.Name), Code: ExitUsage}
+		for _, o := range theirs.Objects {
+			f.Hints = append(f.Hints, o.String())
+		}
+		f.Hints = append(f.Hints, "nothing was changed; remove them, or let the addon take them over with: microk8s enable "+strings.Join(append([]string{r.addon.Name}, r.args...), " ")+" --adopt")
+		return f
 	}
 	f := &Failure{Err: fmt.Errorf("cannot %s %s: %w", verb, r.addon.Name, err)}
 	for _, p := range prober.Probe(ctx).Problems {

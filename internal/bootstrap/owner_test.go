@@ -1,0 +1,106 @@
+package bootstrap
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+func ingressClass(controller string, metadata map[string]any) map[string]any {
+	return map[string]any{"apiVersion": "networking.k8s.io/v1", "kind": "IngressClass", "metadata": metadata,
+		"spec": map[string]any{"controller": controller}}
+}
+
+// TestIngressClassOfOthers has an IngressClass that cannot be changed. Only one that the product made is
+// replaced or removed.
+func TestIngressClassOfOthers(t *testing.T) {
+	const path = "networking.k8s.io/v1/ingressclasses/nginx"
+	plain := func(managers ...string) map[string]any {
+		m := map[string]any{"name": "nginx", "uid": "first"}
+		for _, x := range managers {
+			operation := "Update"
+			if x == FieldManager {
+				operation = "Apply"
+				m["labels"] = map[string]any{Label: LabelValue}
+			}
+			old, _ := m["managedFields"].([]any)
+			m["managedFields"] = append(old, map[string]any{"manager": x, "operation": operation})
+		}
+		return m
+	}
+	helm := plain("helm", FieldManager)
+	helm["annotations"] = map[string]any{helmRelease: "ingress-nginx"}
+	for _, tc := range []struct {
+		name     string
+		there    map[string]any // its metadata
+		set      Set            // what is recorded
+		error    string         // of Sync, "" for none
+		replaced bool
+		removed  bool // by a Sync without objects
+	}{
+		{"made by a person", plain("kubectl-create"), Set{}, "made by others: IngressClass.networking.k8s.io/nginx (made by kubectl-create)", false, false},
+		{"adopted", plain("kubectl-create"), Set{Adopt: true}, "it cannot be changed, and is not replaced", false, false},
+		{"adopted before", plain("kubectl-create", FieldManager), Set{Adopted: []types.UID{"first"}}, "it cannot be changed, and is not replaced", false, false},
+		{"a chart's, taken over by an earlier version", helm, Set{}, "not replaced because others made it (Helm release ingress-nginx)", false, false},
+		{"ours, of an earlier version", plain(FieldManager), Set{}, "", true, true},
+		{"ours, recorded", plain("kubectl-edit"), Set{Owned: []types.UID{"first"}}, "", true, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			f, cfg := newFake(t)
+			f.objects[path] = ingressClass("k8s.io/ingress-nginx", tc.there)
+			if tc.name == "ours, recorded" {
+				tc.there["labels"] = map[string]any{Label: LabelValue}
+			}
+			set := tc.set
+			set.Label, set.Value = Label, LabelValue
+			set.Objects = []*unstructured.Unstructured{{Object: ingressClass("traefik.io/ingress-controller", map[string]any{"name": "nginx"})}}
+			_, checked := Check(t.Context(), cfg, set, quietly)
+			_, err := Sync(t.Context(), cfg, set, quietly)
+			if (err == nil) != (tc.error == "") || err != nil && !strings.Contains(err.Error(), tc.error) {
+				t.Errorf("error: %v, want %q", err, tc.error)
+			}
+			var theirs *ForeignError
+			if errors.As(err, &theirs) != (checked != nil) {
+				t.Errorf("the check says %v", checked)
+			}
+			now := unstructured.Unstructured{Object: f.objects[path]}
+			if replaced := now.GetUID() != "first"; replaced != tc.replaced {
+				t.Errorf("replaced: %t", replaced)
+			}
+			f.objects[path] = ingressClass("k8s.io/ingress-nginx", tc.there)
+			result, err := Sync(t.Context(), cfg, Set{Label: Label, Value: LabelValue, Kinds: []schema.GroupVersionKind{set.Objects[0].GroupVersionKind()}, Owned: tc.set.Owned, Adopted: tc.set.Adopted}, quietly)
+			if err != nil {
+				t.Error(err)
+			}
+			if removed := f.objects[path] == nil; removed != tc.removed {
+				t.Errorf("removed: %t", removed)
+			}
+			if labelled := tc.there["labels"] != nil; labelled && !tc.removed && len(result.Left) != 1 {
+				t.Errorf("left: %v", result.Left)
+			}
+		})
+	}
+}
+
+// TestShippedObjectsOfOthers: the product's own objects do not replace those of a person either, and
+// the others are applied all the same.
+func TestShippedObjectsOfOthers(t *testing.T) {
+	f, cfg := newFake(t)
+	const role = rbac + "clusterroles/microk8s:pod-network"
+	f.objects[role] = map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+		"metadata": map[string]any{"name": "microk8s:pod-network", "uid": "theirs", "managedFields": []any{map[string]any{"manager": "terraform", "operation": "Update"}}}}
+	err := Apply(t.Context(), cfg, manifests, quietly)
+	if err == nil || !strings.Contains(err.Error(), "ClusterRole.rbac.authorization.k8s.io/microk8s:pod-network (made by terraform)") {
+		t.Errorf("error: %v", err)
+	}
+	if f.objects[role]["rules"] != nil {
+		t.Error("it was changed")
+	}
+	if got := len(f.names()); got < len(everything) {
+		t.Errorf("only %d objects are there", got)
+	}
+}
