@@ -7,8 +7,8 @@
 //   - args/apiserver-proxy, the program's flags.
 //
 // [Install] writes them for a node that becomes a worker. The package is small so that the
-// command line can import it: reading provider.yaml, which takes traefik's decoder, is left to
-// apiserver-proxy/proxy.
+// command line can import it: traefik's decoder, which understands more than is written here, is left
+// to apiserver-proxy/proxy.
 package config
 
 import (
@@ -30,6 +30,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -41,10 +42,10 @@ const (
 
 // DefaultAddress is listened on where traefik.yaml names no address. Nothing but programs on
 // the worker itself needs the proxy.
-const DefaultAddress = "127.0.0.1:16443"
+var DefaultAddress = net.JoinHostPort("127.0.0.1", strconv.Itoa(DefaultPort))
 
 // DefaultPort is that of an API server whose port is not known.
-const DefaultPort = 16443
+const DefaultPort = nodeconfig.DefaultAPIServerPort
 
 // Limits of what is read.
 const (
@@ -271,6 +272,29 @@ func Encode(addresses []string) ([]byte, error) {
 	f.TCP.Routers = map[string]router{"Router-1": r}
 	f.TCP.Services = map[string]service{Service: s}
 	return yaml.Marshal(f)
+}
+
+// ReadProvider returns the servers of a list in the form that [WriteProvider] writes, each as
+// host:port; a list without any that can be used is an error. It is for programs beside the
+// proxy, which itself reads all that traefik does.
+func ReadProvider(path string) ([]string, error) {
+	data, err := Read(path)
+	if err != nil {
+		return nil, err
+	}
+	var f providerFile
+	if err := yaml.Unmarshal(data, &f); err != nil {
+		return nil, fmt.Errorf("cannot use %s: it is not YAML of the right form: %w", path, err)
+	}
+	var list []string
+	for _, s := range f.TCP.Services[Service].LoadBalancer.Servers {
+		list = append(list, s.Address)
+	}
+	good, bad := Addresses(list)
+	if len(good) == 0 {
+		return nil, errors.Join(append([]error{fmt.Errorf("cannot use %s: it names no API server", path)}, bad...)...)
+	}
+	return good, nil
 }
 
 // WriteProvider replaces the list of servers at path. Mode and owner of an existing file stay;

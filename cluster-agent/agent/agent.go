@@ -32,6 +32,7 @@ import (
 	"microk8s/internal/certs"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -53,7 +54,7 @@ func Parse(argv []string, out io.Writer) (Flags, error) {
 	var minTLS string
 	set := pflag.NewFlagSet("cluster-agent", pflag.ContinueOnError)
 	set.SetOutput(out)
-	set.StringVar(&f.Bind, "bind", "0.0.0.0:25000", "address and port to listen on")
+	set.StringVar(&f.Bind, "bind", nodeconfig.DefaultAgentBind, "address and port to listen on")
 	set.StringVar(&f.CertFile, "certfile", "", "serving certificate")
 	set.StringVar(&f.KeyFile, "keyfile", "", "its key")
 	set.IntVar(&seconds, "timeout", 240, "seconds that one call may take")
@@ -98,7 +99,11 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	if debug.SetMemoryLimit(-1) == math.MaxInt64 { // else GOMEMLIMIT is set, in args/cluster-agent-env
 		debug.SetMemoryLimit(memoryLimit)
 	}
-	isWorker := env.Locked(snapenv.LockWorker)
+	config := nodeconfig.Load(env)
+	if err := config.Err(nodeconfig.PartName); err != nil {
+		return err
+	}
+	isWorker, name := config.Worker, config.NodeName
 	if isWorker {
 		f.CertFile, f.KeyFile = servingPair(env, f)
 	}
@@ -107,10 +112,6 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	})
 	if err != nil {
 		return fmt.Errorf("%w; make it anew with: sudo microk8s refresh-certs -e server.crt", err)
-	}
-	name, err := certs.Hostname()
-	if err != nil {
-		return err
 	}
 	limiter := &limit.Limiter{}
 	core := (&kube.File{Path: env.AdminKubeconfig()}).Core

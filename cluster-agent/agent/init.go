@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"microk8s/cluster-agent/launchconf"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -68,7 +69,7 @@ func Init(ctx context.Context, env snapenv.Env, argv []string, in io.Reader, out
 	if _, _, err := launchconf.Parse(text); err != nil {
 		return fmt.Errorf("failed to parse config file: %w", err)
 	}
-	if !env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(env).Installed {
 		return fmt.Errorf("failed to apply configuration: this node is not set up yet; put the file at %s, then run: microk8s start", env.UserLaunchFile())
 	}
 	a := &launchconf.Applier{Env: env, PreInit: preInit, Log: log}

@@ -21,7 +21,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -30,10 +30,8 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/server"
-	"microk8s/internal/agentport"
-	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
-	"microk8s/internal/etcdargs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -298,31 +296,25 @@ func (b *Broker) finish(w http.ResponseWriter, r *http.Request, what string, do 
 
 // clustered notes that this node is not alone any more.
 func (b *Broker) clustered() error {
-	f, err := os.OpenFile(b.Env.Lock(snapenv.LockNoReissue), os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
+	if b.config().Clustered {
+		return nil
+	}
+	if err := nodeconfig.Lock(b.Env, snapenv.LockNoReissue); err != nil {
 		return internal("Failed to create lock file to disable certificate reissuing", err)
 	}
-	return f.Close()
+	return nil
 }
 
-// argument reads one option of an argument file; "" where there is none.
-func (b *Broker) argument(file, flag string) string {
-	f, err := args.Load(b.Env.Args(file), args.GrammarFor(file))
-	if err != nil {
-		return ""
-	}
-	v, _ := f.Value(flag, b.Env.Lookup)
-	return v
-}
+func (b *Broker) config() nodeconfig.Config { return nodeconfig.Load(b.Env) }
 
-// agentPort is the port of --bind, which all nodes of a cluster have in common.
-func (b *Broker) agentPort() string { return agentport.Of(b.Env) }
+// agentPort is the port that the agents of all nodes of a cluster have in common.
+func (b *Broker) agentPort() string { return strconv.Itoa(b.config().AgentPort) }
 
-// external says that the datastore is an etcd of the user's.
-func (b *Broker) external() bool {
-	_, external := etcdargs.External(b.Env)
-	return external
-}
+// apiPort is the port of the API servers.
+func (b *Broker) apiPort() string { return strconv.Itoa(b.config().APIServer.Port) }
+
+// external reports whether the datastore is an etcd of the user's.
+func (b *Broker) external() bool { return b.config().Datastore.Owner == nodeconfig.ExternalEtcd }
 
 func fingerprint(pemText []byte) string {
 	cert, err := pki.ParseCert(pemText)

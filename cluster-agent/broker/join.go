@@ -9,11 +9,10 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
+	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/util/validation"
 	"sigs.k8s.io/yaml"
 
 	"microk8s/cluster-agent/api"
@@ -22,7 +21,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/defence"
 	"microk8s/internal/kube"
-	"microk8s/internal/snapenv"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
@@ -32,8 +31,8 @@ func checkName(name string) error {
 	if !defence.On(defence.NodeName) {
 		return nil
 	}
-	if problems := validation.IsDNS1123Subdomain(name); len(problems) > 0 {
-		return fail(http.StatusBadRequest, api.CodeRequest, "the hostname %q cannot be a node's name: %s", shorten(name), problems[0])
+	if err := nodeconfig.CheckNodeName(name); err != nil {
+		return fail(http.StatusBadRequest, api.CodeRequest, "the hostname %v", err)
 	}
 	return nil
 }
@@ -154,10 +153,11 @@ func (c *call) problems(j *joining) (out []error) {
 			out = append(out, err)
 		}
 	}
-	if b.Env.Locked(snapenv.LockWorker) {
+	config := b.config()
+	if config.Worker {
 		return []error{fail(http.StatusNotImplemented, api.CodeWorkerNode, "This node is a worker of a cluster. Contact a control plane node")}
 	}
-	if !b.Env.Locked(snapenv.LockHA) {
+	if !config.HA {
 		add(fail(http.StatusNotImplemented, api.CodeNotHA, "Not possible to join. This is not an HA MicroK8s cluster"))
 	}
 	if port := b.agentPort(); req.Port != port {
@@ -214,11 +214,11 @@ func (b *Broker) memberProblem(ctx context.Context, j *joining) error {
 // ofCluster gives the address under which the cluster knows this node, where the request came in at
 // one of the other family than the pods': an API server cannot be announced there.
 func (b *Broker) ofCluster(local netip.Addr, nodes []corev1.Node) netip.Addr {
-	cidr, _, _ := strings.Cut(b.argument("kube-proxy", "cluster-cidr"), ",")
-	pods, err := netip.ParsePrefix(cidr)
-	if err != nil || pods.Addr().Is4() == local.Is4() {
+	cidrs := b.config().ClusterCIDRs
+	if len(cidrs) == 0 || cidrs[0].Addr().Is4() == local.Is4() {
 		return local
 	}
+	pods := cidrs[0]
 	own, _ := b.Interfaces()
 	for _, n := range nodes {
 		for _, a := range addresses(n) {
@@ -253,7 +253,7 @@ func (b *Broker) addressProblem(j *joining) error {
 
 // hostnameProblem is upstream's check, which our default address types make unnecessary.
 func (b *Broker) hostnameProblem(ctx context.Context, j *joining) error {
-	for _, kind := range strings.Split(b.argument("kube-apiserver", "kubelet-preferred-address-types"), ",") {
+	for _, kind := range b.config().APIServer.PreferredAddressTypes {
 		if kind == "InternalIP" {
 			return nil
 		}
@@ -351,12 +351,13 @@ func (c *call) material(j *joining) (*api.JoinResponse, error) {
 	if err != nil {
 		return nil, err
 	}
+	config := b.config()
 	answer := &api.JoinResponse{
 		CA: ca, KubeletArgs: kubelet, HostnameOverride: j.address.String(),
-		APIPort:           b.argument("kube-apiserver", "secure-port"),
-		AuthorizationMode: b.argument("kube-apiserver", "authorization-mode"),
-		ClusterCIDR:       b.argument("kube-proxy", "cluster-cidr"),
-		ServiceCIDR:       b.argument("kube-apiserver", "service-cluster-ip-range"),
+		APIPort:           strconv.Itoa(config.APIServer.Port),
+		AuthorizationMode: config.APIServer.AuthorizationMode,
+		ClusterCIDR:       nodeconfig.JoinPrefixes(config.ClusterCIDRs),
+		ServiceCIDR:       nodeconfig.JoinPrefixes(config.APIServer.ServiceCIDRs),
 		Product:           api.Product,
 	}
 	if _, err := os.Stat(b.Env.CNIManifest()); err == nil {
@@ -384,10 +385,10 @@ func (c *call) material(j *joining) (*api.JoinResponse, error) {
 	if answer.ServiceAccountKey, err = read("Failed to retrieve service account key", b.Env.Cert("serviceaccount.key")); err != nil {
 		return nil, err
 	}
-	if b.external() {
-		answer.EtcdServers = b.argument("kube-apiserver", "etcd-servers")
-		for flag, to := range map[string]*string{"etcd-cafile": &answer.EtcdCA, "etcd-certfile": &answer.EtcdCert, "etcd-keyfile": &answer.EtcdKey} {
-			if path := b.argument("kube-apiserver", flag); path != "" {
+	if etcd := config.Datastore; etcd.Owner == nodeconfig.ExternalEtcd {
+		answer.EtcdServers = etcd.Servers
+		for to, path := range map[*string]string{&answer.EtcdCA: etcd.CAFile, &answer.EtcdCert: etcd.CertFile, &answer.EtcdKey: etcd.KeyFile} {
+			if path != "" {
 				if *to, err = read("Failed to read etcd certificates", path); err != nil {
 					return nil, err
 				}

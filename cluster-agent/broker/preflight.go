@@ -10,6 +10,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/server"
+	"microk8s/internal/nodeconfig"
 )
 
 // preflight says all that would be in the way of a join, and changes nothing.
@@ -31,7 +32,7 @@ func (c *call) preflight(req api.PreflightRequest) (*api.PreflightResponse, erro
 	}
 	b, ctx := c.b, c.r.Context()
 	answer := &api.PreflightResponse{
-		Product: api.Product, Version: b.Version, Problems: []api.Problem{}, External: b.external(), CIDR: b.argument("kube-proxy", "cluster-cidr"),
+		Product: api.Product, Version: b.Version, Problems: []api.Problem{}, External: b.external(), CIDR: nodeconfig.JoinPrefixes(b.config().ClusterCIDRs),
 	}
 	for _, err := range c.problems(j) {
 		var f *failure
@@ -62,7 +63,7 @@ func (c *call) preflight(req api.PreflightRequest) (*api.PreflightResponse, erro
 		warn(api.CodeUnavailable, true, "Failed to retrieve list of control plane nodes: %v", err)
 	}
 	for _, a := range servers {
-		answer.Servers = append(answer.Servers, net.JoinHostPort(a.String(), b.argument("kube-apiserver", "secure-port")))
+		answer.Servers = append(answer.Servers, net.JoinHostPort(a.String(), b.apiPort()))
 	}
 	for _, m := range j.members {
 		if !onLoopback(m) {

@@ -193,12 +193,7 @@ func (b *Broker) taken(ctx context.Context, node string) (func(netip.Addr) strin
 			}
 		}
 	}
-	var services []netip.Prefix
-	for _, cidr := range strings.Split(b.argument("kube-apiserver", "service-cluster-ip-range"), ",") {
-		if p, err := netip.ParsePrefix(strings.TrimSpace(cidr)); err == nil {
-			services = append(services, p)
-		}
-	}
+	services := b.config().APIServer.ServiceCIDRs
 	return func(a netip.Addr) string {
 		for _, p := range services {
 			if p.Contains(a) {
@@ -316,7 +311,7 @@ func (c *call) renew(req api.RenewRequest) (*api.RenewResponse, error) {
 		return nil, internal("Failed to retrieve list of control plane nodes", err)
 	}
 	for _, a := range servers {
-		answer.APIServers = append(answer.APIServers, net.JoinHostPort(a.String(), b.argument("kube-apiserver", "secure-port")))
+		answer.APIServers = append(answer.APIServers, net.JoinHostPort(a.String(), b.apiPort()))
 	}
 	return answer, nil
 }

@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -30,9 +31,8 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
-	"microk8s/internal/agentport"
-	"microk8s/internal/args"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 )
@@ -102,7 +102,7 @@ func (c *Cluster) Targets(ctx context.Context) ([]Target, error) {
 	}
 	port := c.Port
 	if port == "" {
-		port = agentport.Of(c.Env)
+		port = strconv.Itoa(nodeconfig.Load(c.Env).AgentPort)
 	}
 	var out []Target
 	for _, n := range nodes {
@@ -232,12 +232,7 @@ func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, e
 
 // apiServer is where a node's API server answers, if it has one.
 func (c *Cluster) apiServer(t Target) string {
-	port := "16443"
-	if f, err := args.Load(c.Env.Args("kube-apiserver"), args.GrammarFor("kube-apiserver")); err == nil {
-		if v, ok := f.Value("secure-port", c.Env.Lookup); ok && v != "" {
-			port = v
-		}
-	}
+	port := strconv.Itoa(nodeconfig.Load(c.Env).APIServer.Port)
 	host, _, _ := net.SplitHostPort(t.Address)
 	return "https://" + net.JoinHostPort(host, port) + "/readyz"
 }

@@ -13,8 +13,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -34,6 +34,7 @@ import (
 	"microk8s/internal/coalesce"
 	"microk8s/internal/defence"
 	"microk8s/internal/images"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -64,9 +65,8 @@ type Node struct {
 	// one than the node has: it may have changed just now. nil means not to ask.
 	Fresh func(ctx context.Context) (string, error)
 
-	editing sync.Mutex // argument files
-	later   sync.WaitGroup
-	fresh   coalesce.Reads[string] // of Fresh
+	later sync.WaitGroup
+	fresh coalesce.Reads[string] // of Fresh
 }
 
 const (
@@ -311,47 +311,35 @@ func (n *Node) update(s api.ConfigureService) error {
 	if len(s.Update)+len(s.Remove) == 0 {
 		return nil
 	}
-	n.editing.Lock()
-	defer n.editing.Unlock()
 	return Update(n.Env, s.Name, s.Update, s.Remove)
 }
 
 // Update changes options of one argument file: first the ones to remove, then the new values,
 // so that an option in both is set. A missing file counts as empty.
 func Update(env snapenv.Env, name string, update []map[string]string, remove []string) error {
-	path, grammar := env.Args(name), args.GrammarFor(name)
-	f, err := args.Load(path, grammar)
-	if errors.Is(err, fs.ErrNotExist) {
-		f, err = args.Parse(nil, grammar)
-	}
-	if err != nil {
-		return err
-	}
-	for _, key := range remove {
-		f.Unset(strings.TrimLeft(key, "-"))
-	}
 	merged := map[string]string{}
 	for _, m := range update {
 		for key, value := range m {
 			merged[strings.TrimLeft(key, "-")] = value
 		}
 	}
-	keys := make([]string, 0, len(merged))
-	for key := range merged {
-		keys = append(keys, key)
-	}
-	slices.Sort(keys)
-	for _, key := range keys {
-		if err := f.Set(key, merged[key]); err != nil {
-			if defence.On(defence.ArgumentValues) {
+	_, err := nodeconfig.Edit(env, name, func(f *args.File) error {
+		for _, key := range remove {
+			f.Unset(strings.TrimLeft(key, "-"))
+		}
+		for _, key := range slices.Sorted(maps.Keys(merged)) {
+			if err := f.Set(key, merged[key]); err != nil {
+				if !defence.On(defence.ArgumentValues) {
+					// The attack suite shows what the editor and the check before it are for.
+					raw := append(f.Bytes(), []byte("--"+key+"="+merged[key]+"\n")...)
+					return errors.Join(err, os.WriteFile(env.Args(name), raw, 0o600))
+				}
 				return err
 			}
-			// The attack suite shows what the editor and the check before it are for.
-			raw := append(f.Bytes(), []byte("--"+key+"="+merged[key]+"\n")...)
-			return os.WriteFile(path, raw, 0o600)
 		}
-	}
-	return f.Save(path)
+		return nil
+	})
+	return err
 }
 
 // importTimeout bounds the import of one image. Who goes away ends it with the body.

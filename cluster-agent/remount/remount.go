@@ -24,6 +24,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -59,7 +60,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 func (k *Keeper) once(ctx context.Context) error {
 	lock, err := os.Stat(k.Env.Lock(snapenv.LockRemount))
-	if errors.Is(err, fs.ErrNotExist) || k.Env.Locked(snapenv.LockNoRemount) {
+	if errors.Is(err, fs.ErrNotExist) || nodeconfig.ReadState(k.Env).KeepPods {
 		return nil
 	}
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"microk8s/internal/certs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -120,7 +121,7 @@ func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
 	}
 	switch {
 	case len(*pending) == 0:
-	case k.Env.Locked("join-in-progress"), k.Env.Locked(snapenv.LockStopped):
+	case nodeconfig.ReadState(k.Env).Changing, nodeconfig.ReadState(k.Env).Stopped:
 		err = errors.Join(err, errors.New("services are not restarted while the node joins or is stopped"))
 	default:
 		if restartErr := k.Restart(ctx, *pending...); restartErr != nil {

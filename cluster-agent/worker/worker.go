@@ -21,16 +21,16 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
-	"sigs.k8s.io/yaml"
-
+	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
-	"microk8s/internal/agentport"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/kubeconfig"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -317,34 +317,23 @@ func post(ctx context.Context, client *http.Client, address string, body api.Ren
 // provider reads the API servers' hosts from the proxy's configuration; their agents have the
 // port of this node's.
 func (k *Keeper) provider() ([]string, error) {
-	path := k.Env.Args("traefik/provider.yaml")
-	data, err := os.ReadFile(path)
+	path, err := config.ProviderFile(k.Env)
 	if err != nil {
 		return nil, fmt.Errorf("cannot find the control plane: %w", err)
 	}
-	var file struct {
-		TCP struct {
-			Services map[string]struct {
-				LoadBalancer struct {
-					Servers []struct {
-						Address string `json:"address"`
-					} `json:"servers"`
-				} `json:"loadBalancer"`
-			} `json:"services"`
-		} `json:"tcp"`
-	}
-	if err := yaml.Unmarshal(data, &file); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", path, err)
-	}
-	port := agentport.Of(k.Env)
-	var out []string
-	for _, s := range file.TCP.Services["kube-apiserver"].LoadBalancer.Servers {
-		if host, _, err := net.SplitHostPort(s.Address); err == nil {
-			out = append(out, net.JoinHostPort(host, port))
+	servers, err := config.ReadProvider(path)
+	if err != nil { // the proxy goes on with the list that it could use last
+		var lastErr error
+		if servers, lastErr = config.ReadProvider(config.LastGood(path)); lastErr != nil {
+			return nil, fmt.Errorf("cannot find the control plane: %w", err)
 		}
 	}
-	if len(out) == 0 {
-		return nil, fmt.Errorf("cannot find the control plane: %s names no API server", path)
+	port := strconv.Itoa(nodeconfig.Load(k.Env).AgentPort)
+	var out []string
+	for _, s := range servers {
+		if host, _, err := net.SplitHostPort(s); err == nil {
+			out = append(out, net.JoinHostPort(host, port))
+		}
 	}
 	return out, nil
 }

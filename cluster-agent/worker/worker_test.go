@@ -20,6 +20,7 @@ import (
 
 	"crypto/rsa"
 
+	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/kubeconfig"
@@ -270,6 +271,33 @@ func TestProvider(t *testing.T) {
 		if strings.Join(got, " ") != tc.want || (err == nil) != (tc.want != "") {
 			t.Errorf("%v, %v", got, err)
 		}
+	}
+}
+
+// TestMovedProvider has the list of servers where traefik.yaml says, as the proxy reads it.
+func TestMovedProvider(t *testing.T) {
+	k, _, _ := newWorker(t, 365)
+	const servers = "tcp:\n  services:\n    kube-apiserver:\n      loadBalancer:\n        servers:\n        - address: "
+	moved := filepath.Join(t.TempDir(), "servers.yaml")
+	for path, text := range map[string]string{
+		k.Env.Args("traefik/provider.yaml"): servers + "10.0.0.1:16443\n", // of before it was moved
+		moved:                               servers + "10.0.0.2:16443\n",
+		k.Env.Args("traefik/traefik.yaml"):  "providers:\n  file:\n    filename: " + moved + "\n",
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := k.provider(); err != nil || strings.Join(got, " ") != "10.0.0.2:25000" {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for path, text := range map[string]string{moved: "x: [", config.LastGood(moved): servers + "10.0.0.3:16443\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := k.provider(); err != nil || strings.Join(got, " ") != "10.0.0.3:25000" {
+		t.Errorf("with a damaged list: %v, %v", got, err)
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/images"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -81,14 +82,14 @@ const healthBudget = 5 * time.Second
 
 // health says how the node is in the words of snapd.
 func health(ctx context.Context, env snapenv.Env) (state, message string) {
-	if env.Locked(snapenv.LockStopped) {
+	if nodeconfig.ReadState(env).Stopped {
 		return "okay", ""
 	}
 	report := (&status.Prober{Env: env, Manager: service.New(env), Now: time.Now, Budget: healthBudget}).Probe(ctx)
 	switch {
 	case len(report.Problems) > 0 && report.Ready:
 		return "error", report.Problems[0].What
-	case report.Ready, env.Locked(snapenv.LockWorker) && len(report.Problems) == 0:
+	case report.Ready, nodeconfig.ReadState(env).Worker && len(report.Problems) == 0:
 		return "okay", ""
 	}
 	return "waiting", "the node is not Ready yet; see microk8s status --wait-ready"

@@ -9,6 +9,7 @@ import (
 	"microk8s/internal/daemon"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/images"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
@@ -32,7 +33,7 @@ func stopContainers(ctx context.Context, env snapenv.Env) error {
 // install sets the node up as the hook of snapd does, with the launch configuration that a
 // person has left for it, or brings one that is set up in line with this version of the package.
 func install(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
-	if env.Locked(snapenv.LockInstalled) {
+	if nodeconfig.ReadState(env).Installed {
 		return setup.Configure(ctx, env, log)
 	}
 	return hooks(env, log).Run(ctx, "install")

@@ -2,9 +2,7 @@ package addon
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"slices"
 	"strings"
@@ -13,14 +11,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
-	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
-)
-
-// What holds where the argument files say nothing (cli.md 6.3).
-const (
-	defaultServiceCIDR = "10.152.183.0/24"
-	defaultDomain      = "cluster.local"
 )
 
 // dnsOffset is where in the Service range the DNS service is: 10.152.183.10.
@@ -87,21 +79,16 @@ func dnsServers(words []string) ([]string, error) {
 }
 
 func renderDNS(ctx context.Context, s *Set, words []string) (any, error) {
-	v := dnsValues{Domain: defaultDomain}
+	var v dnsValues
 	given, err := readDNS(words)
 	if err != nil {
 		return nil, err
 	}
 	v.Upstreams = given.servers
-	kubelet, err := args.Load(s.Env.Args("kubelet"), args.GrammarA)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
+	if _, err := nodeconfig.File(s.Env, nodeconfig.Kubelet); err != nil {
+		return nil, err // the domain is in it
 	}
-	if err == nil {
-		if d, ok := kubelet.Value("cluster-domain", s.Env.Lookup); ok {
-			v.Domain = d
-		}
-	}
+	v.Domain = nodeconfig.Load(s.Env).DNS.Domain
 	if given.domain != "" {
 		v.Domain = given.domain
 	}
@@ -138,23 +125,10 @@ func (s *Set) freeAddress(ctx context.Context, ip netip.Addr) error {
 	return nil
 }
 
-// serviceRanges gives the ranges of the addresses of Services.
+// serviceRanges returns the ranges of the addresses of Services.
 func serviceRanges(env snapenv.Env) ([]netip.Prefix, error) {
-	text := defaultServiceCIDR
-	if f, err := args.Load(env.Args("kube-apiserver"), args.GrammarA); err == nil {
-		if v, ok := f.Value("service-cluster-ip-range", env.Lookup); ok {
-			text = v
-		}
-	}
-	var out []netip.Prefix
-	for part := range strings.SplitSeq(text, ",") {
-		prefix, err := netip.ParsePrefix(strings.TrimSpace(part))
-		if err != nil {
-			return nil, fmt.Errorf("cannot use --service-cluster-ip-range=%s in %s: %w", text, env.Args("kube-apiserver"), err)
-		}
-		out = append(out, prefix)
-	}
-	return out, nil
+	c := nodeconfig.Load(env)
+	return c.APIServer.ServiceCIDRs, c.Err(nodeconfig.PartServiceCIDRs)
 }
 
 // dnsAddress is the address of the DNS service: the one it has, else the one at the fixed place

@@ -32,6 +32,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 )
@@ -83,7 +84,7 @@ func specs(hostname string) []spec {
 // Options are what a Store needs to know from outside; nil fields mean the real thing.
 type Options struct {
 	Maker     pki.Maker
-	Hostname  func() (string, error)
+	Hostname  func() (string, error) // of the host; see nodeconfig.NodeName for the node's name
 	Addresses func() ([]net.IP, error)
 	Log       *slog.Logger
 }
@@ -98,7 +99,7 @@ type Store struct {
 // New gives the Store of env.
 func New(env snapenv.Env, opts Options) *Store {
 	if opts.Hostname == nil {
-		opts.Hostname = Hostname
+		opts.Hostname = hostinfo.Hostname
 	}
 	if opts.Addresses == nil {
 		opts.Addresses = hostinfo.Addresses
@@ -108,6 +109,9 @@ func New(env snapenv.Env, opts Options) *Store {
 	}
 	return &Store{env: env, opts: opts}
 }
+
+// nodeName is in certificates of the kubelet.
+func (s *Store) nodeName() (string, error) { return nodeconfig.NodeName(s.env, s.opts.Hostname) }
 
 // Change is what one run did.
 type Change struct {
@@ -251,7 +255,7 @@ func (s *Store) checkCA(name string, cert *x509.Certificate) error {
 func (s *Store) ensureDatastorePair() error {
 	dir := s.env.BackendLive()
 	crt, keyFile := filepath.Join(dir, "cluster.crt"), filepath.Join(dir, "cluster.key")
-	if s.env.Locked(snapenv.LockNoDqlite) {
+	if !nodeconfig.Load(s.env).Datastore.Own() {
 		return nil
 	}
 	if err := fileaccess.For(s.env).SharedDir(dir); err != nil {
@@ -276,7 +280,7 @@ func (s *Store) ensureDatastorePair() error {
 		}
 		return nil
 	}
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return err
 	}
@@ -299,7 +303,7 @@ func (s *Store) Renew(ctx context.Context) (Change, error) {
 	if err != nil {
 		return change, err
 	}
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return change, err
 	}
@@ -307,7 +311,7 @@ func (s *Store) Renew(ctx context.Context) (Change, error) {
 		if err := ctx.Err(); err != nil {
 			return change, err
 		}
-		if s.env.Locked(snapenv.LockWorker) && !sp.onWorker {
+		if nodeconfig.ReadState(s.env).Worker && !sp.onWorker {
 			continue
 		}
 		why, expiry, err := s.reason(sp, want[sp.name])
@@ -381,7 +385,7 @@ func (s *Store) names() (map[string]wanted, error) {
 			server.ips = append(server.ips, ip)
 		}
 	}
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return nil, err
 	}
@@ -438,8 +442,11 @@ func (s *Store) reason(sp spec, want wanted) (why string, old bool, err error) {
 	if sp.server {
 		// A member of a cluster does not follow its addresses, but does follow what people write.
 		needed := want.csr
-		if s.env.Locked(snapenv.LockNoReissue) {
+		if nodeconfig.ReadState(s.env).Clustered {
 			needed = want.written
+		}
+		if cert.Subject.CommonName != needed.subject.CommonName {
+			return "the name " + needed.subject.CommonName + " is to be its subject", true, nil
 		}
 		if missing := needed.missingFrom(cert); missing != "" {
 			return missing + " is to be added to it", false, nil
@@ -462,9 +469,6 @@ func (c csr) missingFrom(cert *x509.Certificate) string {
 		if !slices.ContainsFunc(cert.IPAddresses, ip.Equal) {
 			return ip.String()
 		}
-	}
-	if cert.Subject.CommonName != c.subject.CommonName {
-		return "the name " + c.subject.CommonName
 	}
 	return ""
 }
@@ -517,7 +521,7 @@ func (s *Store) writeKubeconfig(sp spec) error {
 	if sp.kubeconfig == "" {
 		return nil
 	}
-	want := kubeconfig.Config{Server: kubeconfig.LocalServer(securePort(s.env)), User: sp.subject.CommonName}
+	want := kubeconfig.Config{Server: kubeconfig.LocalServer(nodeconfig.Load(s.env).APIServer.Port), User: sp.subject.CommonName}
 	for path, to := range map[string]*[]byte{s.crt(CA): &want.CA, s.crt(sp.name): &want.Cert, s.key(sp.name): &want.Key} {
 		data, err := os.ReadFile(path)
 		if err != nil {
@@ -547,13 +551,13 @@ func (s *Store) writeKubeconfig(sp spec) error {
 
 // NextRenewal is when the first certificate becomes due; the zero time if none can be read.
 func (s *Store) NextRenewal() time.Time {
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return time.Time{}
 	}
 	var next time.Time
 	for _, sp := range specs(hostname) {
-		if s.env.Locked(snapenv.LockWorker) && !sp.onWorker {
+		if nodeconfig.ReadState(s.env).Worker && !sp.onWorker {
 			continue
 		}
 		cert, _, err := readCert(s.crt(sp.name))

@@ -177,6 +177,26 @@ func TestKubeconfigs(t *testing.T) {
 	}
 }
 
+// TestNodeName holds that kubelet's certificate and kubeconfig have the name under which the
+// kubelet registers the node.
+func TestNodeName(t *testing.T) {
+	n := newNode(t)
+	write(t, n.env.Args("kubelet"), "--hostname-override=Blue\n")
+	n.ensure(t)
+	cert := n.cert(t, Kubelet)
+	if cert.Subject.CommonName != "system:node:blue" || cert.VerifyHostname("blue") != nil {
+		t.Errorf("the certificate is of %s, for %v", cert.Subject, cert.DNSNames)
+	}
+	data, err := os.ReadFile(n.env.Credential("kubelet.config"))
+	if err != nil || !strings.Contains(string(data), "system:node:blue") {
+		t.Errorf("kubeconfig: %v\n%s", err, data)
+	}
+	write(t, n.env.Args("kubelet"), "--hostname-override=under_score\n")
+	if _, err := n.Renew(t.Context()); err == nil || !strings.Contains(err.Error(), "--hostname-override in") {
+		t.Errorf("a name that no node can have: %v", err)
+	}
+}
+
 func TestNothingToDoTheSecondTime(t *testing.T) {
 	n := newNode(t)
 	n.ensure(t)
@@ -209,6 +229,13 @@ func TestRenewal(t *testing.T) {
 			write(t, n.env.Lock(snapenv.LockNoReissue), "")
 			n.addresses = append(n.addresses, net.IPv4(10, 9, 8, 8))
 		}, nil, nil},
+		{"another name of the node", func(t *testing.T, n *node) {
+			write(t, n.env.Args("kubelet"), "--hostname-override=Blue\n")
+		}, []string{Kubelet}, []string{"kubelite"}},
+		{"another name of the node in a cluster", func(t *testing.T, n *node) {
+			write(t, n.env.Lock(snapenv.LockNoReissue), "")
+			write(t, n.env.Args("kubelet"), "--hostname-override=blue\n")
+		}, []string{Kubelet}, []string{"kubelite"}},
 		{"another service range", func(t *testing.T, n *node) {
 			write(t, n.env.Args("kube-apiserver"), "--service-cluster-ip-range=10.50.0.0/16\n")
 		}, []string{Server, FrontProxyClient}, nil},

@@ -53,7 +53,7 @@ func (s *Store) DaysLeft(name string) (int, error) {
 // csr.conf.template as they are now. Restart names what does not read it again by itself.
 func (s *Store) Reissue(_ context.Context, name string) (Change, error) {
 	var change Change
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return change, err
 	}
@@ -138,7 +138,7 @@ func (s *Store) ReplaceCA(ctx context.Context, dir string) (Change, error) {
 	if err := a.WriteShared(s.crt(CA), crt); err != nil {
 		return Change{}, err
 	}
-	hostname, err := s.opts.Hostname()
+	hostname, err := s.nodeName()
 	if err != nil {
 		return Change{}, err
 	}

@@ -22,6 +22,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 
 	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -87,7 +88,7 @@ type Node struct {
 // do not apply.
 func Run(ctx context.Context, n *Node) []Result {
 	n.ctx, n.files = ctx, map[string]*args.File{}
-	worker := n.Env.Locked(snapenv.LockWorker)
+	worker := nodeconfig.ReadState(n.Env).Worker
 	var out []Result
 	for _, c := range Controls() {
 		r := Result{ID: c.ID, Title: c.Title, Wanted: c.Wanted, Reason: c.Reason, Status: c.fixed, Found: "-"}
@@ -296,7 +297,7 @@ func (n *Node) owned(path string, limit fs.FileMode) finding {
 	}
 	f.do = fmt.Sprintf("chown root:root %s && chmod %o %[1]s", path, limit)
 	shared := root && perm&^(limit|0o070) == 0
-	if shared && !n.Env.Locked(snapenv.LockCIS) {
+	if shared && !nodeconfig.ReadState(n.Env).RootOnly {
 		f.accept = groupReason
 	}
 	return f

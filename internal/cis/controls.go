@@ -8,7 +8,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
-	"microk8s/internal/etcdargs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -349,9 +349,9 @@ func externalIPs(n *Node) finding {
 
 // datastoreClient looks at how the API server reaches its datastore.
 func datastoreClient(n *Node) finding {
-	if servers, external := etcdargs.External(n.Env); external {
+	if d := nodeconfig.Load(n.Env).Datastore; d.Owner == nodeconfig.ExternalEtcd {
 		f := flagsSet(apiServer, "etcd-cafile", "etcd-certfile", "etcd-keyfile")(n)
-		for _, s := range servers {
+		for s := range strings.SplitSeq(d.Servers, ",") {
 			f.ok = f.ok && strings.HasPrefix(s, "https://")
 		}
 		return f
@@ -365,7 +365,7 @@ func datastoreClient(n *Node) finding {
 }
 
 func datastorePair(n *Node) finding {
-	if _, external := etcdargs.External(n.Env); external {
+	if nodeconfig.Load(n.Env).Datastore.Owner == nodeconfig.ExternalEtcd {
 		return finding{found: "an etcd of its own", status: Manual, accept: "look at the etcd's own arguments"}
 	}
 	for _, name := range []string{"cluster.crt", "cluster.key"} {

@@ -11,19 +11,18 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 	"k8s.io/apimachinery/pkg/util/duration"
-	"k8s.io/apimachinery/pkg/util/validation"
 
-	"microk8s/internal/agentport"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
-	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
@@ -141,8 +140,8 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		return err
 	}
 	if f.name != "" {
-		if problems := validation.IsDNS1123Subdomain(f.name); len(problems) > 0 {
-			return failf("give the host name of the joining machine, in lower case", "cannot use --name %s: %s", f.name, problems[0])
+		if err := nodeconfig.CheckNodeName(f.name); err != nil {
+			return failf("give the host name of the joining machine, in lower case", "cannot use --name %s: %w", f.name, err)
 		}
 	}
 	check, err := a.fingerprint(tok)
@@ -162,7 +161,7 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 	if addr := defaultAddress(); addr.IsValid() {
 		first = addr.String()
 	}
-	c := connection{token: tok.Reveal(), check: check, port: agentport.Of(a.Env), first: first, all: all, worker: f.worker, ha: a.Env.Locked(snapenv.LockHA)}
+	c := connection{token: tok.Reveal(), check: check, port: strconv.Itoa(nodeconfig.Load(a.Env).AgentPort), first: first, all: all, worker: f.worker, ha: a.state().HA}
 	if err := c.print(a.Out, f.format); err != nil {
 		return err
 	}

@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/datastore/backup"
-	"microk8s/internal/snapenv"
 )
 
 // Exit codes of dbctl (cli.md 1.11).
@@ -93,7 +92,7 @@ Both check what they have written, by number and hash of the keys.`,
 				return cmd.Help()
 			}
 			_, err := os.Stat(a.Env.DatastoreSocket())
-			if err != nil || !a.Env.Locked(snapenv.LockHA) {
+			if err != nil || !a.state().HA {
 				fmt.Fprintln(a.Out, "Please ensure the kubernetes apiserver is running and HA is enabled.")
 				return exitError(exitNoDatastore)
 			}

@@ -23,8 +23,8 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/internal/addon"
-	"microk8s/internal/args"
 	"microk8s/internal/bootstrap"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -406,23 +406,15 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 // kubeletDNS makes the kubelets of all nodes give pods address and domain of the DNS service,
 // where this node's arguments say something else.
 func (a *App) kubeletDNS(ctx context.Context, p *progress, ip, domain string) error {
-	file, err := args.Load(a.Env.Args("kubelet"), args.GrammarA)
-	if errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(a.Env.Args(nodeconfig.Kubelet)); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	changed, err := nodeconfig.SetFlags(a.Env, nodeconfig.Kubelet, map[string]string{"cluster-dns": ip, "cluster-domain": domain})
 	if err != nil {
-		return err
-	}
-	hasIP, _ := file.Value("cluster-dns", a.Env.Lookup)
-	hasDomain, _ := file.Value("cluster-domain", a.Env.Lookup)
-	if hasIP == ip && hasDomain == domain {
-		return nil
-	}
-	if err := errors.Join(file.Set("cluster-dns", ip), file.Set("cluster-domain", domain)); err != nil {
-		return err
-	}
-	if err := file.Save(a.Env.Args("kubelet")); err != nil {
 		return explain("cannot set --cluster-dns of the kubelet", err)
+	}
+	if !changed {
+		return nil
 	}
 	update := []map[string]string{{"--cluster-dns": ip}, {"--cluster-domain": domain}}
 	if err := a.configureOthers(ctx, "Adding arguments --cluster-dns and --cluster-domain to nodes.",
@@ -474,7 +466,7 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) er
 
 // sayElsewhere names the nodes that still have data of volumes: a node's is deleted there only.
 func (a *App) sayElsewhere(ctx context.Context, set *addon.Set) error {
-	count, err := set.VolumesElsewhere(ctx, nodeName())
+	count, err := set.VolumesElsewhere(ctx, nodeconfig.Load(a.Env).NodeName)
 	if err != nil || len(count) == 0 {
 		return err
 	}
@@ -545,7 +537,7 @@ func (a *App) room(ctx context.Context, set *addon.Set, r request) error {
 	}
 	full := status.FullDisk(a.Env)
 	if full != nil {
-		here := nodeName()
+		here := nodeconfig.Load(a.Env).NodeName
 		roomy = slices.DeleteFunc(roomy, func(n string) bool { return n == here })
 	}
 	switch {

@@ -9,7 +9,7 @@ import (
 	"os/exec"
 	"strings"
 
-	"microk8s/internal/snapenv"
+	"microk8s/internal/nodeconfig"
 )
 
 // gate refuses a command: it prints the refusal and gives the exit code as an error, or nil
@@ -20,6 +20,9 @@ type gate func() error
 func errNotSetUp() error {
 	return failf("set it up and start it with: sudo microk8s start", "this machine has no node yet")
 }
+
+// state is what the locks say about this node now.
+func (a *App) state() nodeconfig.State { return nodeconfig.ReadState(a.Env) }
 
 // perm refuses who may not read the administrator's kubeconfig.
 func (a *App) perm(w io.Writer) gate {
@@ -75,7 +78,7 @@ func (a *App) rootOnly() error {
 
 // stopped refuses while the node is stopped.
 func (a *App) stopped() error {
-	if !a.Env.Locked(snapenv.LockStopped) {
+	if !a.state().Stopped {
 		return nil
 	}
 	fmt.Fprintln(a.Err, stoppedText)
@@ -86,7 +89,7 @@ const stoppedText = "microk8s is not running, try microk8s start"
 
 // stoppedStatus says so on standard output, where scripts look, with exit code 0.
 func (a *App) stoppedStatus() error {
-	if !a.Env.Locked(snapenv.LockStopped) {
+	if !a.state().Stopped {
 		return nil
 	}
 	fmt.Fprintln(a.Out, stoppedText)
@@ -99,7 +102,7 @@ const workerText = "This MicroK8s deployment is acting as a node in a cluster."
 // with a line break.
 func (a *App) worker(advice string, code int) gate {
 	return func() error {
-		if !a.Env.Locked(snapenv.LockWorker) {
+		if !a.state().Worker {
 			return nil
 		}
 		sep := " "
@@ -125,7 +128,7 @@ func (a *App) workerSnap(verb string) gate {
 
 // workerRefresh tells where the certificates of a worker come from.
 func (a *App) workerRefresh() error {
-	if !a.Env.Locked(snapenv.LockWorker) {
+	if !a.state().Worker {
 		return nil
 	}
 	fmt.Fprintln(a.Out, workerText+" Please run refresh-certs on the master.")
@@ -135,7 +138,7 @@ func (a *App) workerRefresh() error {
 
 // lowMemory refuses on machines that are too small for a control plane.
 func (a *App) lowMemory() error {
-	if !a.Env.Locked(snapenv.LockLowMemory) {
+	if !a.state().LowMemory {
 		return nil
 	}
 	fmt.Fprint(a.Out, `

@@ -8,9 +8,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"microk8s/internal/certs"
 	"microk8s/internal/cluster"
 	"microk8s/internal/journal"
+	"microk8s/internal/nodeconfig"
 )
 
 func (a *App) newLeave() *cobra.Command {
@@ -65,7 +65,11 @@ func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
 			"else on a node of the other one run: microk8s remove-node %[1]s\n", address)
 		return nil
 	case err == nil:
-		fmt.Fprintln(a.Err, "This node is a cluster of its own now. On a node of the other one run: microk8s remove-node "+nodeName())
+		name := nodeconfig.Load(a.Env).NodeName
+		if name == "" {
+			name = "NODE"
+		}
+		fmt.Fprintln(a.Err, "This node is a cluster of its own now. On a node of the other one run: microk8s remove-node "+name)
 		return nil
 	case errors.Is(err, cluster.ErrNotMember):
 		fmt.Fprintln(a.Out, notClustered)
@@ -110,7 +114,7 @@ func (a *App) withHints(err error, hints ...string) error {
 // lastCopyHints say what can be done with a node whose cluster does not answer: its copy of the data
 // first, and then leaving it.
 func (a *App) lastCopyHints() []string {
-	if cluster.IsWorker(a.Env) {
+	if a.state().Worker {
 		return []string{"if the cluster is gone for good: microk8s leave --force"}
 	}
 	return []string{
@@ -217,12 +221,4 @@ func noNodeFailure(node string, err error) error {
 	}
 	f.Hints = []string{"the nodes are listed by: microk8s kubectl get nodes -o wide"}
 	return f
-}
-
-// nodeName is this node's name, or a word for it.
-func nodeName() string {
-	if name, err := certs.Hostname(); err == nil {
-		return name
-	}
-	return "NODE"
 }

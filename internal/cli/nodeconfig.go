@@ -2,9 +2,7 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -15,7 +13,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/fanout"
 	"microk8s/internal/args"
-	"microk8s/internal/certs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 )
 
@@ -100,22 +98,14 @@ func (a *App) argumentFile(name string) (*args.File, error) {
 	if name != filepath.Base(name) || strings.HasPrefix(name, ".") {
 		return nil, fmt.Errorf("%q is not the name of a file in %s", name, a.Env.ArgsDir())
 	}
-	f, err := args.Load(a.Env.Args(name), args.GrammarFor(name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return args.Parse(nil, args.GrammarFor(name))
-	}
-	return f, err
+	return nodeconfig.File(a.Env, name)
 }
 
 func (a *App) changeArguments(name string, change func(*args.File) error) error {
-	f, err := a.argumentFile(name)
-	if err != nil {
+	if _, err := a.argumentFile(name); err != nil {
 		return err
 	}
-	if err := change(f); err != nil {
-		return err
-	}
-	if err := f.Save(a.Env.Args(name)); err != nil {
+	if _, err := nodeconfig.Edit(a.Env, name, change); err != nil {
 		return explain("cannot change the arguments in "+a.Env.Args(name), err)
 	}
 	return nil
@@ -129,13 +119,13 @@ func (a *App) configureOthers(ctx context.Context, action string, req api.Config
 	if err != nil {
 		return err
 	}
-	own, err := certs.Hostname()
-	if err != nil {
+	config := nodeconfig.Load(a.Env)
+	if err := config.Err(nodeconfig.PartName); err != nil {
 		return err
 	}
 	var names []string
 	for _, t := range targets {
-		if t.Name != own {
+		if t.Name != config.NodeName {
 			names = append(names, t.Name)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 )
 
 // raw makes a command that hands its arguments to a program as they are.
@@ -60,13 +61,11 @@ func (a *App) permUnlessOwn(user []string) error {
 func (a *App) kubectlCommand(user []string) (string, []string, error) {
 	path := filepath.Join(a.Env.Snap, "kubectl")
 	argv := []string{path}
-	f, err := args.Load(a.Env.Args("kubectl"), args.GrammarFor("kubectl"))
-	switch {
-	case err == nil:
-		argv = append(argv, f.Words(a.lookup)...)
-	case !errors.Is(err, fs.ErrNotExist):
+	f, err := nodeconfig.File(a.Env, "kubectl")
+	if err != nil {
 		return "", nil, err
 	}
+	argv = append(argv, f.Words(a.lookup)...)
 	return path, append(argv, user...), nil
 }
 

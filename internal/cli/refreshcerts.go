@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/certs"
-	"microk8s/internal/snapenv"
 )
 
 // Exit codes of refresh-certs (cli.md 1.12).
@@ -232,7 +231,7 @@ aware of the new CA.
 // restart restarts services so that they use what has changed. On a stopped node nothing runs
 // that would have to.
 func (a *App) restart(ctx context.Context, names []string) error {
-	if a.Env.Locked(snapenv.LockStopped) {
+	if a.state().Stopped {
 		return nil
 	}
 	for _, n := range names {

@@ -38,20 +38,17 @@ It may be interrupted and run again. It is for clusters of one node.`,
 	return cmd
 }
 
-// lockResetting is there from the moment a reset begins to delete until it is done.
-const lockResetting = "reset-in-progress"
-
 // stoppedUnlessResetting refuses on a stopped node, except where a reset has stopped it and
 // was then interrupted.
 func (a *App) stoppedUnlessResetting() error {
-	if a.Env.Locked(lockResetting) {
+	if a.state().Resetting {
 		return nil
 	}
 	return a.stopped()
 }
 
 func (a *App) reset(ctx context.Context, destroy bool) error {
-	if a.Env.Locked(lockResetting) {
+	if a.state().Resetting {
 		a.progress().say("An earlier reset was interrupted: starting what it may have stopped")
 		if err := a.start(ctx, false); err != nil {
 			return err
@@ -87,7 +84,7 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 		return exitError(ExitOK)
 	}
 	p := a.progress()
-	if err := makeLock(a.Env, lockResetting); err != nil {
+	if err := makeLock(a.Env, snapenv.LockResetting); err != nil {
 		return err
 	}
 	cleaner.KeepVolumes = !destroy
@@ -112,18 +109,16 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 		return explain("cannot delete the programs of addons", err)
 	}
 	// The second lock makes the user's own CNI be applied again.
-	for _, lock := range []string{"no-cert-reissue", "cni-loaded"} {
-		if err := removeLock(a.Env, lock); err != nil {
-			return err
-		}
+	if err := removeLock(a.Env, snapenv.LockNoReissue, snapenv.LockCNILoaded); err != nil {
+		return err
 	}
 	if err := a.start(ctx, false); err != nil {
 		return err
 	}
-	if a.Env.Locked(snapenv.LockStopped) {
+	if a.state().Stopped {
 		return exitError(ExitError)
 	}
-	return removeLock(a.Env, lockResetting)
+	return removeLock(a.Env, snapenv.LockResetting)
 }
 
 // emptyDir deletes what is in a folder, which itself, a mount point maybe, stays.

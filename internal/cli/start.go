@@ -11,8 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"microk8s/internal/atomicfile"
 	"microk8s/internal/cluster"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -81,7 +81,7 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		}
 		return explain("cannot start the services", err)
 	}
-	if a.Env.Locked(snapenv.LockWorker) {
+	if a.state().Worker {
 		p.say("This worker's services run. See it on a control plane node: microk8s kubectl get nodes")
 		return nil
 	}
@@ -181,19 +181,16 @@ func explain(what string, err error) error {
 	return failf(hint, "%s: %w", what, err)
 }
 
-func removeLock(env snapenv.Env, name string) error {
-	if err := os.Remove(env.Lock(name)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return explain("cannot remove the lock "+name, err)
+func removeLock(env snapenv.Env, names ...string) error {
+	if err := nodeconfig.Unlock(env, names...); err != nil {
+		return explain("cannot go on", err)
 	}
 	return nil
 }
 
 func makeLock(env snapenv.Env, name string) error {
-	if err := os.MkdirAll(env.LocksDir(), 0o775); err != nil {
-		return explain("cannot make the lock "+name, err)
-	}
-	if err := atomicfile.Write(env.Lock(name), nil, 0o660, nil); err != nil {
-		return explain("cannot make the lock "+name, err)
+	if err := nodeconfig.Lock(env, name); err != nil {
+		return explain("cannot go on", err)
 	}
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -172,9 +173,9 @@ func HowFar(env snapenv.Env) string { return (&Node{Env: env}).howFar() }
 func Elsewhere(env snapenv.Env) string {
 	n := &Node{Env: env}
 	n.defaults()
-	if IsWorker(env) {
-		if ip := n.arg("kubelet", "node-ip"); isIP(ip) && !n.isOwn(ip) {
-			return ip
+	if c := nodeconfig.Load(env); c.Worker {
+		if len(c.NodeIPs) > 0 && !n.isOwn(c.NodeIPs[0].String()) {
+			return c.NodeIPs[0].String()
 		}
 		return ""
 	}

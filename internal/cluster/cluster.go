@@ -11,22 +11,18 @@ package cluster
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strconv"
 	"time"
 
-	"microk8s/internal/args"
 	"microk8s/internal/certs"
-	"microk8s/internal/fileaccess"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -69,7 +65,7 @@ func (n *Node) defaults() {
 		n.Say = func(string, ...any) {}
 	}
 	if n.Hostname == nil {
-		n.Hostname = certs.Hostname
+		n.Hostname = hostinfo.Hostname
 	}
 	if n.Addresses == nil {
 		n.Addresses = hostinfo.Addresses
@@ -106,27 +102,14 @@ func Pending(env snapenv.Env) (*journal.Record, error) { return journal.Read(env
 // file is one of the files beside the journal.
 func (n *Node) file(name string) string { return filepath.Join(n.Env.ClusterDir(), name) }
 
-// IsWorker says whether this node is a worker of a cluster.
-func IsWorker(env snapenv.Env) bool { return env.Locked(snapenv.LockWorker) }
+// nodeName is the name under which the cluster knows this node.
+func (n *Node) nodeName() (string, error) { return nodeconfig.NodeName(n.Env, n.Hostname) }
 
-// lockJoining keeps the cluster agent from restarting services while a change goes on.
-const lockJoining = "join-in-progress"
+func (n *Node) state() nodeconfig.State { return nodeconfig.ReadState(n.Env) }
 
-func (n *Node) lock(name string) error {
-	if err := fileaccess.For(n.Env).SharedDir(n.Env.LocksDir()); err != nil {
-		return err
-	}
-	return fileaccess.For(n.Env).WriteShared(n.Env.Lock(name), nil)
-}
+func (n *Node) lock(names ...string) error { return nodeconfig.Lock(n.Env, names...) }
 
-func (n *Node) unlock(names ...string) error {
-	for _, name := range names {
-		if err := os.Remove(n.Env.Lock(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("cannot remove the lock %s: %w", name, err)
-		}
-	}
-	return nil
-}
+func (n *Node) unlock(names ...string) error { return nodeconfig.Unlock(n.Env, names...) }
 
 func (n *Node) store() *certs.Store {
 	return certs.New(n.Env, certs.Options{Maker: n.Maker, Hostname: n.Hostname, Addresses: n.Addresses, Log: n.Log})
@@ -134,34 +117,8 @@ func (n *Node) store() *certs.Store {
 
 // editArgs changes an argument file: a value of "" removes the flag.
 func (n *Node) editArgs(name string, change map[string]string) error {
-	g := args.GrammarFor(name)
-	f, err := args.Load(n.Env.Args(name), g)
-	if errors.Is(err, fs.ErrNotExist) {
-		f, err = args.Parse(nil, g)
-	}
-	if err != nil {
-		return err
-	}
-	for flag, value := range change {
-		if value == "" {
-			f.Unset(flag)
-			continue
-		}
-		if err := f.Set(flag, value); err != nil {
-			return fmt.Errorf("cannot set --%s in %s: %w", flag, n.Env.Args(name), err)
-		}
-	}
-	return f.Save(n.Env.Args(name))
-}
-
-// arg gives the expanded value of a flag, "" where it is not set.
-func (n *Node) arg(file, flag string) string {
-	f, err := args.Load(n.Env.Args(file), args.GrammarFor(file))
-	if err != nil {
-		return ""
-	}
-	v, _ := f.Value(flag, n.Env.Lookup)
-	return v
+	_, err := nodeconfig.SetFlags(n.Env, name, change)
+	return err
 }
 
 // isOwn says whether an address is one of this host's.

@@ -434,7 +434,7 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 	if got := read(t, s.env.Credential("callback-token.txt")); got != "the-callback-token" {
 		t.Errorf("callback token %q", got)
 	}
-	if worker != s.env.Locked(snapenv.LockWorker) || !s.env.Locked(snapenv.LockNoReissue) || s.env.Locked(lockJoining) {
+	if worker != s.env.Locked(snapenv.LockWorker) || !s.env.Locked(snapenv.LockNoReissue) || s.env.Locked(snapenv.LockJoining) {
 		t.Error("the locks are wrong")
 	}
 	ca := s.env.Cert("ca.crt")
@@ -699,7 +699,7 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 				if r, err := Pending(s.env); r != nil || err != nil {
 					t.Errorf("pending: %+v, %v", r, err)
 				}
-				if IsMember(s.env) || s.env.Locked(snapenv.LockNoDqlite) || s.env.Locked(lockJoining) || !s.env.Locked(snapenv.LockInstalled) {
+				if IsMember(s.env) || s.env.Locked(snapenv.LockNoDqlite) || s.env.Locked(snapenv.LockJoining) || !s.env.Locked(snapenv.LockInstalled) {
 					t.Error("the locks are wrong")
 				}
 				if got := read(t, s.env.Args("kubelet")); got != kubelet {
@@ -737,5 +737,38 @@ func TestKubeletArgs(t *testing.T) {
 	}
 	if v, _ := f.Get("root-dir"); v != "${SNAP_COMMON}/x" {
 		t.Errorf("variables are expanded: %q", v)
+	}
+}
+
+// TestOwnNodeName holds that a node joins under the name that its arguments give it, and keeps it:
+// the arguments of the contacted node's kubelet do not change it.
+func TestOwnNodeName(t *testing.T) {
+	for _, tc := range []struct{ name, own, theirs, want string }{
+		{"none", "", "", "node-a"},
+		{"its own", "--hostname-override=blue\n", "", "blue"},
+		{"the other's", "", "--hostname-override=red\n", "node-a"},
+		{"both", "--hostname-override=blue\n", "--hostname-override=red\n", "blue"},
+	} {
+		env := snapenv.Under(t.TempDir())
+		for path, text := range map[string]string{env.Args("kubelet"): "--v=2\n" + tc.own} {
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n := &Node{Env: env, Hostname: func() (string, error) { return "Node-A", nil }}
+		n.defaults()
+		s := &joinRun{Node: n, joinParams: &joinParams{}}
+		for range 2 { // a step may run again
+			err := s.kubeletArgs(&answer{JoinResponse: api.JoinResponse{KubeletArgs: "--v=3\n" + tc.theirs, Product: api.Product}}, map[string]string{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, err := n.nodeName(); got != tc.want || err != nil {
+				t.Errorf("%s: the node is %q, %v; want %q", tc.name, got, err, tc.want)
+			}
+		}
 	}
 }

@@ -15,13 +15,12 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
-	"microk8s/internal/agentport"
 	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
-	"microk8s/internal/etcdargs"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -67,7 +66,7 @@ var ErrOther = errors.New("another change was interrupted")
 // what it was (the error is then a *journal.Failed with Undone set).
 func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) error {
 	n.defaults()
-	hostname, err := n.Hostname()
+	hostname, err := n.nodeName()
 	if err != nil {
 		return err
 	}
@@ -78,13 +77,13 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 	if IsMember(n.Env) {
 		return ErrMember
 	}
-	if !n.Env.Locked(snapenv.LockInstalled) {
+	if !n.state().Installed {
 		if err := n.Install(ctx); err != nil {
 			return fmt.Errorf("cannot set up the node: %w", err)
 		}
 		p.Stopped = true
 	}
-	p.Stopped = p.Stopped || n.Env.Locked(snapenv.LockStopped)
+	p.Stopped = p.Stopped || n.state().Stopped
 	// Of an earlier membership that ended when the others were removed.
 	if err := os.RemoveAll(n.file(saved)); err != nil {
 		return err
@@ -97,19 +96,14 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 
 // IsMember says whether this node has joined a cluster, or others have joined it.
 func IsMember(env snapenv.Env) bool {
-	if env.Locked(snapenv.LockWorker) || len(members(env.BackendLive())) > 1 {
+	c := nodeconfig.Load(env)
+	if c.Worker || len(members(env.BackendLive())) > 1 {
 		return true
 	}
 	// Of an etcd that several nodes share nothing here says who they are: this node has joined,
 	// or others have asked it to.
 	_, err := os.Stat(filepath.Join(env.ClusterDir(), saved))
-	return sharesEtcd(env) && (err == nil || env.Locked(snapenv.LockNoReissue))
-}
-
-// sharesEtcd says whether the cluster's datastore is an etcd that is none of its nodes'.
-func sharesEtcd(env snapenv.Env) bool {
-	_, external := etcdargs.External(env)
-	return external || env.Locked(snapenv.LockNoDqlite)
+	return !c.Datastore.Own() && (err == nil || c.Clustered)
 }
 
 // resumeJoin deals with what an interrupted command has left.
@@ -247,7 +241,7 @@ func (s *joinRun) connection() (*client.Client, error) {
 
 func (s *joinRun) request() api.JoinRequest {
 	return api.JoinRequest{
-		Hostname: s.Self, Port: agentport.Of(s.Env), Worker: api.Worker(s.Worker),
+		Hostname: s.Self, Port: strconv.Itoa(nodeconfig.Load(s.Env).AgentPort), Worker: api.Worker(s.Worker),
 		Product: api.Product, Version: s.Version, DatastoreProtocol: api.DatastoreProtocol,
 		AdvertiseAddress: s.Advertise,
 	}
@@ -355,7 +349,7 @@ func (s *joinRun) release(ctx context.Context) error {
 
 // stop ends everything that runs, so that nothing uses files while they change.
 func (s *joinRun) stop(ctx context.Context) error {
-	if err := s.lock(lockJoining); err != nil {
+	if err := s.lock(snapenv.LockJoining); err != nil {
 		return err
 	}
 	return s.stopAll(ctx)
@@ -388,7 +382,7 @@ func (n *Node) stopAll(ctx context.Context) error {
 
 // startAgain undoes stop: by then every file is what it was.
 func (s *joinRun) startAgain(ctx context.Context) error {
-	if err := s.unlock(lockJoining); err != nil {
+	if err := s.unlock(snapenv.LockJoining); err != nil {
 		return err
 	}
 	if s.Stopped {
@@ -423,7 +417,11 @@ func (s *joinRun) kubeletArgs(a *answer, change map[string]string) error {
 	if err != nil {
 		return err
 	}
-	if own, ours := args.Load(s.Env.Args("kubelet"), args.GrammarA); ours == nil && a.ours() {
+	own, err := nodeconfig.File(s.Env, nodeconfig.Kubelet)
+	if err != nil {
+		return err
+	}
+	if a.ours() {
 		// Flags that say where things are come from this package's version, and those that
 		// the other node does not set stay as they are here.
 		for _, flag := range own.Flags() {
@@ -436,9 +434,8 @@ func (s *joinRun) kubeletArgs(a *answer, change map[string]string) error {
 			}
 		}
 	}
-	f.Unset("hostname-override")
 	f.Unset("node-ip")
-	if err := s.ownSize(f); err != nil {
+	if err := keepMachineFlags(own, f); err != nil {
 		return err
 	}
 	if s.isOwn(a.Address) {
@@ -454,16 +451,16 @@ func (s *joinRun) kubeletArgs(a *answer, change map[string]string) error {
 	return f.Save(s.Env.Args("kubelet"))
 }
 
-// sizeFlags are arguments of the kubelet that follow from the size of the machine.
-var sizeFlags = []string{"kube-reserved", "system-reserved", "reserved-cpus", "reserved-memory"}
+// machineFlags are arguments of the kubelet that belong to the machine: its size and its name, of
+// which the cluster was told.
+var machineFlags = []string{"kube-reserved", "system-reserved", "reserved-cpus", "reserved-memory", "hostname-override"}
 
-// ownSize replaces the arguments that follow from the other machine's size by those of this one.
-func (s *joinRun) ownSize(f *args.File) error {
-	for _, flag := range sizeFlags {
-		own := s.arg("kubelet", flag)
-		if own == "" {
+// keepMachineFlags replaces the arguments that belong to the other machine by those of this one.
+func keepMachineFlags(own, f *args.File) error {
+	for _, flag := range machineFlags {
+		if v, ok := own.Get(flag); !ok {
 			f.Unset(flag)
-		} else if err := f.Set(flag, own); err != nil {
+		} else if err := f.Set(flag, v); err != nil {
 			return err
 		}
 	}
@@ -472,7 +469,11 @@ func (s *joinRun) ownSize(f *args.File) error {
 
 // sameNetwork takes over the cluster's addresses of pods and Services.
 func (s *joinRun) sameNetwork(a *answer) error {
-	own := s.arg("kube-proxy", "cluster-cidr")
+	file, err := nodeconfig.File(s.Env, nodeconfig.KubeProxy)
+	if err != nil {
+		return err
+	}
+	own, _ := file.Value("cluster-cidr", s.Env.Lookup)
 	if a.ClusterCIDR != "" && own != a.ClusterCIDR {
 		s.Say("WARNING: Joining a cluster that has a different CIDR. The kube-proxy CIDR configuration will be overwritten.")
 		s.Say("Cluster CIDR: %s -- Node CIDR: %s(will be overwritten)", a.ClusterCIDR, own)
@@ -577,7 +578,7 @@ func (s *joinRun) clean(context.Context) error {
 	if err := s.keepBackendAsBackup(); err != nil {
 		return err
 	}
-	return s.unlock(lockJoining)
+	return s.unlock(snapenv.LockJoining)
 }
 
 // kubeconfigFor writes a kubeconfig for the API server, or the proxy in front of it.

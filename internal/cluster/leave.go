@@ -17,9 +17,9 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
-	"microk8s/internal/etcdargs"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -119,16 +119,16 @@ func (n *Node) Leave(ctx context.Context, j *journal.Journal, o LeaveOptions) er
 
 // mayLeave finds out what leaving means here.
 func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, error) {
-	hostname, err := n.Hostname()
+	hostname, err := n.nodeName()
 	if err != nil {
 		return nil, err
 	}
-	p := &leaveParams{Self: hostname, Worker: IsWorker(n.Env), Force: o.Force}
+	p := &leaveParams{Self: hostname, Worker: n.state().Worker, Force: o.Force}
 	if p.Worker {
 		return p, nil
 	}
 	if !IsMember(n.Env) {
-		if n.Env.Locked(snapenv.LockNoReissue) {
+		if n.state().Clustered {
 			// Others have been here. From now on certificates follow this host's addresses again.
 			if err := n.unlock(snapenv.LockNoReissue); err != nil {
 				return nil, err
@@ -137,7 +137,7 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 		}
 		return nil, ErrNotMember
 	}
-	if sharesEtcd(n.Env) {
+	if !nodeconfig.Load(n.Env).Datastore.Own() {
 		return p, nil // the datastore is not the cluster's nodes'
 	}
 	own := ownMember(n.Env.BackendLive())
@@ -233,7 +233,7 @@ func (s *leaveRun) quiet(ctx context.Context) error {
 	if err := os.RemoveAll(s.file(departedFile)); err != nil { // of an earlier leave that was taken back
 		return err
 	}
-	if err := s.lock(lockJoining); err != nil {
+	if err := s.lock(snapenv.LockJoining); err != nil {
 		return err
 	}
 	if err := s.Services.Stop(ctx, service.Kubelite); err != nil {
@@ -243,7 +243,7 @@ func (s *leaveRun) quiet(ctx context.Context) error {
 }
 
 func (s *leaveRun) resume(ctx context.Context) error {
-	if err := s.unlock(lockJoining); err != nil {
+	if err := s.unlock(snapenv.LockJoining); err != nil {
 		return err
 	}
 	return s.Services.Start(ctx)
@@ -342,13 +342,13 @@ func (s *leaveRun) forget(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := s.ownDatastore(); err != nil {
-		return err
-	}
 	if err := s.ownNetwork(); err != nil {
 		return err
 	}
-	return s.unlock(snapenv.LockNoReissue, snapenv.LockWorker, snapenv.LockNoDqlite)
+	if err := s.unlock(snapenv.LockNoReissue, snapenv.LockWorker, snapenv.LockNoDqlite); err != nil {
+		return err
+	}
+	return s.ownDatastore()
 }
 
 // ownNetwork removes the manifest of a pod network that the join has placed, unless it was changed
@@ -380,24 +380,15 @@ const placedUnrecorded = "# The cluster that this node has joined brings its own
 // ownDatastore points the API server at this node's datastore where it still uses an etcd, as on
 // the node that had it first: the arguments of the others were put back to what they were.
 func (s *leaveRun) ownDatastore() error {
-	if _, external := etcdargs.External(s.Env); !external {
+	if nodeconfig.Load(s.Env).Datastore.Owner != nodeconfig.ExternalEtcd {
 		return nil
 	}
-	path := s.Env.Args("kube-apiserver")
-	f, err := args.Load(path, args.GrammarFor("kube-apiserver"))
-	if err != nil {
+	if err := s.editArgs(nodeconfig.APIServer, map[string]string{
+		"etcd-servers": nodeconfig.OwnEtcdServers, "etcd-cafile": "", "etcd-certfile": "", "etcd-keyfile": "",
+	}); err != nil {
 		return err
 	}
-	if err := f.Set("etcd-servers", etcdargs.Own); err != nil {
-		return err
-	}
-	for _, flag := range []string{"etcd-cafile", "etcd-certfile", "etcd-keyfile"} {
-		f.Unset(flag)
-	}
-	if err := f.Save(path); err != nil {
-		return err
-	}
-	return os.Remove(path + ".backup")
+	return os.Remove(s.Env.Args(nodeconfig.APIServer) + ".backup")
 }
 
 // emptyExcept removes what is in a folder, but not the named files.
@@ -415,10 +406,10 @@ func emptyExcept(folder string, keep ...string) error {
 }
 
 func (s *leaveRun) start(ctx context.Context) error {
-	if err := s.unlock(lockJoining, snapenv.LockStopped); err != nil {
+	if err := s.unlock(snapenv.LockJoining, snapenv.LockStopped); err != nil {
 		return err
 	}
-	if s.Env.Locked(snapenv.LockLowMemory) {
+	if s.state().LowMemory {
 		return nil // it was fit for a worker only
 	}
 	return s.Services.Start(ctx)
@@ -428,7 +419,7 @@ func (s *leaveRun) start(ctx context.Context) error {
 const leaveReady = 2 * time.Minute
 
 func (s *leaveRun) wait(ctx context.Context) error {
-	if s.Env.Locked(snapenv.LockLowMemory) {
+	if s.state().LowMemory {
 		s.Say("WARNING: this machine has too little memory for a control plane: its services do not run; see microk8s start --help")
 		return nil
 	}

@@ -18,7 +18,6 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/service"
-	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
 
@@ -83,7 +82,7 @@ func (n *Node) preflight(ctx context.Context, p *joinParams) error {
 // localProblems are those that can be seen on this machine.
 func (n *Node) localProblems(ctx context.Context, p *joinParams) []Problem {
 	var out []Problem
-	if n.Env.Locked(snapenv.LockLowMemory) && !p.Worker {
+	if n.state().LowMemory && !p.Worker {
 		out = append(out, Problem{Fatal: true, What: "this machine has too little memory for a control-plane node",
 			Do: "join it as a worker, with --worker, or try all the same with --disable-low-memory-guard"})
 	}

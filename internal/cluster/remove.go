@@ -20,6 +20,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 )
 
 // RemoveOptions say which node to remove.
@@ -159,7 +160,7 @@ func host(address string) string {
 
 // mayRemove finds out what the node is, and whether it may be removed.
 func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, error) {
-	hostname, err := n.Hostname()
+	hostname, err := n.nodeName()
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +188,7 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 			return nil, ErrNoAddress
 		}
 	}
-	if !sharesEtcd(n.Env) {
+	if nodeconfig.Load(n.Env).Datastore.Own() {
 		all, err := peers.Members(ctx, n.Env.BackendLive())
 		if err != nil {
 			return nil, fmt.Errorf("cannot remove the node: %w", err)

@@ -25,7 +25,7 @@ func savedTrees(env snapenv.Env) map[string]string {
 
 // keptLocks are not part of what a node is.
 func keptLock(name string) bool {
-	return name == lockJoining || name == snapenv.LockAddons || name == snapenv.LockInstalled
+	return name == snapenv.LockJoining || name == snapenv.LockAddons || name == snapenv.LockInstalled
 }
 
 // save copies what the node is now. It appears whole, and only once.

@@ -101,12 +101,10 @@ func (s *joinRun) workerArgs(context.Context) error {
 	if err := config.Install(s.Env, a.apiServers()); err != nil {
 		return err
 	}
-	for _, name := range []string{snapenv.LockWorker, snapenv.LockNoDqlite, snapenv.LockNoReissue} {
-		if err := s.lock(name); err != nil {
-			return err
-		}
+	if err := s.lock(snapenv.LockWorker, snapenv.LockNoDqlite, snapenv.LockNoReissue); err != nil {
+		return err
 	}
-	return s.unlock("no-apiserver-proxy", snapenv.LockLowMemory)
+	return s.unlock(snapenv.LockNoProxy, snapenv.LockLowMemory)
 }
 
 // workerCerts writes what a worker holds of the cluster: its CA's certificate, and what the
@@ -138,7 +136,7 @@ func (n *Node) workerKubeconfigs(ca, kubeletCert, kubeletKey, proxyCert, proxyKe
 	if err != nil {
 		return err
 	}
-	hostname, err := n.Hostname()
+	hostname, err := n.nodeName()
 	if err != nil {
 		return err
 	}

@@ -27,6 +27,7 @@ import (
 	"microk8s/internal/certs"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
@@ -126,7 +127,7 @@ func (p *Preparer) Prepare(ctx context.Context, name string) (*Command, error) {
 	if !known {
 		return nil, fmt.Errorf("cannot start %q: it is not a service of this product", name)
 	}
-	if !p.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(p.Env).Installed {
 		return nil, fmt.Errorf("cannot start %s: the node is not set up yet; run: sudo microk8s start", name)
 	}
 	if name != "containerd" { // containers may go on, whatever cluster they are of
@@ -268,11 +269,9 @@ func current(dir string) string {
 	return dir
 }
 
-func (p *Preparer) worker() bool { return p.Env.Locked(snapenv.LockWorker) }
-
 // lowMemory says why the control plane does not run here, nil if it may.
 func (p *Preparer) lowMemory() error {
-	if p.Env.Locked(snapenv.LockLowMemory) && !p.worker() {
+	if s := nodeconfig.ReadState(p.Env); s.LowMemory && !s.Worker {
 		return nothingToDo("this machine has too little memory for a control plane; to run it all the same: microk8s start --disable-low-memory-guard")
 	}
 	return nil
@@ -281,7 +280,7 @@ func (p *Preparer) lowMemory() error {
 func (p *Preparer) clusterAgent(context.Context, *Command) error { return certs.Check(p.Env) }
 
 func (p *Preparer) apiserverProxy(_ context.Context, cmd *Command) error {
-	if !p.worker() {
+	if !nodeconfig.ReadState(p.Env).Worker {
 		return nothingToDo("only workers need it")
 	}
 	for _, name := range []string{"traefik", "apiserver-proxy"} {

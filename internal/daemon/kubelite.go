@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,8 +19,8 @@ import (
 
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
-	"microk8s/internal/etcdargs"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -34,7 +35,8 @@ var (
 const socketWait = 20 * time.Second
 
 func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
-	if !p.Env.Locked(snapenv.LockLite) {
+	config := nodeconfig.Load(p.Env)
+	if !config.Kubelite {
 		return nothingToDo("the lock " + snapenv.LockLite + " is missing")
 	}
 	if err := p.lowMemory(); err != nil {
@@ -44,7 +46,7 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	if err != nil {
 		return err
 	}
-	if err := f.Set("start-control-plane", strconv.FormatBool(!p.worker())); err != nil {
+	if err := f.Set("start-control-plane", strconv.FormatBool(!config.Worker)); err != nil {
 		return err
 	}
 	if err := f.Save(p.Env.Args("kubelite")); err != nil {
@@ -53,29 +55,29 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	cmd.Args = f.Words(p.lookup)
 
 	files := workerFiles
-	if !p.worker() {
+	if !config.Worker {
 		files = slices.Concat(workerFiles, controlPlaneFiles)
 	}
 	var errs []error
 	for _, name := range files {
 		f, err := p.load(name)
-		if err == nil && !p.Env.Locked("no-arg-sanitisation") {
+		if err == nil && !config.KeepObsoleteArgs {
 			err = p.dropObsolete(name, f)
 		}
 		errs = append(errs, err)
 	}
-	if err := errors.Join(append(errs, certs.Check(p.Env))...); err != nil {
+	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName), certs.Check(p.Env))...); err != nil {
 		return err
 	}
-	if !p.worker() {
+	if !config.Worker {
 		if err := p.ownAuthentication(); err != nil {
 			return err
 		}
 	}
-	if err := p.failureDomain(); err != nil {
+	if err := p.failureDomain(config); err != nil {
 		return err
 	}
-	p.kernel(ctx)
+	p.kernel(ctx, config)
 	return p.waitForSocket(ctx, p.Env.ContainerdSocket(), socketWait)
 }
 
@@ -150,8 +152,8 @@ func (p *Preparer) ownAuthentication() error {
 }
 
 // failureDomain carries the number of args/ha-conf into the datastore's directory.
-func (p *Preparer) failureDomain() error {
-	if p.worker() || p.Env.Locked(snapenv.LockNoDqlite) {
+func (p *Preparer) failureDomain(config nodeconfig.Config) error {
+	if !config.Datastore.Own() {
 		return nil
 	}
 	path := p.Env.Args("ha-conf")
@@ -185,7 +187,7 @@ func (p *Preparer) failureDomain() error {
 }
 
 // kernel switches on what pods need of the kernel. What is not allowed is said, and left.
-func (p *Preparer) kernel(ctx context.Context) {
+func (p *Preparer) kernel(ctx context.Context, config nodeconfig.Config) {
 	for feature, module := range map[string]string{
 		"proc/sys/net/bridge/bridge-nf-call-iptables": "br_netfilter",
 		"proc/sys/net/netfilter/nf_conntrack_max":     "nf_conntrack",
@@ -199,11 +201,9 @@ func (p *Preparer) kernel(ctx context.Context) {
 		}
 	}
 	want := []string{"net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"}
-	if f, err := args.Load(p.Env.Args("kube-proxy"), args.GrammarA); err == nil {
-		// Forwarding IPv6 makes a host ignore router advertisements, so only where pods have it.
-		if cidr, _ := f.Get("cluster-cidr"); strings.Contains(cidr, ":") {
-			want = append(want, "net/ipv6/conf/all/forwarding", "net/bridge/bridge-nf-call-ip6tables")
-		}
+	// Forwarding IPv6 makes a host ignore router advertisements, so only where pods have it.
+	if slices.ContainsFunc(config.ClusterCIDRs, func(c netip.Prefix) bool { return c.Addr().Is6() }) {
+		want = append(want, "net/ipv6/conf/all/forwarding", "net/bridge/bridge-nf-call-ip6tables")
 	}
 	for _, name := range want {
 		p.sysctl(name, 1)
@@ -261,22 +261,14 @@ func (p *Preparer) waitForSocket(ctx context.Context, path string, limit time.Du
 	return nil
 }
 
-// Limits that the datastore and many pods need (cli.md 7.3), and the locks that keep them off.
-var datastoreLimits = []struct {
-	lock, name string
-	value      uint64
-}{
-	{"skip-aio-tune.lock", "fs/aio-max-nr", 1048576},
-	{"skip-inotify-tune.lock", "fs/inotify/max_user_instances", 1024},
-	{"skip-inotify-tune.lock", "fs/inotify/max_user_watches", 1048576},
-}
-
 func (p *Preparer) k8sDqlite(context.Context, *Command) error {
-	if p.Env.Locked(snapenv.LockNoDqlite) {
+	config := nodeconfig.Load(p.Env)
+	switch config.Datastore.Owner {
+	case nodeconfig.NoDatastore:
 		return nothingToDo("this node has no part in the datastore")
-	}
-	if endpoints, external := etcdargs.External(p.Env); external {
-		return nothingToDo("the datastore is the etcd at " + strings.Join(endpoints, ", "))
+	case nodeconfig.ExternalEtcd:
+		return nothingToDo("the datastore is the etcd at " + strings.Join(config.Datastore.Endpoints, ", "))
+	case nodeconfig.OwnDatastore:
 	}
 	if err := p.lowMemory(); err != nil {
 		return err
@@ -284,15 +276,18 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 	if _, err := os.Stat(p.Env.Args("k8s-dqlite")); errors.Is(err, fs.ErrNotExist) {
 		return nothingToDo(p.Env.Args("k8s-dqlite") + " does not exist")
 	}
-	for _, l := range datastoreLimits {
-		if !p.Env.Locked(l.lock) {
-			p.sysctl(l.name, l.value)
-		}
+	// Limits that the datastore and many pods need (cli.md 7.3).
+	if !config.KeepAIO {
+		p.sysctl("fs/aio-max-nr", 1048576)
+	}
+	if !config.KeepInotify {
+		p.sysctl("fs/inotify/max_user_instances", 1024)
+		p.sysctl("fs/inotify/max_user_watches", 1048576)
 	}
 	if err := p.readdress(); err != nil {
 		return err
 	}
-	return p.failureDomain()
+	return p.failureDomain(config)
 }
 
 // readdress moves the datastore of a node that is alone to the loopback when the host has lost

@@ -20,6 +20,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
@@ -170,7 +171,7 @@ func (r *Runner) config(ctx context.Context) error {
 	if err := r.CheckConfig(text, true); err != nil {
 		return fmt.Errorf("the setting config is refused, and nothing was changed:\n%w", err)
 	}
-	if !r.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(r.Env).Installed {
 		return nil // nothing to configure; the next run does
 	}
 	// It may hold a token.
@@ -205,7 +206,7 @@ const removeLimit = 4 * time.Minute
 
 // checkHealth tells snapd what status knows.
 func (r *Runner) checkHealth(ctx context.Context) error {
-	if !r.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(r.Env).Installed {
 		return nil
 	}
 	state, message := r.Health(ctx)
@@ -234,7 +235,7 @@ func healthMessage(s string) string {
 // preRefresh runs while everything still does. An error cancels the refresh, and nothing has
 // happened.
 func (r *Runner) preRefresh(ctx context.Context) error {
-	if !r.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(r.Env).Installed {
 		return nil
 	}
 	members, err := r.Members(ctx, r.Env.BackendLive())

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -147,11 +148,8 @@ func (in *Inspector) findings(ctx context.Context) {
 	for _, finding := range hostFindings(in.Env.Host) {
 		warn("%s", finding)
 	}
-	if in.Env.Locked(snapenv.LockLowMemory) {
+	if nodeconfig.ReadState(in.Env).LowMemory {
 		warn("the low memory guard is on: this machine is too small for a control plane")
-	}
-	if host, err := os.Hostname(); err == nil && (strings.ToLower(host) != host || strings.Contains(host, "_")) {
-		warn("the host name %q has upper case letters or underscores, which node names may not have; change it", host)
 	}
 	if n, ok := number("/proc/sys/fs/inotify/max_user_instances"); ok && n < minInotifyInstances {
 		warn("fs.inotify.max_user_instances is %d; raise it with sysctl to %d", n, minInotifyInstances)

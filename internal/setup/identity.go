@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -68,7 +69,7 @@ func NoteIdentity(env snapenv.Env) error {
 func currentIdentity(env snapenv.Env) (identity, error) {
 	// A worker has the cluster's CA beside one of its own.
 	for _, name := range []string{"ca.remote.crt", "ca.crt"} {
-		if name == "ca.remote.crt" && !env.Locked(snapenv.LockWorker) {
+		if name == "ca.remote.crt" && !nodeconfig.ReadState(env).Worker {
 			continue
 		}
 		data, err := os.ReadFile(env.Cert(name))

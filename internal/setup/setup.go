@@ -18,6 +18,7 @@ import (
 
 	"microk8s/internal/certs"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 )
@@ -50,7 +51,7 @@ func Install(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 
 // Install is [Install] with the fields of in.
 func (in *Installer) Install(ctx context.Context) error {
-	if in.Env.Locked(snapenv.LockInstalled) {
+	if nodeconfig.ReadState(in.Env).Installed {
 		return nil
 	}
 	return in.run(ctx, []step{
@@ -79,7 +80,7 @@ func Configure(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 
 // Configure is [Configure] with the fields of in.
 func (in *Installer) Configure(ctx context.Context) error {
-	if !in.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(in.Env).Installed {
 		return nil
 	}
 	return in.run(ctx, in.configureSteps())
@@ -94,7 +95,7 @@ func Refresh(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 
 // Refresh is [Refresh] with the fields of in.
 func (in *Installer) Refresh(ctx context.Context) error {
-	if !in.Env.Locked(snapenv.LockInstalled) {
+	if !nodeconfig.ReadState(in.Env).Installed {
 		return nil
 	}
 	return in.run(ctx, append([]step{
@@ -106,7 +107,7 @@ func (in *Installer) Refresh(ctx context.Context) error {
 
 // noteRefresh makes the lock anew each time: when it was made counts.
 func (in *Installer) noteRefresh(context.Context) error {
-	if err := in.access().WriteShared(in.Env.Lock(snapenv.LockRemount), nil); err != nil {
+	if err := nodeconfig.Lock(in.Env, snapenv.LockRemount); err != nil {
 		return err
 	}
 	return in.changed(snapenv.LockRemount)
@@ -163,10 +164,10 @@ func (in *Installer) certificates(ctx context.Context) error {
 
 // lock makes an empty lock file.
 func (in *Installer) lock(name string) error {
-	if in.Env.Locked(name) {
+	if _, err := os.Lstat(in.Env.Lock(name)); err == nil {
 		return nil
 	}
-	if err := in.access().WriteShared(in.Env.Lock(name), nil); err != nil {
+	if err := nodeconfig.Lock(in.Env, name); err != nil {
 		return err
 	}
 	return in.changed(name)
@@ -178,7 +179,7 @@ const lowMemory = 524288
 
 // Locks of services that are not part of the product, kept because other programs look at them
 // (cli.md 6.6).
-var absentServices = []string{"no-etcd", "no-flanneld", "no-apiserver-proxy"}
+var absentServices = []string{"no-etcd", "no-flanneld", snapenv.LockNoProxy}
 
 func (in *Installer) locks(context.Context) error {
 	for _, name := range append(absentServices, snapenv.LockHA, snapenv.LockLite) {

@@ -191,7 +191,8 @@ func (e Env) Locked(name string) bool {
 	return err == nil
 }
 
-// Names of the locks that this program reads or writes (cli.md 6.6).
+// Names of the locks (cli.md 6.6). What each means is in internal/nodeconfig, which reads and
+// writes them.
 const (
 	LockInstalled = "installed.lock"
 	LockLite      = "lite.lock"
@@ -205,6 +206,14 @@ const (
 	LockRemount   = "snapdata-mounts-need-reload" // pods that mount an older revision are to be restarted
 	LockNoRemount = "no-cni-reload"               // they are not
 	LockAddons    = ".microk8s-addon-lock"        // held, by a record lock, while addons are changed
+	LockJoining   = "join-in-progress"
+	LockResetting = "reset-in-progress"  // from the moment a reset begins to delete until it is done
+	LockCNILoaded = "cni-loaded"         // the user's own pod network was applied
+	LockNoProxy   = "no-apiserver-proxy" // for other programs, as no-etcd and no-flanneld are
+
+	LockKeepArgs    = "no-arg-sanitisation"
+	LockKeepAIO     = "skip-aio-tune.lock"
+	LockKeepInotify = "skip-inotify-tune.lock"
 )
 
 // Backend is the documented path of the datastore directory, $SNAP_DATA/var/kubernetes/backend:

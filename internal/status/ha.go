@@ -12,7 +12,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/datastore/peers"
-	"microk8s/internal/etcdargs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -58,10 +58,11 @@ const highlyAvailable = 3
 // readHA reads what the datastore's own files say of its members. Missing files give no
 // members, never an error: the node may be about to start for the first time.
 func readHA(env snapenv.Env) HA {
-	if ep, external := etcdargs.External(env); external {
-		return HA{Endpoints: ep}
+	c := nodeconfig.Load(env)
+	if c.Datastore.Owner == nodeconfig.ExternalEtcd {
+		return HA{Endpoints: c.Datastore.Endpoints}
 	}
-	if !env.Locked(snapenv.LockHA) || env.Locked(snapenv.LockWorker) {
+	if !c.HA || c.Worker {
 		return HA{}
 	}
 	ha := HA{Datastore: true}

@@ -9,7 +9,7 @@ import (
 	"strconv"
 	"strings"
 
-	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -31,25 +31,13 @@ type port struct {
 
 // neededPorts lists the ports of this node's services, with what the argument files change.
 func neededPorts(env snapenv.Env) []port {
-	agent := port{25000, service.ClusterAgent}
-	if f, err := args.Load(env.Args("cluster-agent"), args.GrammarFor("cluster-agent")); err == nil {
-		if v, ok := f.Value("bind", env.Lookup); ok {
-			agent.number = lastNumber(v, agent.number)
-		}
+	c := nodeconfig.Load(env)
+	all := []port{{10250, service.Kubelite}, {c.AgentPort, service.ClusterAgent}}
+	if c.Worker {
+		return append(all, port{nodeconfig.DefaultAPIServerPort, service.Proxy})
 	}
-	all := []port{{10250, service.Kubelite}, agent}
-	api := port{16443, service.Kubelite}
-	if env.Locked(snapenv.LockWorker) {
-		api.service = service.Proxy
-		return append(all, api)
-	}
-	if f, err := args.Load(env.Args("kube-apiserver"), args.GrammarFor("kube-apiserver")); err == nil {
-		if v, ok := f.Value("secure-port", env.Lookup); ok {
-			api.number = lastNumber(v, api.number)
-		}
-	}
-	all = append(all, api, port{10257, service.Kubelite}, port{10259, service.Kubelite})
-	if Expected(env, service.Datastore) {
+	all = append(all, port{c.APIServer.Port, service.Kubelite}, port{10257, service.Kubelite}, port{10259, service.Kubelite})
+	if c.Datastore.Own() {
 		own := port{19001, service.Datastore}
 		if nodes := readHA(env).Nodes; len(nodes) > 0 {
 			own.number = lastNumber(nodes[0].Address, own.number)

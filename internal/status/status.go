@@ -15,10 +15,9 @@ import (
 	"sync"
 	"time"
 
-	"microk8s/internal/certs"
-	"microk8s/internal/etcdargs"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -159,6 +158,10 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["disk"] {
 		r.Problems = append(r.Problems, local...)
 	}
+	config := nodeconfig.Load(p.Env)
+	if err := config.Err(nodeconfig.PartName); err != nil {
+		r.add("%v", err)("")
+	}
 	r.changeProblems(p.Env)
 	r.serviceProblems(p.Env, p.Now())
 	if !missed["ports"] && !missed["services"] { // without these there is no telling whose a port is
@@ -193,7 +196,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["API"] {
 		answer = api
 	}
-	answer.started, answer.local = startedAt(r.Services, p.Now()), localName()
+	answer.started, answer.local = startedAt(r.Services, p.Now()), config.NodeName
 	if running(service.Kubelite) || r.Services == nil {
 		r.apiProblems(answer)
 	}
@@ -260,15 +263,6 @@ func startedAt(states []service.State, now time.Time) time.Time {
 		}
 	}
 	return time.Time{}
-}
-
-// localName is the name of this node, "" where it cannot be told.
-func localName() string {
-	name, err := certs.Hostname()
-	if err != nil {
-		return ""
-	}
-	return name
 }
 
 // changeProblems says that a change of membership was begun and has not ended.
@@ -359,13 +353,11 @@ func (r Report) Failing(env snapenv.Env) (name, why string) {
 
 // Expected says whether a service has something to do on this node (cli.md 7.1).
 func Expected(env snapenv.Env, name string) bool {
-	worker := env.Locked(snapenv.LockWorker)
 	switch name {
 	case service.Datastore:
-		_, external := etcdargs.External(env)
-		return !worker && !external && !env.Locked(snapenv.LockNoDqlite)
+		return nodeconfig.Load(env).Datastore.Own()
 	case service.Proxy:
-		return worker
+		return nodeconfig.ReadState(env).Worker
 	}
 	return true
 }
