@@ -186,7 +186,7 @@ func (c *Client) connect(ctx context.Context) error {
 	if c.conn != nil {
 		return nil
 	}
-	generated := c.target.Token.Generated()
+	proves := c.target.proves()
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		// The chain says nothing before the cluster's CA is known: fingerprint and proof do.
@@ -194,7 +194,7 @@ func (c *Client) connect(ctx context.Context) error {
 		NextProtos:         []string{"http/1.1"},
 		VerifyConnection:   c.verifyFingerprint,
 	}
-	if generated && !c.SkipVerify {
+	if proves && !c.SkipVerify {
 		config.MinVersion = tls.VersionTLS13 // a proof is tied to such a connection
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
@@ -221,7 +221,7 @@ func (c *Client) connect(ctx context.Context) error {
 		c.warn("the identity of the server is NOT verified (--skip-verify): whoever answers at " + c.target.Address() + " learns the token, and can control this node")
 		return nil
 	}
-	if generated {
+	if proves {
 		if err := c.prove(ctx); err != nil {
 			c.Close()
 			return err
@@ -230,7 +230,7 @@ func (c *Client) connect(ctx context.Context) error {
 	return nil
 }
 
-// verifyFingerprint is the check for tokens that their server cannot prove to know.
+// verifyFingerprint is the check for connection strings whose server does not prove itself.
 func (c *Client) verifyFingerprint(state tls.ConnectionState) error {
 	if c.SkipVerify || len(state.PeerCertificates) == 0 {
 		return nil
@@ -238,12 +238,12 @@ func (c *Client) verifyFingerprint(state tls.ConnectionState) error {
 	sum := sha256.Sum256(state.PeerCertificates[0].Raw)
 	matches := strings.HasPrefix(hex.EncodeToString(sum[:]), c.target.Check)
 	switch {
-	case c.target.Token.Generated():
+	case c.target.proves():
 		// The proof decides. Behind a balancer another node may answer than the one that printed
 		// the fingerprint.
 		return nil
 	case c.target.Check == "":
-		return &VerifyError{c.target.Address(), "the connection string has no fingerprint behind the token, and this token cannot be proved"}
+		return &VerifyError{c.target.Address(), fmt.Sprintf("the connection string has no fingerprint behind the token, and %v", c.target.Token.Guessable())}
 	case !matches:
 		return &VerifyError{c.target.Address(), "its certificate does not have the fingerprint of the connection string"}
 	case len(c.target.Check) < safeCheck:
@@ -270,13 +270,21 @@ func (c *Client) prove(ctx context.Context) error {
 	case errors.As(err, &refused) && refused.Code == api.CodeBusy:
 		return refused
 	case errors.As(err, &refused):
-		return &VerifyError{c.target.Address(), fmt.Sprintf("it cannot show that it knows the token, as the server that made it can (%s)", refused.Text)}
+		return &VerifyError{c.target.Address(), c.noProof(refused)}
 	case err != nil:
 		return err
 	case !token.CheckProof(key, exporter, id, nonce, out.Proof):
 		return &VerifyError{c.target.Address(), "its proof is wrong: somebody is between this node and the cluster"}
 	}
 	return nil
+}
+
+// noProof says why the answer of a server that does not prove itself is not enough.
+func (c *Client) noProof(refused *ServerError) string {
+	if c.target.Token.Generated() {
+		return fmt.Sprintf("it cannot show that it knows the token, as the server that made it can (%s)", refused.Text)
+	}
+	return fmt.Sprintf("it cannot show that it knows the token (%s); for a server of another version put the fingerprint behind the token, as add-node prints it there", refused.Text)
 }
 
 // post sends one request over the connection there is. After an error that is not a

@@ -22,7 +22,10 @@ import (
 	"microk8s/internal/token"
 )
 
-const chosen = "0123456789abcdef0123456789abcdeX" // a token that is not generated
+const (
+	chosen       = "0123456789abcdef0123456789abcdeX" // a token that is not generated, and could be guessed
+	randomChosen = "7c1f0e5b93a84d26b0e9f3127ad5c846" // what openssl rand -hex 16 prints
+)
 
 func TestParse(t *testing.T) {
 	made := token.New().Reveal()
@@ -214,7 +217,7 @@ func mustParse(t *testing.T, s string) token.Token {
 // TestWhoGetsTheToken is the heart of the client: a server that is not known never sees it.
 func TestWhoGetsTheToken(t *testing.T) {
 	made, other := token.New(), token.New()
-	custom := mustParse(t, chosen)
+	custom, random := mustParse(t, chosen), mustParse(t, randomChosen)
 	for _, tc := range []struct {
 		name   string
 		know   token.Token // of the server
@@ -235,7 +238,13 @@ func TestWhoGetsTheToken(t *testing.T) {
 		{name: "12 digits", know: custom, use: custom, check: func(a *agent) string { return a.fingerprint()[:12] }, warn: "12 digits only"},
 		{name: "a wrong fingerprint", know: custom, use: custom, check: func(a *agent) string { return strings.Repeat("0", 64) }, why: "does not have the fingerprint"},
 		{name: "a fingerprint with a wrong end", know: custom, use: custom, check: func(a *agent) string { return a.fingerprint()[:62] + "zz" }, why: "parse"},
-		{name: "no fingerprint", know: custom, use: custom, why: "no fingerprint"},
+		{name: "no fingerprint, and a token that could be guessed", know: custom, use: custom, why: "no fingerprint behind the token, and the token could be guessed"},
+		{name: "a random chosen token without a fingerprint", know: random, use: random},
+		{name: "a random chosen token, unknown to the server", know: other, use: random, why: "does not know this token"},
+		{name: "a random chosen token, and a wrong proof", know: random, use: random, server: func(a *agent) { a.lie = true }, why: "proof is wrong"},
+		{name: "a random chosen token, and a server without proofs", know: random, use: random, server: func(a *agent) { a.proof = false }, why: "put the fingerprint behind the token"},
+		{name: "a random chosen token with a fingerprint", know: random, use: random, server: func(a *agent) { a.proof = false }, check: func(a *agent) string { return a.fingerprint() }},
+		{name: "a random chosen token with a wrong fingerprint", know: random, use: random, check: func(*agent) string { return strings.Repeat("0", 64) }, why: "does not have the fingerprint"},
 		{name: "not verified", know: made, use: made, server: func(a *agent) { a.proof = false }, skip: true, warn: "NOT verified"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -80,6 +80,12 @@ func validHost(host string) bool {
 	return strings.Trim(host, "0123456789.") != ""
 }
 
+// proves reports whether the server must prove that it knows the token before it sees it: one
+// that this product made, or a chosen one without a fingerprint that nobody could guess.
+func (t Target) proves() bool {
+	return t.Token.Generated() || t.Check == "" && t.Token.Guessable() == nil
+}
+
 // Address is host:port.
 func (t Target) Address() string { return net.JoinHostPort(t.Host, strconv.Itoa(t.Port)) }
 

@@ -209,7 +209,7 @@ join: {url: nonsense}
 version: 9.9.9
 `, []string{
 			`"--help" is not the name of an addon`, `"../x" is not the name of an addon`, `"a b" is not the name of a repository`, `"--upload-pack=x" is neither`,
-			"persistentClusterToken: the token must have 32 characters", `"../evil" is not the name of a file`, `".." is not`, `"a/b" is not`, `"../certs.d2" is not the name of a registry`,
+			"persistentClusterToken: the token must have 32 characters", "openssl rand -hex 16", `"../evil" is not the name of a file`, `".." is not`, `"a/b" is not`, `"../certs.d2" is not the name of a registry`,
 			"the value of --v is not one line", `"no good" is not the name of an option`, `"A B" is not the name of a variable`, "the value of C",
 			`"bad name" is neither`, "x\\n[v3_ext]", "join: Invalid connection", "document 2: config file version is 9.9.9",
 		}},

@@ -272,8 +272,12 @@ func (d *Document) check() (errs []error) {
 		}
 	}
 	if d.PersistentClusterToken != "" {
-		if _, err := token.Parse(string(d.PersistentClusterToken)); err != nil {
-			add(fmt.Errorf("persistentClusterToken: %w", err))
+		tok, err := token.Parse(string(d.PersistentClusterToken))
+		if err == nil {
+			err = tok.Guessable()
+		}
+		if err != nil {
+			add(fmt.Errorf("persistentClusterToken: %w; a random one comes from: openssl rand -hex 16", err))
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(d.ExtraConfigFiles)) {

@@ -68,9 +68,9 @@ one fails, and every control plane node knows it.
 Whoever has a token made without --worker can join as a control plane node, and gets the keys
 of the whole cluster. Make a token with --worker for machines that only carry workloads.
 
-A token that is made here proves to the joining machine that it talks to this cluster. One
-that you choose yourself cannot, so its lines end in a longer fingerprint of the certificate;
-that changes when the certificate is issued again.
+A token proves to the joining machine that it talks to this cluster, one that you choose
+yourself too. It must be random for that, such as what openssl rand -hex 16 prints, and joins
+with HOST:PORT/TOKEN, without the fingerprint that machines of another version want.
 
     microk8s add-node --worker           only for machines without a control plane
     microk8s add-node --name n2          only for the machine n2, also when it was reinstalled
@@ -109,7 +109,10 @@ that changes when the certificate is issued again.
 	return cmd
 }
 
-// tokens gives the cluster's tokens.
+// strongToken says how to make a token that is not guessed.
+const strongToken = "use a random one: openssl rand -hex 16, or leave --token out"
+
+// tokens returns the cluster's tokens.
 func (a *App) tokens() *tokenstore.Store {
 	core := func() (*kube.Core, error) { return kube.FromFile(a.Env.AdminKubeconfig()) }
 	return tokenstore.Open(a.Env, core)
@@ -132,6 +135,9 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		}
 		if err != nil {
 			return err
+		}
+		if err := given.Guessable(); err != nil {
+			return failf(strongToken, "cannot use this token: %w", err)
 		}
 		tok = given
 	}
@@ -216,7 +222,7 @@ func (u tokenUse) describe() string {
 }
 
 // fingerprint gives the digits of the agent's certificate that go into a connection string:
-// 12 for a token that is proved, all 64 for others.
+// 12 for a generated token, all 64 for chosen ones, which machines of another version cannot prove.
 func (a *App) fingerprint(tok token.Token) (string, error) {
 	data, err := os.ReadFile(a.Env.Cert("server.crt"))
 	if err != nil {

@@ -51,7 +51,7 @@ var (
 type Record struct {
 	ID        token.ID  `json:"-"`
 	Key       token.Key `json:"key"`
-	Generated bool      `json:"generated"`      // only then the server proves that it knows it
+	Generated bool      `json:"generated"`      // or chosen and not to be guessed: only then the server proves that it knows it
 	Worker    bool      `json:"worker"`         // joins workers only
 	Name      string    `json:"name,omitempty"` // the node it is bound to
 	Uses      int       `json:"uses"`           // what is left, or Unlimited
@@ -130,7 +130,7 @@ func (s *State) find(t token.Token) (*Record, error) {
 func (s *State) Add(t token.Token, r Record, now time.Time) (*Record, error) {
 	s.prune(now)
 	r.ID, r.Key = t.Derive()
-	r.Generated = t.Generated()
+	r.Generated = t.Guessable() == nil
 	r.Created = now
 	if _, there := s.Records[r.ID]; !there && len(s.Records) >= maxTokens {
 		return nil, ErrFull
@@ -142,8 +142,8 @@ func (s *State) Add(t token.Token, r Record, now time.Time) (*Record, error) {
 	return &r, nil
 }
 
-// Key gives the key with which the server proves itself. Chosen tokens have no proof, since
-// their key could be guessed.
+// Key returns the key with which the server proves itself. Tokens that could be guessed have no
+// proof: it would tell whoever asks whether a guess was right.
 func (s *State) Key(id token.ID, now time.Time) (token.Key, error) {
 	r, ok := s.Records[id]
 	if !ok || !r.Generated && defence.On(defence.ProofChosen) || r.Over(now) != nil && len(r.Holds) == 0 && !s.lately(r, now) {

@@ -142,6 +142,13 @@ func TestUpstreamFormsOfTokens(t *testing.T) {
 	if _, err := s.Key(t.Context(), idOf(long)); !errors.Is(err, ErrUnknown) {
 		t.Errorf("a proof of a chosen token: %v", err)
 	}
+	random := mustParse(t, "7c1f0e5b93a84d26b0e9f3127ad5c846")
+	if _, err := s.Add(t.Context(), random, Options{Uses: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Key(t.Context(), idOf(random)); err != nil {
+		t.Errorf("no proof of a random token: %v", err)
+	}
 	if _, err := s.Reserve(t.Context(), mustParse(t, "  0123456789abcdef0123456789abcdef-and-more\n"), Joiner{Name: "n"}); err != nil {
 		t.Error(err)
 	}

@@ -24,7 +24,10 @@ func TestWorker(t *testing.T) {
 	step("somebody in the middle", func(t *testing.T) { c.testMiddle(t, "n1", "w1") })
 	step("interrupted and taken back", func(t *testing.T) { c.testInterrupted(t, "join-worker", "n1", "w1", "--worker") })
 	step("join", func(t *testing.T) {
-		c.join(t, "n1", "w1", "--worker")
+		// As the Juju charm and the Cluster API provider do it: one token for all, and no fingerprint.
+		const token = "3fa90b71c2d84e65a7f018d9b36c52e4"
+		c.run(t, "n1", "microk8s", "add-node", "--token", token, "--token-ttl", "7200")
+		c.run(t, "w1", "microk8s", "join", c.ip(t, "n1")+":"+c.port+"/"+token, "--worker")
 		c.waitReady(t, "n1", "w1")
 		n, err := c.node(t, "n1", "w1")
 		if err != nil {
@@ -100,7 +103,7 @@ func (c *cluster) testRefused(t *testing.T, from, host string) {
 		lines := strings.Split(strings.TrimSpace(out), "\n")
 		return strings.Fields(lines[len(lines)-1])[0]
 	}
-	const chosen = "a-token-that-somebody-has-chosen-1"
+	const chosen, guessable = "7c1f0e5b93a84d26b0e9f3127ad5c846", "a-token-that-somebody-has-chosen-1"
 	for _, tc := range []struct {
 		name string
 		args func() []string
@@ -124,7 +127,10 @@ func (c *cluster) testRefused(t *testing.T, from, host string) {
 			c.run(t, from, "microk8s", "add-node", "--token", chosen, "--token-ttl", "600")
 			return []string{ip + ":25000/" + chosen + "/" + strings.Repeat("0", 64), "--worker"}
 		}, 4, "Could not verify the identity"},
-		{"a chosen token without a fingerprint", func() []string { return []string{ip + ":25000/" + chosen, "--worker"} }, 4, "no fingerprint"},
+		{"a guessable token without a fingerprint", func() []string { return []string{ip + ":25000/" + guessable, "--worker"} }, 4, "could be guessed"},
+		{"a random token that the cluster does not know", func() []string {
+			return []string{ip + ":25000/" + strings.Replace(chosen, "7c", "8d", 1), "--worker"}
+		}, 4, "does not know this token"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := c.try(t, host, append([]string{"microk8s", "join"}, tc.args()...)...)
