@@ -11,13 +11,12 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
 
+	"microk8s/tests/bench/report"
 	"microk8s/tests/lab"
 )
 
@@ -27,10 +26,11 @@ func main() {
 	build := flag.String("build", "build", "where `make build` left its results")
 	idle := flag.Duration("idle", time.Minute, "how long to measure idle CPU")
 	settle := flag.Duration("settle", 30*time.Second, "how long to let the node come to rest before that")
+	page := report.Flag()
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *build, *settle, *idle); err != nil {
+	if err := run(ctx, *build, *page, *settle, *idle); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -39,7 +39,7 @@ func main() {
 // row is one line of the table.
 type row struct{ what, measured, budget string }
 
-func run(ctx context.Context, build string, settle, idle time.Duration) (err error) {
+func run(ctx context.Context, build, page string, settle, idle time.Duration) (err error) {
 	l, err := lab.New(lab.Config{Instance: "bench", Snap: filepath.Join(build, "snap")})
 	if err != nil {
 		return err
@@ -75,8 +75,11 @@ func run(ctx context.Context, build string, settle, idle time.Duration) (err err
 			return fmt.Errorf("%s: %w", s.what, err)
 		}
 	}
-	b.print()
-	return nil
+	table := &report.Table{Title: "A node", Part: "node", Head: []string{"what", "measured", "budget"}}
+	for _, r := range b.rows {
+		table.Rows = append(table.Rows, []string{r.what, r.measured, r.budget})
+	}
+	return table.Write(os.Stdout, page)
 }
 
 type bench struct {
@@ -326,27 +329,4 @@ func (b *bench) cpu(ctx context.Context, idle time.Duration) error {
 	}
 	b.add(fmt.Sprintf("idle CPU over %s, of one core", idle), percent(sum), "5 %")
 	return nil
-}
-
-func (b *bench) print() {
-	fmt.Printf("%s, %d cores, %s\n\n", machine(), runtime.NumCPU(), time.Now().UTC().Format("2006-01-02"))
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "what\tmeasured\tbudget")
-	for _, r := range b.rows {
-		fmt.Fprintf(w, "%s\t%s\t%s\n", r.what, r.measured, r.budget)
-	}
-	w.Flush()
-}
-
-// machine is the processor's name, as the kernel has it.
-func machine() string {
-	data, err := os.ReadFile("/proc/cpuinfo")
-	if err == nil {
-		for line := range strings.Lines(string(data)) {
-			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-				return strings.TrimSpace(v)
-			}
-		}
-	}
-	return runtime.GOARCH
 }

@@ -156,7 +156,7 @@ func TestMap(t *testing.T) {
 
 var (
 	// cited matches a page with the sections that are named behind it: "cli.md 3 and 4".
-	cited   = regexp.MustCompile(`([A-Za-z0-9_/.-]+\.md)(?:,? +(\d+(?:\.\d+)*(?:(?:, | and )\d+(?:\.\d+)*)*))?`)
+	cited   = regexp.MustCompile(`(?:^|[^$*{}A-Za-z0-9_/.-])([A-Za-z0-9_/.-]+\.md)(?:,? +(\d+(?:\.\d+)*(?:(?:, | and )\d+(?:\.\d+)*)*))?`)
 	section = regexp.MustCompile(`\d+(?:\.\d+)*`)
 	heading = regexp.MustCompile(`(?m)^#+ (\d+(?:\.\d+)*)[. ]`)
 	adr     = regexp.MustCompile(`\bADR (\d+)`)

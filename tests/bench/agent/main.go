@@ -13,25 +13,26 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"text/tabwriter"
 	"time"
 
 	"microk8s/cluster-agent/suite/flood"
+	"microk8s/tests/bench/report"
 )
 
 func main() {
 	sources := flag.Int("sources", 50, "addresses that the load comes from")
 	during := flag.Duration("during", 20*time.Second, "how long it lasts")
+	page := report.Flag()
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := measure(ctx, *sources, *during); err != nil {
+	if err := measure(ctx, *page, *sources, *during); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func measure(ctx context.Context, sources int, during time.Duration) (err error) {
+func measure(ctx context.Context, page string, sources int, during time.Duration) (err error) {
 	dir, err := os.MkdirTemp("", "bench-agent-")
 	if err != nil {
 		return err
@@ -52,13 +53,16 @@ func measure(ctx context.Context, sources int, during time.Duration) (err error)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("Cluster agent under a load from %d sources for %v (%d tries)\n\n", sources, during, r.Tries)
-	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	const mib = 1 << 20
-	fmt.Fprintf(table, "what\twithout the load\tunder it\t\n")
-	fmt.Fprintf(table, "resident memory, MiB (peak)\t%.0f\t%.0f\t\n", float64(r.Idle)/mib, float64(r.Most)/mib)
-	fmt.Fprintf(table, "honest call, median\t%v\t%v\t\n", r.Before.Round(time.Millisecond/10), r.Median.Round(time.Millisecond/10))
-	fmt.Fprintf(table, "honest call, slowest\t\t%v\t\n", r.Peak.Round(time.Millisecond/10))
-	fmt.Fprintf(table, "honest calls, refused of all\t\t%d of %d\t\n", len(r.Failed), r.Honest)
-	return table.Flush()
+	table := &report.Table{
+		Title: "The cluster agent under a load of strangers", Part: "agent", Head: []string{"what", "without the load", "under it"},
+		About: fmt.Sprintf("The load comes from %d sources for %v (%d tries).", sources, during, r.Tries),
+		Rows: [][]string{
+			{"resident memory, MiB (peak)", fmt.Sprintf("%.0f", float64(r.Idle)/mib), fmt.Sprintf("%.0f", float64(r.Most)/mib)},
+			{"honest call, median", r.Before.Round(time.Millisecond / 10).String(), r.Median.Round(time.Millisecond / 10).String()},
+			{"honest call, slowest", "", r.Peak.Round(time.Millisecond / 10).String()},
+			{"honest calls, refused of all", "", fmt.Sprintf("%d of %d", len(r.Failed), r.Honest)},
+		},
+	}
+	return table.Write(os.Stdout, page)
 }

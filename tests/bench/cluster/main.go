@@ -12,11 +12,9 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
-	"text/tabwriter"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -25,16 +23,18 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/tests/bench/report"
 	"microk8s/tests/lab"
 )
 
 func main() {
 	build := flag.String("build", "build", "the folder of `make build`")
 	rounds := flag.Int("rounds", 3, "how often a leader and each API server is killed")
+	page := report.Flag()
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *build, *rounds); err != nil {
+	if err := run(ctx, *build, *page, *rounds); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -58,7 +58,7 @@ func (b *bench) add(what, figure, budget string) {
 	b.rows = append(b.rows, [3]string{what, figure, budget})
 }
 
-func run(ctx context.Context, build string, rounds int) (err error) {
+func run(ctx context.Context, build, page string, rounds int) (err error) {
 	l, err := lab.New(lab.Config{Instance: "benchcluster", Snap: filepath.Join(build, "snap")})
 	if err != nil {
 		return err
@@ -89,13 +89,14 @@ func run(ctx context.Context, build string, rounds int) (err error) {
 			return fmt.Errorf("%s: %w", step.what, err)
 		}
 	}
-	fmt.Printf("three control plane nodes and a worker on one machine with %d CPUs\n\n", runtime.NumCPU())
-	t := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(t, "what\tmeasured\tbudget")
-	for _, r := range b.rows {
-		fmt.Fprintf(t, "%s\t%s\t%s\n", r[0], r[1], r[2])
+	table := &report.Table{
+		Title: "A cluster", Part: "cluster", Head: []string{"what", "measured", "budget"},
+		About: "Three control-plane nodes and a worker, all on this machine.",
 	}
-	return t.Flush()
+	for _, r := range b.rows {
+		table.Rows = append(table.Rows, r[:])
+	}
+	return table.Write(os.Stdout, page)
 }
 
 // join types the line that add-node prints.

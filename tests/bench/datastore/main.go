@@ -16,13 +16,13 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"google.golang.org/grpc/grpclog"
+
+	"microk8s/tests/bench/report"
 )
 
 func main() {
@@ -32,13 +32,14 @@ func main() {
 	members := flag.Int("members", 1, "members of each datastore; kine has one only and is left out of others")
 	large := flag.Bool("large", true, "also measure with 100,000 objects")
 	only := flag.String("only", "", "measure only what matches this regular expression, and what cannot be left out")
+	page := report.Flag()
 	flag.Parse()
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	pattern, err := regexp.Compile(*only)
 	if err == nil {
-		err = measure(ctx, *build, *during, *rounds, *members, *large, pattern)
+		err = measure(ctx, *build, *page, *during, *rounds, *members, *large, pattern)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
@@ -129,7 +130,7 @@ func largeRows() []row {
 	}
 }
 
-func measure(ctx context.Context, build string, during time.Duration, rounds, members int, large bool, only *regexp.Regexp) error {
+func measure(ctx context.Context, build, page string, during time.Duration, rounds, members int, large bool, only *regexp.Regexp) error {
 	table := slices.DeleteFunc(rows(members), func(r row) bool { return r.what != "" && !only.MatchString(r.what) })
 	names, figures, err := measureRows(ctx, build, table, during, rounds, members)
 	if err != nil {
@@ -142,16 +143,17 @@ func measure(ctx context.Context, build string, during time.Duration, rounds, me
 		}
 		table, figures = append(table, largeRows()...), append(figures, more...)
 	}
-	print(os.Stdout, table, names, figures, members)
-	fmt.Println()
+	out := tabulate(table, names, figures, members, rounds)
+	var disk []string
 	for _, size := range []int{4 << 10, 16 << 10} {
 		f, err := syncedWrites(ctx, build, size, during)
 		if err != nil {
 			return err
 		}
-		fmt.Printf("The disk by itself, synced writes of %d KiB: %s\n", size>>10, show(f, ""))
+		disk = append(disk, fmt.Sprintf("The disk by itself, synced writes of %d KiB: %s", size>>10, show(f, "")))
 	}
-	return nil
+	out.Notes = strings.Join(disk, "\n\n")
+	return out.Write(os.Stdout, page)
 }
 
 // measureRows starts new datastores and gives their names, and the figures by row, datastore and
@@ -278,10 +280,9 @@ func show(f figure, unit string) string {
 	return fmt.Sprintf("%s %s ms", ms(f.p50), ms(f.p99))
 }
 
-func print(w io.Writer, table []row, names []string, figures [][][]figure, members int) {
-	fmt.Fprintf(w, "%d member(s) each, %d CPUs, Go %s. Rates by all callers together, then p50 and p99; the ratios are in the same order, above 1 is better than etcd.\n\n",
-		members, runtime.NumCPU(), strings.TrimPrefix(runtime.Version(), "go"))
-	t := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+func tabulate(table []row, names []string, figures [][][]figure, members, rounds int) *report.Table {
+	out := &report.Table{Title: fmt.Sprintf("The datastore beside etcd, %d member(s) each", members), Part: "datastore", About: fmt.Sprintf(
+		"Medians of %d round(s). Rates by all callers together, then p50 and p99; the ratios to etcd are in the same order, above 1 is better than etcd.", rounds)}
 	head := []string{"what", "wanted"}
 	for i, name := range names {
 		head = append(head, name)
@@ -289,7 +290,7 @@ func print(w io.Writer, table []row, names []string, figures [][][]figure, membe
 			head = append(head, "ratio")
 		}
 	}
-	fmt.Fprintln(t, strings.Join(head, "\t"))
+	out.Head = head
 	for i, row := range table {
 		if row.what == "" {
 			continue
@@ -306,7 +307,7 @@ func print(w io.Writer, table []row, names []string, figures [][][]figure, membe
 				cells = append(cells, strings.Join(ratios(f, etcd, row.unit), " "))
 			}
 		}
-		fmt.Fprintln(t, strings.Join(cells, "\t"))
+		out.Rows = append(out.Rows, cells)
 	}
-	_ = t.Flush()
+	return out
 }

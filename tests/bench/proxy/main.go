@@ -25,16 +25,15 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"microk8s/internal/kubeconfig"
+	"microk8s/tests/bench/report"
 )
 
 // serverVar makes this program a server at that address.
@@ -52,10 +51,11 @@ func main() {
 	during := flag.Duration("during", 2*time.Second, "how long each measurement of each round lasts")
 	rounds := flag.Int("rounds", 3, "how many rounds; the median of each figure counts")
 	only := flag.String("only", "", "measure only the lines whose name contains this")
+	page := report.Flag()
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := measure(ctx, *build, *only, *during, *rounds); err != nil {
+	if err := measure(ctx, *build, *page, *only, *during, *rounds); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -70,7 +70,7 @@ type target struct {
 	pid     int // 0 for the direct way
 }
 
-func measure(ctx context.Context, build, only string, during time.Duration, rounds int) (err error) {
+func measure(ctx context.Context, build, page, only string, during time.Duration, rounds int) (err error) {
 	dir, err := os.MkdirTemp("", "bench-proxy-")
 	if err != nil {
 		return err
@@ -206,9 +206,10 @@ func measure(ctx context.Context, build, only string, during time.Duration, roun
 			}
 		}
 	}
-	fmt.Printf("%d cores, %s, %d rounds\n\n", runtime.NumCPU(), time.Now().UTC().Format("2006-01-02"), rounds)
-	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(w, "what\tdirect\tapiserver-proxy\tHAProxy\tratio\twanted")
+	table := &report.Table{
+		Title: "The API server proxy beside HAProxy", Part: "proxy", Head: []string{"what", "direct", "apiserver-proxy", "HAProxy", "ratio", "wanted"},
+		About: fmt.Sprintf("Medians of %d rounds. The ratio is the proxy's figure by HAProxy's.", rounds),
+	}
 	for _, r := range rows {
 		cell := map[string]string{}
 		middle := map[string]float64{}
@@ -225,9 +226,10 @@ func measure(ctx context.Context, build, only string, during time.Duration, roun
 		if r.higher {
 			wanted = "≥ 1"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%.2f\t%s\n", r.what, cell["direct"], cell["apiserver-proxy"], cell["HAProxy"], middle["apiserver-proxy"]/middle["HAProxy"], wanted)
+		ratio := fmt.Sprintf("%.2f", middle["apiserver-proxy"]/middle["HAProxy"])
+		table.Rows = append(table.Rows, []string{r.what, cell["direct"], cell["apiserver-proxy"], cell["HAProxy"], ratio, wanted})
 	}
-	return w.Flush()
+	return table.Write(os.Stdout, page)
 }
 
 func free(host string) (string, error) {
