@@ -145,7 +145,8 @@ func (c *call) authenticate(req api.JoinRequest) (*joining, error) {
 }
 
 // problems lists everything that speaks against a join, in upstream's order (cluster-agent.md
-// 3.3), the most telling first. It changes nothing.
+// 3.3), the most telling first. It changes nothing outside of j, in which it notes what it has found:
+// members, nodes, the addresses of both sides and the member that the node replaces.
 func (c *call) problems(j *joining) (out []error) {
 	ctx, b, req := c.r.Context(), c.b, j.req
 	add := func(err error) {

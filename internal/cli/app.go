@@ -1,6 +1,6 @@
 // Package cli is the command line of microk8s: which commands there are, who may use them when
-// (gates.go), what they print and with which code they exit. What they do is in the packages
-// that they call; this one does not touch a service or a file format by itself.
+// (gates.go), what they print and with which code they exit. What they do to a node is in the
+// packages that they call.
 //
 // Results go to standard output. Progress, warnings and errors go to standard error, begin
 // with a lower case letter and have no full stop; errors are printed once, by [App.Main], as

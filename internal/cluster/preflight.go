@@ -111,7 +111,7 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The join itself uses the same connection; that of a failed preflight is not needed.
+	// The join connects again, and has the server prove itself again.
 	asked := s.Now()
 	resp, err := s.askPreflight(ctx, c)
 	if err != nil {

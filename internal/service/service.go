@@ -68,8 +68,9 @@ type Manager interface {
 	// returns when their processes run, not when they are ready. What runs already is left.
 	Start(ctx context.Context, names ...string) error
 
-	// Stop stops and disables services and returns when their processes have ended.
-	// Without names it also ends every container.
+	// Stop stops and disables services and returns when their processes have ended. Containers
+	// outlive containerd: the supervisor ends them too if there are no names; under snapd that is
+	// up to the caller.
 	Stop(ctx context.Context, names ...string) error
 
 	// Restart stops and starts what is enabled. Containers survive a restart of containerd.

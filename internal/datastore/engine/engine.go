@@ -1,7 +1,8 @@
 // Package engine owns the state of a datastore daemon. While the daemon leads, the engine takes
 // transactions from many callers, makes them durable in groups through the log, and only then
 // shows and answers them; it expires leases and compacts. While another daemon leads, it takes
-// over what that one has committed. It knows nothing of gRPC, files or dqlite, nor of who leads.
+// over what that one has committed. It takes and returns the messages of
+// the etcd API, and knows nothing of connections, files or dqlite, nor of who leads.
 //
 // One goroutine writes at a time. While one statement runs, the next group forms in the queue, so there
 // is no timer: one caller gets the latency of one statement, many share it. A caller who finds nobody
