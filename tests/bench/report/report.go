@@ -117,13 +117,23 @@ func (r *Table) table(w io.Writer) error {
 	return nil
 }
 
-// machine says on what was measured, and when.
+// machine says on what was measured, when, and how much else ran.
 func (r *Table) machine() string {
 	now := r.Now
 	if now.IsZero() {
 		now = time.Now()
 	}
-	return fmt.Sprintf("%s, %d cores, %s, %s", processor(), runtime.NumCPU(), runtime.Version(), now.UTC().Format("2006-01-02"))
+	return fmt.Sprintf("%s, %d cores, %s, %s, load average %s", processor(), runtime.NumCPU(), runtime.Version(), now.UTC().Format("2006-01-02"), load())
+}
+
+// load returns the average of the last fifteen minutes, what was measured included; "unknown" where
+// the kernel does not tell it.
+func load() string {
+	data, _ := os.ReadFile("/proc/loadavg")
+	if f := strings.Fields(string(data)); len(f) > 2 {
+		return f[2]
+	}
+	return "unknown"
 }
 
 // processor returns its name as the kernel has it, or the architecture.

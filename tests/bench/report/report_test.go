@@ -30,7 +30,7 @@ func TestPage(t *testing.T) {
 	if !strings.HasSuffix(out.String(), "What it means.\n\n"+table) {
 		t.Errorf("printed:\n%s", &out)
 	}
-	for _, want := range []string{"# A node\n\n`scripts/bench node -rounds 1 -large=false`, on ", ", 2001-09-09.\n", "\nWhat it means.\n\n```text\n" + table + "```\n"} {
+	for _, want := range []string{"# A node\n\n`scripts/bench node -rounds 1 -large=false`, on ", ", 2001-09-09, load average ", "\nWhat it means.\n\n```text\n" + table + "```\n"} {
 		if !strings.Contains(string(page), want) {
 			t.Errorf("the page lacks %q:\n%s", want, page)
 		}
