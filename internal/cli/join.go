@@ -33,17 +33,21 @@ type joinOptions struct {
 	controlPlane bool
 	skipVerify   bool
 	disableGuard bool
+	force        bool
 }
 
 func (a *App) newJoin() *cobra.Command {
 	var o joinOptions
 	cmd := &cobra.Command{
-		Use:   "join CONNECTION [--worker | --controlplane] [--skip-verify] [--disable-low-memory-guard]",
+		Use:   "join CONNECTION [--worker | --controlplane] [--force] [--skip-verify] [--disable-low-memory-guard]",
 		Short: "Join this node to a cluster",
 		Long: `Join this node to a cluster, with the line that microk8s add-node printed on one of its nodes.
 What this node has run and knows as a cluster of its own ends with that; if the join fails,
 it is as before. An interrupted join goes on when it is run again with the same CONNECTION;
 microk8s leave takes it back.
+
+If this node's own cluster has other nodes, the join is refused; if it is in use, the command asks.
+--force joins all the same. The data is kept in any case, as a backup beside the datastore.
 
 CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -61,6 +65,7 @@ CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 	f := cmd.Flags()
 	f.BoolVar(&o.worker, "worker", false, "join as a worker, which runs workloads and no control plane")
 	f.BoolVar(&o.controlPlane, "controlplane", false, "join as a control-plane node, which is the default")
+	f.BoolVar(&o.force, "force", false, "join although this node's own cluster has other nodes or is in use; its data is kept as a backup")
 	f.BoolVar(&o.skipVerify, "skip-verify", false, "do not check who the server is (dangerous: whoever answers can control this node)")
 	f.BoolVar(&o.disableGuard, "disable-low-memory-guard", false, "join a machine that is too small for a control plane")
 	return cmd
@@ -92,7 +97,16 @@ func (a *App) join(ctx context.Context, o joinOptions) error {
 	}
 	defer j.Close()
 	fmt.Fprintf(a.Out, "Contacting cluster at %s\n", target.Host)
-	err = node.Join(ctx, j, cluster.JoinOptions{Target: target, Worker: o.worker, SkipVerify: o.skipVerify, Version: a.kubernetesVersion()})
+	options := cluster.JoinOptions{Target: target, Worker: o.worker, SkipVerify: o.skipVerify, Force: o.force, Version: a.kubernetesVersion()}
+	err = node.Join(ctx, j, options)
+	var ends *cluster.AbandonError
+	if errors.As(err, &ends) {
+		if err := a.confirmAbandon(ends); err != nil {
+			return err
+		}
+		options.Force = true
+		err = node.Join(ctx, j, options)
+	}
 	if err != nil {
 		return a.joinFailure(target, err)
 	}
@@ -110,6 +124,23 @@ and replace the API server endpoints with the one provided by the loadbalancer i
 	}
 	fmt.Fprintln(a.Out, "Successfully joined the cluster.")
 	return nil
+}
+
+// confirmAbandon says what a join would end. Only what is in use may be given up by an answer: other
+// nodes would lose their control plane, which takes --force.
+func (a *App) confirmAbandon(ends *cluster.AbandonError) error {
+	if len(ends.Nodes) == 0 && ends.Unknown == nil {
+		return a.confirm(fmt.Sprintf("%v. The join ends that cluster; its data is kept as a backup in %s.backup", ends, a.Env.BackendLive()), false, "--force")
+	}
+	f := &Failure{Err: ends, Code: ExitUsage}
+	for _, n := range ends.Nodes {
+		f.Hints = append(f.Hints, fmt.Sprintf("on %s run: microk8s leave; then here: microk8s remove-node %[1]s", n))
+	}
+	if ends.Unknown != nil {
+		f.Hints = append(f.Hints, "start this node with microk8s start, and see microk8s kubectl get nodes")
+	}
+	f.Hints = append(f.Hints, "nothing was changed; to join all the same, which leaves them without a control plane, run the same command with --force")
+	return f
 }
 
 // change makes what join, leave and remove-node work with.

@@ -30,6 +30,8 @@ type JoinOptions struct {
 	Target     client.Target
 	Worker     bool
 	SkipVerify bool
+	// Force joins also where that ends a cluster of several nodes, or one in use: see AbandonError.
+	Force bool
 	// Version is the version of this node's Kubernetes, such as v1.37.1; "" if it is not known.
 	Version string
 }
@@ -62,7 +64,8 @@ var ErrMember = errors.New("this node is in a cluster already")
 var ErrOther = errors.New("another change was interrupted")
 
 // Join makes this node part of a cluster. If an earlier join to the same cluster was
-// interrupted, it goes on; one to another cluster is taken back first. On failure the node is
+// interrupted, it goes on; one to another cluster is taken back first. Without Force it returns an
+// *AbandonError where this node's own cluster has other nodes or is in use. On failure the node is
 // what it was (the error is then a *journal.Failed with Undone set).
 func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) error {
 	n.defaults()
@@ -84,6 +87,11 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 		p.Stopped = true
 	}
 	p.Stopped = p.Stopped || n.state().Stopped
+	if !o.Force && (!p.Stopped || n.state().Clustered) {
+		if err := n.abandons(ctx, hostname); err != nil {
+			return err
+		}
+	}
 	// Of an earlier membership that ended when the others were removed.
 	if err := os.RemoveAll(n.file(saved)); err != nil {
 		return err

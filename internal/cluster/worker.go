@@ -22,7 +22,10 @@ import (
 const remoteCA = "ca.remote.crt"
 
 // Labels of a worker's Node object (cli.md 3.4).
-const workerLabels = "microk8s.io/cluster=true,node.kubernetes.io/microk8s-worker=microk8s-worker"
+const (
+	workerLabel  = "node.kubernetes.io/microk8s-worker"
+	workerLabels = "microk8s.io/cluster=true," + workerLabel + "=microk8s-worker"
+)
 
 // signed has the certificates of a worker's kubelet and kube-proxy signed, with new keys.
 func (s *joinRun) signed(ctx context.Context, c *client.Client, a *answer) error {
