@@ -33,8 +33,8 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/snapenv"
-	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
 
@@ -115,27 +115,38 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	}
 	limiter := &limit.Limiter{}
 	core := (&kube.File{Path: env.AdminKubeconfig()}).Core
+	registry := noderegistry.Registry{Core: core}
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
 	remove := func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
 	here.Remove = remove
 	remote := &worker.Keeper{Env: env, Node: name, Restart: services.Restart, Log: log}
 	here.Fresh = remote.Callback
 	if !isWorker {
-		here.Fresh = func(ctx context.Context) (string, error) {
-			key, err := callback.Keys{Core: core}.Get(ctx)
-			return token.Callback(key, name), err
+		here.Fresh = func(ctx context.Context) ([]string, error) {
+			key, err := callback.Keys{Env: env, Core: core}.Get(ctx)
+			if err != nil {
+				return nil, err
+			}
+			record, err := registry.Get(ctx, name)
+			if err != nil {
+				return nil, err
+			}
+			return []string{key.Secret(*record), key.Legacy(name)}, nil
 		}
 	}
 	defer here.Wait()
 	here.Register(srv, !isWorker)
+	var joins *broker.Broker
 	if !isWorker {
-		(&broker.Broker{
-			Env: env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
-			Cluster: apiServer{core},
+		joins = &broker.Broker{
+			Nodes: registry,
+			Env:   env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
+			Cluster: apiServer{env, core},
 			Live:    func(ctx context.Context) ([]peers.Member, error) { return peers.Members(ctx, env.Backend()) },
 			Remove:  remove,
 			Tokens:  tokenstore.Open(env, core),
-		}).Register(srv)
+		}
+		joins.Register(srv)
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", f.Bind)
 	if err != nil {
@@ -161,8 +172,11 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		group.Go(func() error { return remote.Run(ctx) })
 	} else {
 		group.Go(func() error {
-			keeper := &callback.Keeper{Env: env, Keys: callback.Keys{Core: core}, Node: name, Log: log}
+			keeper := &callback.Keeper{Env: env, Keys: callback.Keys{Env: env, Core: core}, Nodes: registry, Node: name, Log: log}
 			keeper.Connected = func(ctx context.Context) error {
+				if err := (apiServer{env, core}).adopt(ctx, joins.Members, time.Now().UTC()); err != nil {
+					return err
+				}
 				return tokenstore.Adopt(ctx, env, tokenstore.Secret{Core: core}, time.Now().UTC())
 			}
 			return keeper.Run(ctx)

@@ -4,16 +4,23 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/kube"
+	"microk8s/internal/noderegistry"
+	"microk8s/internal/snapenv"
 )
 
 // apiServer is the broker's view of the cluster.
 type apiServer struct {
+	env  snapenv.Env
 	core func() (*kube.Core, error)
 }
 
@@ -48,6 +55,74 @@ func (a apiServer) APIServers(ctx context.Context) ([]netip.Addr, error) {
 	return out, nil
 }
 
-func (a apiServer) CallbackKey(ctx context.Context) ([]byte, error) {
-	return callback.Keys{Core: a.core}.Get(ctx)
+func (a apiServer) CallbackKey(ctx context.Context) (callback.Key, error) {
+	return callback.Keys{Env: a.env, Core: a.core}.Get(ctx)
+}
+
+// DeleteNode deletes that very object, not a later one of its name.
+func (a apiServer) DeleteNode(ctx context.Context, n *corev1.Node) error {
+	core, err := a.core()
+	if err != nil {
+		return err
+	}
+	err = core.Delete().Resource("nodes").Name(n.Name).Body(&metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &n.UID}}).Do(ctx).Error()
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+		return fmt.Errorf("cannot delete the node %s: %w", n.Name, err)
+	}
+	return nil
+}
+
+func (a apiServer) Namespace(ctx context.Context, name string) (bool, error) {
+	core, err := a.core()
+	if err != nil {
+		return false, err
+	}
+	err = core.Get().Resource("namespaces").Name(name).Do(ctx).Error()
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// adopt makes the records of nodes that are in the cluster without one, and ends the secrets of the
+// build before when all control-plane nodes are of this one.
+func (a apiServer) adopt(ctx context.Context, members func() ([]broker.Member, error), now time.Time) error {
+	registry := noderegistry.Registry{Core: a.core}
+	keys := callback.Keys{Env: a.env, Core: a.core}
+	complete, err := registry.Complete(ctx)
+	if err != nil {
+		return err
+	}
+	if complete {
+		return keys.Seal(ctx)
+	}
+	nodes, err := a.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	servers, err := a.APIServers(ctx)
+	if err != nil {
+		return err
+	}
+	if list, err := members(); err == nil { // with an external etcd there are none
+		for _, m := range list {
+			if ap, err := netip.ParseAddrPort(m.Address); err == nil {
+				servers = append(servers, ap.Addr().Unmap())
+			}
+		}
+	}
+	var present []noderegistry.Record
+	for _, n := range nodes {
+		r := noderegistry.Record{Name: n.Name, Role: noderegistry.Worker, Since: now}
+		for _, addr := range n.Status.Addresses {
+			if ip, err := netip.ParseAddr(addr.Address); err == nil && slices.Contains(servers, ip.Unmap()) {
+				r.Role = noderegistry.ControlPlane
+			}
+		}
+		present = append(present, r)
+	}
+	if complete, err = registry.Adopt(ctx, present); err != nil || !complete {
+		return err
+	}
+	return keys.Seal(ctx)
 }

@@ -106,6 +106,8 @@ type JoinRequest struct {
 	// one that the connection comes from. It matters behind address translation or a balancer.
 	// Ours.
 	AdvertiseAddress string `json:"advertise_address,omitempty"`
+	// Secrets is 2 from clients that get their callback secret after the join. Ours.
+	Secrets int `json:"secrets,omitempty"`
 }
 
 // Worker is the field `worker`: any JSON value, and only true and "as-worker" mean it.
@@ -130,7 +132,7 @@ func (w Worker) MarshalJSON() ([]byte, error) {
 // are present.
 type JoinResponse struct {
 	CA                string   `json:"ca"`
-	CallbackToken     string   `json:"callback_token"`
+	CallbackToken     string   `json:"callback_token"` // "" for clients that get it after the join
 	APIPort           string   `json:"apiport"`
 	AuthorizationMode string   `json:"api_authz_mode"`
 	KubeletArgs       string   `json:"kubelet_args"`
@@ -232,6 +234,7 @@ const (
 type RenewRequest struct {
 	Kubelet string `json:"kubelet,omitempty"` // CSR, PEM
 	Proxy   string `json:"proxy,omitempty"`
+	Secrets int    `json:"secrets,omitempty"` // the form of callback secrets that the node speaks: 2; 0 in the build before
 }
 
 // ImportResponse is the answer to PathImageImport. Upstream's agents answer with the status alone.
@@ -245,8 +248,15 @@ type ImportResponse struct {
 type RenewResponse struct {
 	Kubelet       string   `json:"kubelet,omitempty"` // certificate, PEM
 	Proxy         string   `json:"proxy,omitempty"`
-	CallbackToken string   `json:"callback_token"`
+	CallbackToken string   `json:"callback_token"` // "" while the join is not confirmed
 	APIServers    []string `json:"api_servers"`
+	// LegacyCallback is the secret that control-plane nodes of the build before show; "" where the
+	// cluster has none.
+	LegacyCallback string `json:"callback_token_legacy,omitempty"`
+	// Secrets is 2 from servers of this build.
+	Secrets int `json:"secrets,omitempty"`
+	// Refused lists the names and addresses that were asked for and are not in the certificate.
+	Refused []string `json:"refused,omitempty"`
 }
 
 // ConfigureRequest changes arguments, restarts services and switches addons on one node

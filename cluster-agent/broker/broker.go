@@ -28,10 +28,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -44,7 +46,11 @@ type Cluster interface {
 	// APIServers gives the addresses of the API servers.
 	APIServers(ctx context.Context) ([]netip.Addr, error)
 	// CallbackKey gives the key of callback secrets, and makes it at the first call.
-	CallbackKey(ctx context.Context) ([]byte, error)
+	CallbackKey(ctx context.Context) (callback.Key, error)
+	// DeleteNode deletes the Node object that this one is; a missing one is in order.
+	DeleteNode(ctx context.Context, n *corev1.Node) error
+	// Namespace reports whether there is a namespace of that name.
+	Namespace(ctx context.Context, name string) (bool, error)
 }
 
 // Member is a datastore member.
@@ -67,6 +73,7 @@ type Broker struct {
 	Env      snapenv.Env
 	Tokens   *tokenstore.Store
 	Cluster  Cluster
+	Nodes    noderegistry.Registry
 	Services Restarter
 	Limit    *limit.Limiter
 	Log      *slog.Logger
@@ -192,7 +199,7 @@ func (c *call) busy() error {
 func (c *call) tokenFailure(err error) error {
 	codes := map[error]api.Code{
 		tokenstore.ErrUsed: api.CodeTokenUsed, tokenstore.ErrExpired: api.CodeTokenExpired, tokenstore.ErrRevoked: api.CodeTokenRevoked,
-		tokenstore.ErrHeld: api.CodeTokenHeld, tokenstore.ErrRole: api.CodeTokenRole, tokenstore.ErrName: api.CodeTokenName,
+		tokenstore.ErrHeld: api.CodeTokenHeld, tokenstore.ErrRole: api.CodeTokenRole, tokenstore.ErrName: api.CodeTokenName, tokenstore.ErrBound: api.CodeTokenName,
 		tokenstore.ErrSigned: api.CodeCertificate,
 	}
 	for reason, code := range codes {
@@ -255,11 +262,20 @@ func (c *call) prove(req api.ProofRequest) (*api.ProofResponse, error) {
 	return &api.ProofResponse{Proof: token.Proof(key, exporter, id, req.Nonce)}, nil
 }
 
-// confirm spends the token of a node that is in.
+// confirm spends the token of a node that is in. Its record comes first: when the node must say it
+// again, the token still knows which join it was.
 func (b *Broker) confirm(w http.ResponseWriter, r *http.Request) {
 	b.finish(w, r, "confirm", func(c *call, t token.Token, name string) error {
-		hold, err := b.Tokens.Confirm(r.Context(), t, name)
+		hold, ok, err := b.Tokens.Hold(r.Context(), t, name)
 		if err != nil {
+			return c.tokenFailure(err)
+		}
+		if ok {
+			if err := b.registered(r.Context(), hold); err != nil {
+				return err
+			}
+		}
+		if hold, err = b.Tokens.Confirm(r.Context(), t, name); err != nil {
 			return c.tokenFailure(err)
 		}
 		c.note("worker", hold.Worker)
@@ -267,14 +283,82 @@ func (b *Broker) confirm(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// release frees the token of a node that gave its join up.
+// registered notes that the join of a reservation is confirmed. Where its record has ended in the
+// meantime it is made again, unless the name is somebody else's now.
+func (b *Broker) registered(ctx context.Context, h tokenstore.Hold) error {
+	if h.Join == "" { // reserved through a node of the build before
+		return nil
+	}
+	err := b.Nodes.Change(ctx, h.Name, func(r *noderegistry.Record) error {
+		if r.Join != h.Join {
+			return fail(http.StatusInternalServerError, api.CodeNameTaken, "the node %s has joined with another request since", h.Name)
+		}
+		r.Until = time.Time{}
+		return nil
+	})
+	if errors.Is(err, noderegistry.ErrNone) {
+		record := b.record(h.Joiner)
+		record.Until = time.Time{}
+		err = b.Nodes.Put(ctx, record)
+	}
+	var refused *failure
+	if err != nil && !errors.As(err, &refused) {
+		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot note that the node has joined, try again: %v", err)
+	}
+	return err
+}
+
+// record is that of a join that was reserved now.
+func (b *Broker) record(j tokenstore.Joiner) noderegistry.Record {
+	r := noderegistry.Record{Name: j.Name, Join: j.Join, Role: noderegistry.ControlPlane, Since: b.Now(), Until: b.Now().Add(tokenstore.Reservation)}
+	if j.Worker {
+		r.Role = noderegistry.Worker
+	}
+	return r
+}
+
+// release frees the token of a node that gave its join up, and takes its record and its Node back.
 func (b *Broker) release(w http.ResponseWriter, r *http.Request) {
 	b.finish(w, r, "release", func(c *call, t token.Token, name string) error {
+		hold, ok, err := b.Tokens.Hold(r.Context(), t, name)
+		if err != nil {
+			return c.tokenFailure(err)
+		}
+		if ok {
+			if err := b.takeBack(r.Context(), hold); err != nil {
+				return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot take the join back now, try again: %v", err)
+			}
+		}
 		if err := b.Tokens.Release(r.Context(), t, name); err != nil {
 			return c.tokenFailure(err)
 		}
 		return nil
 	})
+}
+
+// takeBack ends a join that is not confirmed: the certificates of it count no more, and the Node that
+// its kubelet has made goes. A Node that was there before the join stays.
+func (b *Broker) takeBack(ctx context.Context, h tokenstore.Hold) error {
+	record, err := b.Nodes.Get(ctx, h.Name)
+	if errors.Is(err, noderegistry.ErrNone) || err == nil && (record.Join != h.Join || !record.Pending()) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := b.Nodes.DeleteOf(ctx, record); err != nil {
+		return err
+	}
+	nodes, err := b.Cluster.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	for i := range nodes {
+		if n := &nodes[i]; n.Name == h.Name && !n.CreationTimestamp.Time.Before(h.Began.Truncate(time.Second)) {
+			return b.Cluster.DeleteNode(ctx, n)
+		}
+	}
+	return nil
 }
 
 func (b *Broker) finish(w http.ResponseWriter, r *http.Request, what string, do func(*call, token.Token, string) error) {

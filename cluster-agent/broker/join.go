@@ -2,6 +2,7 @@ package broker
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -22,6 +24,7 @@ import (
 	"microk8s/internal/defence"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/pki"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
@@ -86,7 +89,13 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	if err != nil {
 		return nil, internal("Could not retrieve self callback token", err)
 	}
-	answer.CallbackToken = token.Callback(key, req.Hostname)
+	j.joiner.Join = token.NewJoin()
+	record := c.b.record(j.joiner)
+	if req.Secrets < 2 || !defence.On(defence.Callback) {
+		// Upstream's clients, and those of the build before, want it now. It is of this join: it opens
+		// nothing before the join is confirmed, and nothing of any other node at any time.
+		answer.CallbackToken = key.Secret(record)
+	}
 
 	// From here on there are changes.
 	ctx := c.r.Context()
@@ -94,10 +103,20 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 		return nil, c.tokenFailure(err)
 	}
 	failed := func(err error) error {
+		undoing := context.WithoutCancel(ctx)
+		if hold, ok, undo := c.b.Tokens.Hold(undoing, j.token, req.Hostname); undo == nil && ok {
+			if undo := c.b.takeBack(undoing, hold); undo != nil {
+				c.b.Log.Warn("the record of the join stays until its time is over", "err", undo)
+			}
+		}
 		if undo := c.b.Tokens.Release(context.WithoutCancel(ctx), j.token, req.Hostname); undo != nil {
 			c.b.Log.Warn("the token stays reserved for ten minutes", "err", undo)
 		}
 		return err
+	}
+	record.Secrets = req.Secrets
+	if err := c.b.Nodes.Put(ctx, record); err != nil {
+		return nil, failed(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the join cannot be noted now, try again: %v", err))
 	}
 	if j.replaces != "" {
 		c.note("replaces", j.replaces)
@@ -183,8 +202,98 @@ func (c *call) problems(j *joining) (out []error) {
 	}
 	j.local = b.ofCluster(j.local, j.nodes)
 	add(j.nameProblem())
+	add(b.reservedProblem(ctx, j))
 	add(j.ownerProblem())
+	if !req.Worker && req.Product == api.Product && req.Secrets < 2 {
+		add(b.earlierProblem(ctx))
+	}
 	return out
+}
+
+// earlierProblem refuses a control-plane node of the build before where no other is: it could call
+// no node, and would let machines join that are refused afterwards.
+func (b *Broker) earlierProblem(ctx context.Context) error {
+	complete, err := b.Nodes.Complete(ctx)
+	switch {
+	case err != nil:
+		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err)
+	case complete:
+		return fail(http.StatusInternalServerError, api.CodeOldClient,
+			"The joining node has an earlier build than all control plane nodes of this cluster. Refresh it first: snap refresh microk8s")
+	}
+	return nil
+}
+
+// serving is the certificate of this node's API server, with the names and virtual addresses that the
+// administrator has added; nil where it cannot be read.
+func (b *Broker) serving() *x509.Certificate {
+	text, err := os.ReadFile(b.Env.Cert("server.crt"))
+	if err != nil {
+		return nil
+	}
+	cert, err := pki.ParseCert(text)
+	if err != nil {
+		return nil
+	}
+	return cert
+}
+
+// reservedProblem refuses names under which something else is known in the cluster: the API server,
+// a Service, another node, an address. A node's certificate serves under its name.
+func (b *Broker) reservedProblem(ctx context.Context, j *joining) error {
+	if !defence.On(defence.ServiceNames) {
+		return nil
+	}
+	name := j.req.Hostname
+	whose, err := b.nameOf(ctx, name, bool(j.req.Worker))
+	if err != nil {
+		return err
+	}
+	for _, n := range j.nodes {
+		for _, a := range n.Status.Addresses {
+			if n.Name != name && strings.EqualFold(a.Address, name) {
+				whose = "the node " + n.Name
+			}
+		}
+	}
+	if whose != "" {
+		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node cannot be called %s: that is the name of %s. Give the joining machine another host name", name, whose)
+	}
+	return nil
+}
+
+// nameOf says what a name stands for that a node must not have; "" if nothing.
+// A control-plane node serves the API itself, under all of its names.
+func (b *Broker) nameOf(ctx context.Context, name string, worker bool) (string, error) {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	domain := strings.ToLower(strings.Trim(b.config().DNS.Domain, "."))
+	under := func(suffix string) bool { return name == suffix || strings.HasSuffix(name, "."+suffix) }
+	if _, err := netip.ParseAddr(name); err == nil {
+		return "an address", nil
+	}
+	switch {
+	case name == "kubernetes" || name == "kubernetes.default":
+		return "the API server", nil
+	case under("svc"), under(domain):
+		return "Services of the cluster", nil
+	case under("localhost"):
+		return "every machine itself", nil
+	}
+	if cert := b.serving(); worker && cert != nil && slices.ContainsFunc(cert.DNSNames, func(n string) bool { return strings.EqualFold(n, name) }) {
+		return "the API server", nil
+	}
+	service, namespace, two := strings.Cut(name, ".")
+	if !two || service == "" || strings.Contains(namespace, ".") {
+		return "", nil
+	}
+	there, err := b.Cluster.Namespace(ctx, namespace)
+	if err != nil {
+		return "", fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err)
+	}
+	if there {
+		return "a Service in the namespace " + namespace, nil
+	}
+	return "", nil
 }
 
 // memberProblem refuses an address that a member of the datastore has. The file that lists the

@@ -1,10 +1,11 @@
 // Package callback keeps the secrets with which one node may ask another to do something
-// (ADR 4). The cluster's key K_cb is in a Secret that control-plane nodes can
-// read; the secret of node N is made from it and N's name, and lies in N's
-// credentials/callback-token.txt, with which N's agent compares.
+// (ADR 14). They follow from the CA's key, which only control-plane nodes have, and a salt
+// in the Secret [SecretName]; each is bound to a node's role, name and join. A node's own lies in its
+// credentials/callback-token.txt, with which its agent compares. Beside it, who calls shows a
+// certificate that only control-plane nodes can make ([Caller]).
 //
-// The key changes when a control-plane node was removed, since that node knew it. Control-plane
-// nodes watch the Secret and rewrite their file; workers ask for theirs (cluster-agent/worker).
+// The salt changes when a node is removed. Control-plane nodes watch the Secret and rewrite their
+// file; workers ask for theirs (cluster-agent/worker).
 package callback
 
 import (
@@ -23,67 +24,143 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/kube"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 )
 
-// SecretName is the Secret of kube-system that holds the key, under keyName.
+// SecretName is the Secret of kube-system that holds the salt.
+const SecretName = "microk8s-cluster-agent"
+
+// Entries of the Secret.
 const (
-	SecretName = "microk8s-cluster-agent"
-	keyName    = "callback-key"
+	saltName   = "salt"
+	legacyName = "callback-key" // of the build before, whose nodes' secrets follow from it alone
+	sealedName = "sealed"       // no control-plane node is of the build before any more
 )
 
 // FileName is the file of a node's own secret, in credentials/.
 const FileName = "callback-token.txt"
 
-// Keys reads and changes the cluster's key.
+// Key makes the secrets of all nodes, as they are at one time.
+type Key struct {
+	key    []byte
+	legacy []byte // nil when no control-plane node is of the build before
+}
+
+// Secret is that of a node.
+func (k Key) Secret(r noderegistry.Record) string {
+	return token.Callback(k.key, string(r.Role), r.Name, r.Join)
+}
+
+// Legacy is the one that control-plane nodes of the build before know of a node; "" where there are none.
+func (k Key) Legacy(name string) string {
+	if k.legacy == nil {
+		return ""
+	}
+	return token.LegacyCallback(k.legacy, name)
+}
+
+// NewKey makes the key of a base and a salt; legacy is that of the build before, or nil.
+func NewKey(base, salt, legacy []byte) Key { return Key{token.CallbackKey(base, salt), legacy} }
+
+// Keys reads and changes what the cluster's key follows from. It is for control-plane nodes.
 type Keys struct {
+	Env  snapenv.Env
 	Core func() (*kube.Core, error)
 }
 
-// Get gives the key, and makes it where there is none.
-func (k Keys) Get(ctx context.Context) ([]byte, error) {
-	key, _, err := k.get(ctx, false)
-	return key, err
+// Get returns the key, and makes a salt where there is none.
+func (k Keys) Get(ctx context.Context) (Key, error) {
+	return k.change(ctx, func(map[string][]byte) {})
 }
 
-// Rotate makes a new key. The old one counts nowhere once the nodes have noticed.
+// Rotate changes the salt. The secrets of before count nowhere once the nodes have noticed.
 func (k Keys) Rotate(ctx context.Context) error {
-	_, _, err := k.get(ctx, true)
+	_, err := k.change(ctx, func(data map[string][]byte) {
+		data[saltName] = token.NewCallbackKey()
+		if data[legacyName] != nil && data[sealedName] == nil {
+			data[legacyName] = token.NewCallbackKey()
+		}
+	})
 	return err
 }
 
-func (k Keys) get(ctx context.Context, renew bool) (key []byte, changed bool, err error) {
+// Seal ends the secrets of the build before: from then on none that follows from the API alone is
+// taken. It is called when every control-plane node is of this build, and does nothing the next time.
+func (k Keys) Seal(ctx context.Context) error {
+	_, err := k.change(ctx, func(data map[string][]byte) {
+		if data[sealedName] == nil {
+			if data[legacyName] != nil {
+				data[saltName] = token.NewCallbackKey()
+			}
+			data[sealedName] = []byte("2")
+		}
+		delete(data, legacyName)
+	})
+	return err
+}
+
+// decode reads the Secret; ok is false where it has no salt.
+func (k Keys) decode(data map[string][]byte) (key Key, ok bool, err error) {
+	if len(data[saltName]) != token.CallbackKeySize {
+		return Key{}, false, nil
+	}
+	base, err := loadBase(k.Env)
+	if err != nil {
+		return Key{}, false, err
+	}
+	var legacy []byte
+	if data[sealedName] == nil && len(data[legacyName]) == token.CallbackKeySize {
+		legacy = data[legacyName]
+	}
+	return NewKey(base, data[saltName], legacy), true, nil
+}
+
+func (k Keys) change(ctx context.Context, change func(map[string][]byte)) (Key, error) {
 	core, err := k.Core()
 	if err != nil {
-		return nil, false, err
+		return Key{}, err
 	}
 	for {
 		secret, err := core.Secret(ctx, SecretName)
-		switch {
-		case apierrors.IsNotFound(err):
-			secret = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: SecretName}, Type: "microk8s.io/cluster-agent"}
-			secret.Data = map[string][]byte{keyName: token.NewCallbackKey()}
-			_, err = core.CreateSecret(ctx, secret)
-		case err != nil:
-			return nil, false, fmt.Errorf("cannot read the key of callback secrets: %w", err)
-		case renew || len(secret.Data[keyName]) != token.CallbackKeySize:
-			if secret.Data == nil {
-				secret.Data = map[string][]byte{}
-			}
-			secret.Data[keyName] = token.NewCallbackKey()
-			_, err = core.UpdateSecret(ctx, secret)
-		default:
-			return secret.Data[keyName], false, nil
+		fresh := apierrors.IsNotFound(err)
+		if err != nil && !fresh {
+			return Key{}, fmt.Errorf("cannot read the salt of callback secrets: %w", err)
 		}
-		if err == nil {
-			return secret.Data[keyName], true, nil
+		if fresh {
+			secret = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: SecretName}, Type: "microk8s.io/cluster-agent"}
+		}
+		before := len(secret.Data)
+		data := map[string][]byte{}
+		for name, value := range secret.Data {
+			data[name] = value
+		}
+		if len(data[saltName]) != token.CallbackKeySize {
+			data[saltName] = token.NewCallbackKey()
+		}
+		change(data)
+		same := !fresh && len(data) == before
+		for name, value := range data {
+			same = same && string(secret.Data[name]) == string(value)
+		}
+		secret.Data = data
+		switch {
+		case same:
+		case fresh:
+			_, err = core.CreateSecret(ctx, secret)
+		default:
+			_, err = core.UpdateSecret(ctx, secret)
+		}
+		if same || err == nil {
+			key, _, err := k.decode(data)
+			return key, err
 		}
 		if !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) {
-			return nil, false, fmt.Errorf("cannot write the key of callback secrets: %w", err)
+			return Key{}, fmt.Errorf("cannot write the salt of callback secrets: %w", err)
 		}
 		if ctx.Err() != nil {
-			return nil, false, ctx.Err()
+			return Key{}, ctx.Err()
 		}
 	}
 }
@@ -106,17 +183,33 @@ func Load(env snapenv.Env) (string, error) {
 	return string(data), err
 }
 
-// retry is how long a Keeper waits after the API server did not answer.
-const retry = 5 * time.Second
+const (
+	retry = 5 * time.Second // after the API server did not answer
+	// sweep is how often a Keeper ends joins that were never confirmed, and renews what lets members
+	// of the group call other nodes.
+	sweep = 10 * time.Minute
+	// Grace is how long after the end of its time the record of a join that was not confirmed is kept:
+	// a node that is in, and could not say so, says so within it.
+	Grace = time.Hour
+)
 
-// Keeper writes the secret of a control-plane node when the key changes.
+// Keeper writes the secret of a control-plane node when the salt changes, and keeps the node's record.
 type Keeper struct {
-	Env  snapenv.Env
-	Keys Keys
-	Node string
-	Log  *slog.Logger
+	Env   snapenv.Env
+	Keys  Keys
+	Nodes noderegistry.Registry
+	Node  string
+	Log   *slog.Logger
 	// Connected is called each time the API server answers again; it may be nil.
 	Connected func(ctx context.Context) error
+	Now       func() time.Time // nil means time.Now
+}
+
+func (k *Keeper) now() time.Time {
+	if k.Now != nil {
+		return k.Now()
+	}
+	return time.Now()
 }
 
 // Run goes on until ctx ends.
@@ -124,7 +217,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		err := k.watch(ctx)
 		if err != nil && ctx.Err() == nil {
-			k.Log.Debug("the key of callback secrets cannot be watched now", "err", err)
+			k.Log.Debug("the salt of callback secrets cannot be watched now", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -136,12 +229,23 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 // watch follows the Secret until the API server ends the watch.
 func (k *Keeper) watch(ctx context.Context) error {
+	if err := WriteCaller(k.Env, k.Node, k.now()); err != nil {
+		return err
+	}
 	core, err := k.Keys.Core()
 	if err != nil {
 		return err
 	}
 	// Made now and not by the first call between nodes, which may come when the disk is full.
-	if _, err := k.Keys.Get(ctx); err != nil {
+	key, err := k.Keys.Get(ctx)
+	if err != nil {
+		return err
+	}
+	self, err := k.self(ctx)
+	if err != nil {
+		return err
+	}
+	if err := Store(k.Env, key.Secret(*self)); err != nil {
 		return err
 	}
 	// Without a resource version the watch begins with what there is.
@@ -157,14 +261,64 @@ func (k *Keeper) watch(ctx context.Context) error {
 			return err
 		}
 	}
-	for e := range w.ResultChan() {
-		secret, ok := e.Object.(*corev1.Secret)
-		if !ok || len(secret.Data[keyName]) != token.CallbackKeySize {
-			continue
-		}
-		if err := Store(k.Env, token.Callback(secret.Data[keyName], k.Node)); err != nil {
-			return err
+	tick := time.NewTicker(sweep)
+	defer tick.Stop()
+	for {
+		select {
+		case e, open := <-w.ResultChan():
+			if !open {
+				return nil
+			}
+			secret, ok := e.Object.(*corev1.Secret)
+			if !ok {
+				continue
+			}
+			key, ok, err := k.Keys.decode(secret.Data)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				continue
+			}
+			if err := Store(k.Env, key.Secret(*self)); err != nil {
+				return err
+			}
+		case <-tick.C:
+			if err := k.sweep(ctx); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+}
+
+// self reads this node's record, or makes one, and notes that it is a control-plane node of this
+// build. It has the CA's key, so it is one.
+func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
+	own := noderegistry.Record{Name: k.Node, Role: noderegistry.ControlPlane, Since: k.now(), Secrets: 2}
+	if added, err := k.Nodes.Add(ctx, own); added || err != nil {
+		return &own, err
+	}
+	err := k.Nodes.Change(ctx, k.Node, func(r *noderegistry.Record) error {
+		r.Role, r.Secrets = noderegistry.ControlPlane, 2
+		if r.Pending() && k.now().After(r.Until) { // it is in, and nobody was told
+			r.Until = time.Time{}
+		}
+		own = *r
+		return nil
+	})
+	return &own, err
+}
+
+func (k *Keeper) sweep(ctx context.Context) error {
+	if err := WriteCaller(k.Env, k.Node, k.now()); err != nil {
+		return err
+	}
+	if _, err := k.self(ctx); err != nil {
+		return err
+	}
+	gone, err := k.Nodes.Prune(ctx, k.now().Add(-Grace))
+	if len(gone) > 0 {
+		k.Log.Info("joins that were never confirmed have ended", "nodes", gone)
+	}
+	return err
 }

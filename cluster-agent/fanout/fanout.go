@@ -4,8 +4,8 @@
 //
 // A call goes on after a node that does not answer and says so in that node's Result. Changes of
 // arguments are kept for such a node, which a [Keeper] tells when it is back. The
-// peer's certificate must be of the cluster's CA and name the node or its address; only then is
-// the node's callback secret sent.
+// peer's certificate must be of the cluster's CA and name the node or its address; only then are
+// the node's callback secret and this node's certificate for such calls sent.
 package fanout
 
 import (
@@ -23,6 +23,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,10 +32,11 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/snapenv"
-	"microk8s/internal/token"
 )
 
 const (
@@ -79,6 +81,8 @@ type Cluster struct {
 	Env  snapenv.Env
 	Core func() (*kube.Core, error)
 	Port string // of all agents; "" means that of args/cluster-agent
+	// RenewWaits are the pauses of RenewSecrets; nil means one and five seconds.
+	RenewWaits []time.Duration
 	// ReadyTimeout is how long an API server may take to come back; 0 means two minutes.
 	ReadyTimeout time.Duration
 }
@@ -177,15 +181,52 @@ func restarts(req api.ConfigureRequest) bool {
 	return slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
 }
 
-// RenewSecrets changes the key of callback secrets and shows every node its new one. A worker
+// RenewSecrets changes the salt of callback secrets and shows every node its new one. A worker
 // that sees a secret that it does not know asks the control plane for its own; from then on
-// the old one is refused. Nodes that cannot be reached notice within an hour after they come
-// back; see [Failed]. It is for when a node was removed that may know the key.
+// the old one is refused. A node that was reached and refused is shown it again, since it may have
+// been asked by others just now. The nodes whose Err is not nil still take the old one: those that
+// cannot be reached until an hour after they come back, those of upstream's for ever. It is for when
+// a node was removed that may know secrets of others.
 func (c *Cluster) RenewSecrets(ctx context.Context) ([]Result, error) {
-	if err := (callback.Keys{Core: c.core}).Rotate(ctx); err != nil {
+	if err := (callback.Keys{Env: c.Env, Core: c.core}).Rotate(ctx); err != nil {
 		return nil, err
 	}
-	return c.Configure(ctx, api.ConfigureRequest{})
+	results, err := c.Configure(ctx, api.ConfigureRequest{})
+	for _, wait := range c.renewWaits() {
+		var again []string
+		for _, r := range results {
+			if r.Err != nil && !r.away() {
+				again = append(again, r.Name)
+			}
+		}
+		if err != nil || len(again) == 0 {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return results, ctx.Err()
+		case <-time.After(wait):
+		}
+		var second []Result
+		if second, err = c.Configure(ctx, api.ConfigureRequest{}, again...); err != nil {
+			return results, err
+		}
+		for _, r := range second {
+			if i := slices.IndexFunc(results, func(o Result) bool { return o.Name == r.Name }); i >= 0 {
+				results[i] = r
+			}
+		}
+	}
+	return results, err
+}
+
+// renewWaits are the pauses before a node that refused its new secret is shown it again. A worker
+// that was shown wrong ones asks the control plane again after five seconds.
+func (c *Cluster) renewWaits() []time.Duration {
+	if c.RenewWaits != nil {
+		return c.RenewWaits
+	}
+	return []time.Duration{time.Second, 5 * time.Second}
 }
 
 // SetArgument sets one option of an argument file on all nodes and restarts its service, for
@@ -280,11 +321,24 @@ func (c *Cluster) each(ctx context.Context, limit time.Duration, width int, name
 	if len(names) > 0 {
 		targets = slices.DeleteFunc(targets, func(t Target) bool { return !slices.Contains(names, t.Name) })
 	}
-	key, err := callback.Keys{Core: c.core}.Get(ctx)
+	key, err := callback.Keys{Env: c.Env, Core: c.core}.Get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	registry := noderegistry.Registry{Core: c.core}
+	list, err := registry.List(ctx)
 	if err != nil {
 		return nil, err
 	}
 	ca, err := os.ReadFile(c.Env.Cert("ca.crt"))
+	if err != nil {
+		return nil, fmt.Errorf("cannot call the other nodes: %w", err)
+	}
+	own, err := nodeconfig.NodeName(c.Env, hostinfo.Hostname)
+	if err != nil {
+		return nil, err
+	}
+	pair, err := callback.Caller(c.Env, own)
 	if err != nil {
 		return nil, fmt.Errorf("cannot call the other nodes: %w", err)
 	}
@@ -302,14 +356,45 @@ func (c *Cluster) each(ctx context.Context, limit time.Duration, width int, name
 			}
 			ctx, cancel := context.WithTimeout(ctx, limit)
 			defer cancel()
-			client := &http.Client{Transport: Transport(roots, t)}
+			transport := Transport(roots, t)
+			transport.TLSClientConfig.Certificates = []tls.Certificate{pair}
+			client := &http.Client{Transport: transport}
 			defer client.CloseIdleConnections()
-			results[i].Err = call(ctx, client, t, token.Callback(key, t.Name))
+			results[i].Err = errUnregistered
+			for _, secret := range secrets(key, list, t.Name) {
+				results[i].Err = call(ctx, client, t, secret)
+				if !errors.Is(results[i].Err, errSecret) {
+					break
+				}
+			}
 			return nil
 		})
 	}
 	_ = group.Wait() // the functions give no errors
 	return results, nil
+}
+
+var (
+	errUnregistered = errors.New("it is not registered in this cluster: let it join again, or remove it with microk8s remove-node")
+	errSecret       = errors.New("it does not take the secret of this cluster")
+)
+
+// secrets are those that a node may take, the likelier first. While control-plane nodes of the build
+// before are in the cluster, a node has either the present one or theirs.
+func secrets(key callback.Key, list []noderegistry.Record, name string) (out []string) {
+	legacy := key.Legacy(name)
+	i := slices.IndexFunc(list, func(r noderegistry.Record) bool { return r.Name == name })
+	if i >= 0 {
+		out = append(out, key.Secret(list[i]))
+	}
+	switch {
+	case legacy == "":
+	case i >= 0 && list[i].Secrets >= 2:
+		out = append(out, legacy)
+	default:
+		out = append([]string{legacy}, out...)
+	}
+	return out
 }
 
 // Transport connects to one agent, and to nobody else: the certificate must be of the
@@ -365,6 +450,9 @@ func post(ctx context.Context, client *http.Client, t Target, path, secret strin
 	var failure api.Error
 	if json.Unmarshal(answer, &failure) != nil || failure.Message == "" {
 		failure.Message = "it gave no reason"
+	}
+	if failure.Code == api.CodeToken || failure.Code == "" && strings.EqualFold(failure.Message, "invalid token") {
+		return nil, fmt.Errorf("%w (%d)", errSecret, resp.StatusCode)
 	}
 	return nil, fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
 }

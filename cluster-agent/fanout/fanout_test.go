@@ -22,6 +22,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/kube/kubetest"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
@@ -41,16 +42,20 @@ type agents struct {
 	mu     sync.Mutex
 	calls  map[string][]string // by node: path, secret and body
 	onCall func(node, path string) int
+	takes  map[string]func(secret string) bool // by node; none takes all
 }
 
 func newAgents(t *testing.T) *agents {
 	t.Helper()
-	a := &agents{t: t, api: kubetest.New(t), maker: pkitest.Maker(nil), calls: map[string][]string{}}
+	a := &agents{t: t, api: kubetest.New(t), maker: pkitest.Maker(nil), calls: map[string][]string{}, takes: map[string]func(string) bool{}}
 	env := snapenv.Under(t.TempDir())
 	if err := os.MkdirAll(env.CertsDir(), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	a.ca, a.caKey = a.newCA()
+	if err := os.WriteFile(env.Cert("ca.key"), pki.EncodeKey(a.caKey), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.WriteFile(env.Cert("ca.crt"), pki.EncodeCert(a.ca.Raw), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -88,9 +93,28 @@ func (a *agents) node(name, address string, ca *x509.Certificate, caKey *rsa.Pri
 		Addresses: []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: name}, {Type: corev1.NodeInternalIP, Address: address}},
 	}})
 	a.api.Unlock()
+	if err := a.registry().Put(a.t.Context(), record(name)); err != nil {
+		a.t.Fatal(err)
+	}
 	if subject != "" {
 		a.agent(name, address, ca, caKey, subject, ips...)
 	}
+}
+
+// record is that of a node.
+func record(name string) noderegistry.Record {
+	return noderegistry.Record{Name: name, Role: noderegistry.Worker, Join: "00" + name, Secrets: 2}
+}
+
+func (a *agents) registry() noderegistry.Registry { return noderegistry.Registry{Core: a.api.Core} }
+
+func (a *agents) key() callback.Key {
+	a.t.Helper()
+	key, err := callback.Keys{Env: a.c.Env, Core: a.api.Core}.Get(a.t.Context())
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return key
 }
 
 // agent starts the agent of a node.
@@ -104,7 +128,9 @@ func (a *agents) agent(name, address string, ca *x509.Certificate, caKey *rsa.Pr
 	if err != nil {
 		a.t.Fatal(err)
 	}
-	l, err := tls.Listen("tcp", net.JoinHostPort(address, a.port), &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}})
+	l, err := tls.Listen("tcp", net.JoinHostPort(address, a.port), &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, ClientAuth: tls.RequestClientCert,
+	})
 	if err != nil {
 		a.t.Fatal(err)
 	}
@@ -117,6 +143,14 @@ func (a *agents) agent(name, address string, ca *x509.Certificate, caKey *rsa.Pr
 		}
 		a.mu.Lock()
 		defer a.mu.Unlock()
+		if _, err := callback.CheckCaller(r.TLS, pki.EncodeCert(a.ca.Raw), time.Now()); err != nil {
+			a.t.Errorf("%s is called without the certificate of a control-plane node: %v", name, err)
+		}
+		if takes, ok := a.takes[name]; ok && r.URL.Path != "/readyz" && !takes(secret) {
+			w.WriteHeader(http.StatusInternalServerError)
+			_, _ = io.WriteString(w, `{"error":"Invalid token"}`)
+			return
+		}
 		if a.onCall != nil {
 			w.WriteHeader(a.onCall(name, r.URL.Path))
 			return
@@ -149,10 +183,7 @@ func TestEveryNode(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key, err := callback.Keys{Core: a.api.Core}.Get(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := a.key()
 	for _, r := range results {
 		want := map[string]string{"n1": "", "w1": "", "dead": "cannot reach its cluster agent", "foreign": "its certificate is not of this cluster", "liar": "not of the node liar"}[r.Name]
 		if (r.Err == nil) != (want == "") || r.Err != nil && !strings.Contains(r.Err.Error(), want) {
@@ -165,7 +196,7 @@ func TestEveryNode(t *testing.T) {
 			}
 			continue
 		}
-		if len(calls) != 1 || !strings.HasPrefix(calls[0], api.PathConfigure+" "+token.Callback(key, r.Name)+" ") || !strings.Contains(calls[0], `"arguments_update":[{"--cluster-dns":"10.152.183.10"}]`) {
+		if len(calls) != 1 || !strings.HasPrefix(calls[0], api.PathConfigure+" "+key.Secret(record(r.Name))+" ") || !strings.Contains(calls[0], `"arguments_update":[{"--cluster-dns":"10.152.183.10"}]`) {
 			t.Errorf("%s was told %v", r.Name, calls)
 		}
 	}
@@ -183,7 +214,7 @@ func TestImport(t *testing.T) {
 		t.Fatal(err, Failed(results))
 	}
 	for _, name := range []string{"n1", "w1"} {
-		if len(a.calls[name]) != 1 || !strings.HasSuffix(a.calls[name][0], " an archive") || len(strings.Fields(a.calls[name][0])[1]) != 64 {
+		if len(a.calls[name]) != 1 || !strings.HasSuffix(a.calls[name][0], " an archive") || len(strings.Fields(a.calls[name][0])[1]) != 66 {
 			t.Errorf("%s: %v", name, a.calls[name])
 		}
 	}
@@ -248,20 +279,94 @@ func TestRolling(t *testing.T) {
 func TestRenewSecrets(t *testing.T) {
 	a := newAgents(t)
 	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")
-	keys := callback.Keys{Core: a.api.Core}
-	old, err := keys.Get(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	old := a.key()
 	results, err := a.c.RenewSecrets(t.Context())
 	if err != nil || Failed(results) != nil {
 		t.Fatal(err, Failed(results))
 	}
-	now, err := keys.Get(t.Context())
-	if err != nil || string(now) == string(old) {
-		t.Fatalf("the key did not change: %v", err)
+	now := a.key().Secret(record("w1"))
+	if now == old.Secret(record("w1")) {
+		t.Fatal("the secret did not change")
 	}
-	if calls := a.calls["w1"]; len(calls) != 1 || !strings.Contains(calls[0], token.Callback(now, "w1")) || strings.Contains(calls[0], token.Callback(old, "w1")) {
+	if calls := a.calls["w1"]; len(calls) != 1 || !strings.Contains(calls[0], now) || strings.Contains(calls[0], old.Secret(record("w1"))) {
 		t.Errorf("the node was told %v", calls)
+	}
+}
+
+// TestRenewSecretsAgain: a node that does not take its new secret at once is shown it again, and one
+// that never does is named.
+func TestRenewSecretsAgain(t *testing.T) {
+	a := newAgents(t)
+	a.c.RenewWaits = []time.Duration{time.Millisecond, time.Millisecond}
+	a.node("busy", "127.0.0.2", a.ca, a.caKey, "system:node:busy")
+	a.node("upstream", "127.0.0.3", a.ca, a.caKey, "system:node:upstream")
+	a.node("w3", "127.0.0.4", a.ca, a.caKey, "system:node:w3")
+	shown := 0
+	a.takes["busy"] = func(string) bool { shown++; return shown == 3 }
+	a.takes["upstream"] = func(string) bool { return false }
+	results, err := a.c.RenewSecrets(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range results {
+		if (r.Err != nil) != (r.Name == "upstream") {
+			t.Errorf("%s: %v", r.Name, r.Err)
+		}
+	}
+	if shown != 3 || len(a.calls["w3"]) != 1 {
+		t.Errorf("busy was shown it %d times, w3 %d times", shown, len(a.calls["w3"]))
+	}
+}
+
+// TestTwoBuilds: while control-plane nodes of the build before are in the cluster, nodes are called
+// with the secret that they take; afterwards with the present one only.
+func TestTwoBuilds(t *testing.T) {
+	a := newAgents(t)
+	before := token.NewCallbackKey()
+	a.api.Secrets[callback.SecretName] = &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, ResourceVersion: "1"}, Data: map[string][]byte{"callback-key": before},
+	}
+	legacy := func(name string) string { return token.LegacyCallback(before, name) }
+	a.node("present", "127.0.0.2", a.ca, a.caKey, "system:node:present")
+	a.node("earlier", "127.0.0.3", a.ca, a.caKey, "system:node:earlier")
+	a.node("adopted", "127.0.0.4", a.ca, a.caKey, "system:node:adopted")
+	if err := a.registry().Change(t.Context(), "adopted", func(r *noderegistry.Record) error { r.Secrets = 0; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.registry().Delete(t.Context(), "earlier"); err != nil { // it came through a node of the build before
+		t.Fatal(err)
+	}
+	key := a.key()
+	a.takes["present"] = func(s string) bool { return s == key.Secret(record("present")) }
+	a.takes["earlier"] = func(s string) bool { return s == legacy("earlier") }
+	a.takes["adopted"] = func(s string) bool { return s == key.Secret(record("adopted")) } // it asked a node of this build
+	for range 2 {
+		results, err := a.c.Configure(t.Context(), api.ConfigureRequest{})
+		if err != nil || Failed(results) != nil {
+			t.Fatal(err, Failed(results))
+		}
+		// And the other way round.
+		a.takes["present"] = func(s string) bool { return s == legacy("present") }
+		a.takes["adopted"] = func(s string) bool { return s == legacy("adopted") }
+	}
+	if err := (callback.Keys{Env: a.c.Env, Core: a.api.Core}).Seal(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"present", "earlier", "adopted"} {
+		a.takes[name] = func(s string) bool {
+			if s == legacy(name) || !token.IsCallback(s) {
+				t.Errorf("%s is shown the secret of the build before", name)
+			}
+			return true
+		}
+	}
+	results, err := a.c.Configure(t.Context(), api.ConfigureRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range results {
+		if (r.Err != nil) != (r.Name == "earlier") {
+			t.Errorf("%s: %v", r.Name, r.Err)
+		}
 	}
 }

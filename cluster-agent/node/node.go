@@ -1,6 +1,7 @@
 // Package node is what one node does when others of its cluster ask it: change arguments,
 // restart services, switch addons, import an image, and, for providers of the Cluster API,
-// remove a datastore member. Who asks must show this node's callback secret.
+// remove a datastore member. Who asks must show this node's callback secret and, between nodes of
+// ours, a certificate that only control-plane nodes can make.
 //
 // The wire is upstream's (cluster-agent.md 1.5.3, 1.5.6, 1.5.7). Every name that reaches a
 // file or a program is one of a list, and values are single lines without shell syntax.
@@ -37,6 +38,7 @@ import (
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/token"
 )
 
 // Restarter restarts services of this node.
@@ -61,12 +63,12 @@ type Node struct {
 	// Remove takes the member with an address (host:port) out of the datastore.
 	Remove func(ctx context.Context, endpoint string) error
 
-	// Fresh asks the control plane for this node's callback secret, when a caller shows another
-	// one than the node has: it may have changed just now. nil means not to ask.
-	Fresh func(ctx context.Context) (string, error)
+	// Fresh asks the control plane for the callback secrets that this node takes, when a caller shows
+	// another one than the node has: it may have changed just now. nil means not to ask.
+	Fresh func(ctx context.Context) ([]string, error)
 
 	later sync.WaitGroup
-	fresh coalesce.Reads[string] // of Fresh
+	fresh coalesce.Reads[[]string] // of Fresh
 }
 
 const (
@@ -118,6 +120,75 @@ func (n *Node) refuse(r *http.Request) error {
 	return errToken
 }
 
+// caller checks the certificate that control-plane nodes show beside the secret, where the secret is
+// one of ours, and returns the name in it. In a cluster of upstream's, or one that has control-plane
+// nodes of the build before, callers have none, and the name is "".
+func (n *Node) caller(r *http.Request, given string) (string, error) {
+	if !token.IsCallback(strings.TrimSpace(given)) {
+		server.Authenticated(r)
+		return "", nil
+	}
+	ca, err := os.ReadFile(n.clusterCA())
+	if err != nil {
+		return "", fmt.Errorf("cannot read the cluster's CA: %w", err)
+	}
+	name, err := callback.CheckCaller(r.TLS, ca, time.Now())
+	if err != nil && defence.On(defence.CallerCert) {
+		return "", err
+	}
+	server.Authenticated(r)
+	return name, nil
+}
+
+// clusterCA is the file of the cluster's CA: a worker keeps it beside its own.
+func (n *Node) clusterCA() string {
+	if n.Env.Locked(snapenv.LockWorker) {
+		return n.Env.Cert("ca.remote.crt")
+	}
+	return n.Env.Cert("ca.crt")
+}
+
+// answerRefusal answers a call whose sender is not authorized.
+func answerRefusal(w http.ResponseWriter, status int, err error) {
+	code := api.CodeToken
+	if errors.Is(err, callback.ErrCaller) {
+		code = api.CodeCertificate
+	}
+	server.WriteFailure(w, status, code, err.Error())
+}
+
+// changes lists what a request changes, for the audit line: names, never values, which may be
+// confidential.
+func changes(req api.ConfigureRequest) (out []string) {
+	for _, s := range req.Services {
+		name := shorten(s.Name)
+		for _, m := range s.Update {
+			for _, key := range slices.Sorted(maps.Keys(m)) {
+				out = append(out, name+": set "+shorten(key))
+			}
+		}
+		for _, key := range s.Remove {
+			out = append(out, name+": remove "+shorten(key))
+		}
+		if s.Restart {
+			out = append(out, name+": restart")
+		}
+	}
+	for _, a := range req.Addons {
+		switch {
+		case bool(a.Enable):
+			out = append(out, "addon "+shorten(a.Name)+": enable")
+		case bool(a.Disable):
+			out = append(out, "addon "+shorten(a.Name)+": disable")
+		}
+	}
+	const most = 100
+	if len(out) > most {
+		out = append(out[:most], fmt.Sprintf("and %d more", len(out)-most))
+	}
+	return out
+}
+
 // knows reports whether the caller has shown this node's callback secret.
 func (n *Node) knows(r *http.Request, given string) bool {
 	want, err := callback.Load(n.Env)
@@ -130,21 +201,20 @@ func (n *Node) knows(r *http.Request, given string) bool {
 		good = false
 	}
 	if !good && n.Fresh != nil && given != "" {
-		if want, err := n.ask(r.Context()); err != nil {
+		taken, err := n.ask(r.Context())
+		if err != nil {
 			n.Log.Warn("cannot ask the control plane for this node's callback secret", "err", err)
-		} else {
-			good = want != "" && equal(given, want)
 		}
-	}
-	if good {
-		server.Authenticated(r)
+		for _, one := range taken {
+			good = good || one != "" && equal(given, one)
+		}
 	}
 	return good
 }
 
 // ask calls Fresh, at most once each freshEvery: callers that come meanwhile share the next
 // answer, which is never older than their call.
-func (n *Node) ask(ctx context.Context) (string, error) {
+func (n *Node) ask(ctx context.Context) ([]string, error) {
 	if !defence.On(defence.SharedReads) {
 		return n.Fresh(ctx)
 	}
@@ -177,7 +247,13 @@ func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
 	if !n.knows(r, first.Callback) { // from here on, body is garbage
 		err := n.refuse(r)
 		n.audit(r, "configure", err)
-		server.WriteFailure(w, http.StatusInternalServerError, api.CodeToken, err.Error())
+		answerRefusal(w, http.StatusInternalServerError, err)
+		return
+	}
+	caller, err := n.caller(r, first.Callback)
+	if err != nil {
+		n.audit(r, "configure", err)
+		answerRefusal(w, http.StatusInternalServerError, err)
 		return
 	}
 	if !server.Decode(w, body, &req) {
@@ -185,14 +261,7 @@ func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	self, err := n.apply(r.Context(), req)
-	var names []string
-	for _, s := range req.Services {
-		names = append(names, s.Name)
-	}
-	for _, a := range req.Addons {
-		names = append(names, a.Name)
-	}
-	n.audit(r, "configure", err, "names", names)
+	n.audit(r, "configure", err, "by", caller, "changes", changes(req))
 	if err != nil {
 		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, err.Error())
 		return
@@ -351,7 +420,14 @@ func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
 		err := n.refuse(r)
 		n.audit(r, "image-import", err)
 		w.Header().Set("Connection", "close")
-		server.WriteFailure(w, http.StatusUnauthorized, api.CodeToken, err.Error())
+		answerRefusal(w, http.StatusUnauthorized, err)
+		return
+	}
+	caller, err := n.caller(r, r.Header.Get(api.HeaderCallback))
+	if err != nil {
+		n.audit(r, "image-import", err)
+		w.Header().Set("Connection", "close")
+		answerRefusal(w, http.StatusUnauthorized, err)
 		return
 	}
 	// Images are large and links slow: the limits of a call do not hold for the body.
@@ -360,7 +436,7 @@ func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), importTimeout)
 	defer cancel()
 	got, err := n.importArchive(ctx, body)
-	n.audit(r, "image-import", err, "bytes", body.bytes, "images", got.Names)
+	n.audit(r, "image-import", err, "by", caller, "bytes", body.bytes, "images", got.Names)
 	if err != nil {
 		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, "Failed to import the image: "+importFailure(err))
 		return
@@ -405,9 +481,9 @@ func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
 		answer(http.StatusInternalServerError, api.CodeInternal, fmt.Errorf("failed to validate CAPI auth token: failed to read token file: %w", err))
 		return
 	}
-	given, token := strings.TrimSpace(r.Header.Get(api.HeaderCAPI)), strings.TrimSpace(string(want))
-	good := equal(given, token) || !defence.On(defence.CAPI)
-	if token == "" && defence.On(defence.CAPIEmpty) {
+	given, right := strings.TrimSpace(r.Header.Get(api.HeaderCAPI)), strings.TrimSpace(string(want))
+	good := equal(given, right) || !defence.On(defence.CAPI)
+	if right == "" && defence.On(defence.CAPIEmpty) {
 		good = false
 	}
 	if !good {

@@ -18,10 +18,13 @@ import (
 	"testing"
 	"time"
 
+	k8sasn1 "k8s.io/apimachinery/pkg/apis/asn1"
+
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/defence"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -41,7 +44,7 @@ var attacks = []struct {
 	{defence.TokenRole, "a worker's token for the control plane's keys", workerToken},
 	{defence.TokenName, "a token for another node's name", otherName},
 	{defence.TokenHeld, "a token with which another node joins just now", whileHeld},
-	{defence.TokenNames, "certificates for one name after the other with one token", manyNames},
+	{defence.TokenNames, "joins under one name after the other with one token", manyNames},
 	{defence.ProofChosen, "a proof of a chosen token, to guess it offline", proofOfChosen},
 	{defence.NodeName, "host names that are paths, lines and subjects", nodeNames},
 	{defence.NameTaken, "the name of a node that is there", takenName},
@@ -58,6 +61,13 @@ var attacks = []struct {
 	{defence.ClientCert, "renewal with a certificate of another CA", foreignClient},
 	{defence.Member, "renewal of a node that was removed", removedNode},
 	{defence.Callback, "calls with a worker's callback secret, or none", wrongCallback},
+	{defence.Callback, "secrets made of all that the API holds", secretsFromTheAPI},
+	{defence.Callback, "a secret that was collected before the node came", collectedSecret},
+	{defence.CallerCert, "the right secret from who is no control plane node", wrongCaller},
+	{defence.Registered, "certificates of a node that was removed, or was another", formerNodes},
+	{defence.ServiceNames, "a node that is called as a Service, the API server or an address", serviceNamed},
+	{defence.OneName, "identities of several nodes with one token", severalIdentities},
+	{defence.NameTaken, "the name of a node that has joined with the same token", sameTokenSameName},
 	{defence.CallbackEmpty, "an empty secret where the node has none", emptyCallback},
 	{defence.CAPI, "a wrong Cluster API token", wrongCAPI},
 	{defence.CAPIEmpty, "no Cluster API token where the file is empty", emptyCAPI},
@@ -218,16 +228,13 @@ func manyNames(t *testing.T, s *site) {
 	got := 0
 	for i := range 30 {
 		name := fmt.Sprintf("n%d", i+10)
-		if _, status, _ := s.join(from{}, request(tok, name, true)); status != http.StatusOK {
-			continue
-		}
-		if _, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName(name), nil)); status == http.StatusOK {
+		if _, status, _ := s.join(from{}, request(tok, name, true)); status == http.StatusOK {
 			got++
 		}
 		s.finish(api.PathRelease, tok, name)
 	}
 	if got > 8 {
-		t.Errorf("%d identities from a token for one", got)
+		t.Errorf("joins of %d names with a token for one", got)
 	}
 }
 
@@ -347,7 +354,7 @@ func subjects(t *testing.T, s *site) {
 	if status != http.StatusOK {
 		t.Fatalf("%d %s", status, e.Message)
 	}
-	if cert.IsCA || cert.Subject.String() != "CN=system:node:n2,O=system:nodes" || time.Until(cert.NotAfter) > 366*24*time.Hour {
+	if cert.IsCA || cert.Subject.CommonName != "system:node:n2" || !slices.Equal(cert.Subject.Organization, []string{"system:nodes"}) || time.Until(cert.NotAfter) > 31*24*time.Hour {
 		t.Errorf("%s, a CA: %v, until %s", cert.Subject, cert.IsCA, cert.NotAfter)
 	}
 }
@@ -418,10 +425,10 @@ func wrongCallback(t *testing.T, s *site) {
 	}
 	for _, secret := range []string{
 		"", " ", own[:63], own + "0", own[1:], strings.ToUpper(own), "\x00",
-		token.Callback(s.cluster.key, "w1"), // what a worker has
-		token.Callback(nil, "n1"), token.Callback([]byte{}, "n1"),
+		s.secret("w1"), // what a worker has
+		token.LegacyCallback(nil, "n1"), token.Callback(nil, "control-plane", "n1", ""), token.Callback([]byte{}, "control-plane", "n1", ""),
 	} {
-		status, answer, _ := s.call(from{address: workers}, api.PathConfigure, api.ConfigureRequest{
+		status, answer, _ := s.call(from{address: workers, cert: s.caller()}, api.PathConfigure, api.ConfigureRequest{
 			Callback: secret,
 			Services: []api.ConfigureService{{Name: "kubelet", Update: []map[string]string{{"--v": "9"}}, Restart: true}},
 			Addons:   []api.ConfigureAddon{{Name: "dns", Disable: true}},
@@ -500,7 +507,7 @@ func (s *site) configure(r api.ConfigureRequest) (int, string) {
 		s.t.Fatal(err)
 	}
 	r.Callback = own
-	status, answer, _ := s.call(from{}, api.PathConfigure, r)
+	status, answer, _ := s.call(from{cert: s.caller()}, api.PathConfigure, r)
 	return status, string(answer)
 }
 
@@ -737,7 +744,16 @@ func (s *site) renewWith(ca *x509.Certificate, caKey any, nodeName pkix.Name) in
 	return s.renewFor(ca, caKey, nodeName, api.RenewRequest{Kubelet: csr(s.t, kubeletName(node), []string{node})})
 }
 
+// renewFor shows, for w1, a certificate of its present join.
 func (s *site) renewFor(ca *x509.Certificate, caKey any, nodeName pkix.Name, request api.RenewRequest) int {
+	s.t.Helper()
+	if nodeName.CommonName == "system:node:w1" {
+		nodeName.ExtraNames = []pkix.AttributeTypeAndValue{{Type: k8sasn1.X509UID(), Value: joinOfW1}}
+	}
+	return s.renewAs(ca, caKey, nodeName, request)
+}
+
+func (s *site) renewAs(ca *x509.Certificate, caKey any, nodeName pkix.Name, request api.RenewRequest) int {
 	s.t.Helper()
 	address, roots := s.live()
 	_, key := csrKey(s.t, nodeName, nil)
@@ -759,9 +775,9 @@ func (s *site) renewFor(ca *x509.Certificate, caKey any, nodeName pkix.Name, req
 		s.t.Fatal(err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusOK {
+	if resp.StatusCode == http.StatusOK && request.Kubelet != "" {
 		var answer api.RenewResponse
-		if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.CallbackToken != token.Callback(s.cluster.key, node) {
+		if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || answer.CallbackToken != s.secret(node) {
 			s.t.Errorf("the secret of %s is not given: %v", node, err)
 		}
 		cert, err := pki.ParseCert([]byte(answer.Kubelet))
@@ -809,11 +825,238 @@ func foreignClient(t *testing.T, s *site) {
 	}
 }
 
+// removedNode is about a cluster in which not every node has a record yet: then its Node counts.
 func removedNode(t *testing.T, s *site) {
-	s.cluster.nodes = s.cluster.nodes[:1]
+	s.api.Lock()
+	clear(s.api.RBAC)
+	s.api.Unlock()
 	ca, key := s.ca()
+	s.cluster.nodes = s.cluster.nodes[:1]
 	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
 		t.Errorf("%d", status)
+	}
+}
+
+// formerNodes has certificates that are good, for a name that is in the cluster or was.
+func formerNodes(t *testing.T, s *site) {
+	ca, key := s.ca()
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusOK {
+		t.Fatalf("the node itself: %d", status)
+	}
+	// Its Node is there, and somebody shows a certificate of an earlier join, or of none.
+	for what, join := range map[string]string{"an earlier join": "ffffffffffffffffffffffffffffffff", "a longer one": joinOfW1 + "0", "none": ""} {
+		who := kubeletName("w1")
+		if join != "" {
+			who.ExtraNames = []pkix.AttributeTypeAndValue{{Type: k8sasn1.X509UID(), Value: join}}
+		}
+		if status := s.renewAs(ca, key, who, api.RenewRequest{}); status != http.StatusUnauthorized {
+			t.Errorf("a certificate of %s: %d", what, status)
+		}
+	}
+	// One of a worker that has become a control-plane node.
+	if err := s.nodes.Put(t.Context(), noderegistry.Record{Name: "w1", Role: noderegistry.ControlPlane, Join: joinOfW1}); err != nil {
+		t.Fatal(err)
+	}
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
+		t.Errorf("a worker's certificate for a control plane node: %d", status)
+	}
+	// It was removed. Its kubelet has made its Node again.
+	if err := s.nodes.Delete(t.Context(), "w1"); err != nil {
+		t.Fatal(err)
+	}
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
+		t.Errorf("removed: %d", status)
+	}
+	// Another machine has come under its name.
+	tok := s.add(tokenstore.Options{Name: "w1"}).Reveal()
+	s.cluster.nodes = s.cluster.nodes[:1]
+	s.joined(from{}, request(tok, "w1", true))
+	if status, e := s.finish(api.PathConfirm, tok, "w1"); status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
+		t.Errorf("the machine before: %d", status)
+	}
+}
+
+// secretsFromTheAPI has what a reader of all Secrets and ClusterRoleBindings has, of a backup too.
+func secretsFromTheAPI(t *testing.T, s *site) {
+	var known [][]byte
+	for _, secret := range s.api.Secrets {
+		for _, value := range secret.Data {
+			known = append(known, value)
+		}
+	}
+	if len(known) < 2 {
+		t.Fatalf("only %d values", len(known))
+	}
+	for _, key := range append(known, token.CallbackKey(known[0], known[1]), token.CallbackKey(known[1], known[0])) {
+		for _, secret := range []string{
+			token.LegacyCallback(key, "n1"), token.Callback(key, "control-plane", "n1", ""), token.Callback(key, "worker", "n1", ""), string(key),
+			token.Callback(token.CallbackKey(nil, key), "control-plane", "n1", ""),
+		} {
+			status, answer, _ := s.call(from{cert: s.caller()}, api.PathConfigure, api.ConfigureRequest{Callback: secret, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}})
+			if status == http.StatusOK {
+				t.Errorf("configure with what follows from the API: %s", answer)
+			}
+		}
+	}
+	s.nothingDone()
+}
+
+// collectedSecret joins under names of nodes that are to come, and keeps what it is told.
+func collectedSecret(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Uses: tokenstore.Unlimited, TTL: time.Hour}).Reveal()
+	if a := s.joined(from{}, request(tok, "n3", true)); a.CallbackToken != "" {
+		t.Error("a secret is told before the join is confirmed")
+	}
+	old := request(tok, "n3", true) // a client of the build before gets one
+	old.Secrets = 0
+	noted := s.joined(from{}, old).CallbackToken
+	if noted == "" {
+		t.Fatal("a client of the build before gets no secret")
+	}
+	if status, e := s.finish(api.PathRelease, tok, "n3"); status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	for _, worker := range []bool{true, false} {
+		s.joined(from{}, request(tok, "n3", worker))
+		if status, e := s.finish(api.PathConfirm, tok, "n3"); status != http.StatusOK {
+			t.Fatalf("%d %s", status, e.Message)
+		}
+		if s.secret("n3") == noted {
+			t.Errorf("the secret of a join that was given up is that of the node (worker: %v)", worker)
+		}
+		noted = s.secret("n3")
+		if err := s.nodes.Delete(t.Context(), "n3"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// And one that was noted opens no door here.
+	status, _, _ := s.call(from{cert: s.caller()}, api.PathConfigure, api.ConfigureRequest{Callback: noted, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}})
+	if status == http.StatusOK {
+		t.Error("another node's secret is taken")
+	}
+}
+
+// wrongCaller has the secret of this node, from a file or a log, and certificates that others have.
+func wrongCaller(t *testing.T, s *site) {
+	own := s.secret("n1")
+	ca, caKey := s.ca()
+	foreign, foreignKey := freshCA(t)
+	cert := func(ca *x509.Certificate, key any, name pkix.Name) *x509.Certificate {
+		_, own := csrKey(t, name, nil)
+		der, err := issueWith(ca, key, name, &own.PublicKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	text, err := os.ReadFile(s.env.Cert("server.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := pki.ParseCert(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]*x509.Certificate{
+		"no certificate":                    nil,
+		"a worker's":                        cert(ca, caKey, kubeletName("w1")),
+		"a worker's proxy's":                cert(ca, caKey, pkix.Name{CommonName: "system:kube-proxy", Organization: []string{"microk8s:node:w1"}}),
+		"one of another CA":                 cert(foreign, foreignKey, pkix.Name{CommonName: "x", Organization: []string{callback.Organization}}),
+		"an API server's":                   server,
+		"one with another organization too": cert(ca, caKey, pkix.Name{CommonName: "x", Organization: []string{"system:nodes", callback.Organization}}),
+	} {
+		f := from{cert: c, header: map[string]string{api.HeaderCallback: own}}
+		if status, answer, _ := s.call(f, api.PathConfigure, api.ConfigureRequest{Callback: own, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}}); status == http.StatusOK {
+			t.Errorf("configure with %s: %s", what, answer)
+		}
+		if status, answer, _ := s.call(f, api.PathImageImport, "an image"); status == http.StatusOK {
+			t.Errorf("import with %s: %s", what, answer)
+		}
+	}
+	s.nothingDone()
+	// The broker signs no such certificate.
+	tok := s.add(tokenstore.Options{}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	for _, suffix := range []string{api.SuffixKubelet, api.SuffixProxy} {
+		if c, status, _ := s.sign(tok+suffix, csr(t, pkix.Name{CommonName: "x", Organization: []string{callback.Organization}}, nil)); status == http.StatusOK {
+			t.Errorf("%s: a certificate for %s", suffix, c.Subject)
+		}
+	}
+}
+
+// serviceNamed joins under names that mean something else, and has certificates signed for them.
+func serviceNamed(t *testing.T, s *site) {
+	for _, name := range []string{
+		"kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster", "kubernetes.default.svc.cluster.local", "cluster.local",
+		"x.svc", "web.shop.svc", "web.shop.svc.cluster.local", "web.shop", "metrics-server.kube-system", "anything.cluster.local", "svc",
+		"10.152.183.1", "10.0.0.1", here, "localhost", "w1.localhost", "1.2.3.4",
+	} {
+		for _, ours := range []bool{true, false} {
+			tok := s.add(tokenstore.Options{}).Reveal()
+			r := request(tok, name, true)
+			if !ours {
+				r = upstream(tok, name, true)
+			}
+			if _, status, _ := s.join(from{}, r); status != http.StatusOK {
+				continue
+			}
+			t.Errorf("a node is called %s", name)
+			if cert, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName(name), []string{name})); status == http.StatusOK && len(cert.DNSNames) > 0 {
+				t.Errorf("and serves under it: %v", cert.DNSNames)
+			}
+		}
+	}
+	for _, name := range []string{"n2", "n2.example.com", "rack1.lab", "svc-1", "local", "shop", "kube", "web.shop.example.com"} {
+		s.joined(from{}, request(s.add(tokenstore.Options{}).Reveal(), name, true))
+		if status, _ := s.finish(api.PathRelease, "", name); status == http.StatusOK {
+			t.Error("a release without a token")
+		}
+	}
+}
+
+// severalIdentities has one certificate after the other with a token for one node.
+func severalIdentities(t *testing.T, s *site) {
+	for _, end := range []string{"release", "wait"} {
+		tok := s.add(tokenstore.Options{}).Reveal()
+		var got []string
+		for i := range 10 {
+			name := fmt.Sprintf("n%d", i+10)
+			if _, status, _ := s.join(from{}, request(tok, name, true)); status != http.StatusOK {
+				continue
+			}
+			if _, status, _ := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName(name), nil)); status == http.StatusOK {
+				got = append(got, name)
+			}
+			if end == "release" {
+				s.finish(api.PathRelease, tok, name)
+			} else {
+				s.now = s.now.Add(tokenstore.Reservation)
+			}
+		}
+		if len(got) > 1 {
+			t.Errorf("identities of %v with a token for one node", got)
+		}
+		s.joined(from{}, request(tok, "n10", true)) // the node goes on
+	}
+}
+
+// sameTokenSameName has a token that lets several nodes in, one of which is there.
+func sameTokenSameName(t *testing.T, s *site) {
+	for _, o := range []tokenstore.Options{{Uses: 3}, {Uses: tokenstore.Unlimited, TTL: time.Hour}} {
+		tok, name := s.add(o).Reveal(), fmt.Sprintf("w%d", 5+o.Uses)
+		s.joined(from{}, request(tok, name, true))
+		if status, e := s.finish(api.PathConfirm, tok, name); status != http.StatusOK {
+			t.Fatalf("%d %s", status, e.Message)
+		}
+		s.cluster.nodes = append(s.cluster.nodes, aNode(name, "10.0.0.7"+fmt.Sprint(5+o.Uses), true))
+		s.refused(from{address: "10.0.0.66"}, request(tok, name, true), http.StatusBadRequest, api.CodeNameTaken)
 	}
 }
 
@@ -826,8 +1069,6 @@ func workerRenewsOthers(t *testing.T, s *site) {
 		"the administrator, again": {Proxy: csr(t, masters, nil)},
 		"another node":             {Kubelet: csr(t, kubeletName("n1"), nil)},
 		"itself as the proxy":      {Proxy: csr(t, kubeletName("w1"), nil)},
-		"the API server's name":    {Kubelet: csr(t, kubeletName("w1"), []string{"kubernetes"})},
-		"another node's address":   {Kubelet: csr(t, kubeletName("w1"), nil, here)},
 	} {
 		if status := s.renewFor(ca, key, kubeletName("w1"), r); status == http.StatusOK {
 			t.Errorf("a worker gets the certificate of %s", what)
@@ -843,7 +1084,7 @@ func workerCredentials(t *testing.T, s *site) {
 	if status, e := s.finish(api.PathConfirm, joinToken, "w2"); status != http.StatusOK {
 		t.Fatalf("%d %s", status, e.Message)
 	}
-	for _, secret := range []string{joinToken, token.Callback(s.cluster.key, "w1"), token.Callback(s.cluster.key, "w2")} {
+	for _, secret := range []string{joinToken, s.secret("w1"), s.secret("w2")} {
 		f := from{address: workers, header: map[string]string{api.HeaderCallback: secret, api.HeaderCAPI: secret, "Authorization": "Bearer " + secret}}
 		for path, body := range map[string]any{
 			api.PathJoin:         request(secret, "w3", false),

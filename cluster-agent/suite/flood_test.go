@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/suite/flood"
 )
@@ -105,7 +106,7 @@ func busyFirst(t *testing.T, s *site) {
 // sharedReads sends many wrong secrets at once and counts the questions to the control plane.
 func sharedReads(t *testing.T, s *site) {
 	var asked atomic.Int64
-	s.node.Fresh = func(context.Context) (string, error) { asked.Add(1); return "another", nil }
+	s.node.Fresh = func(context.Context) ([]string, error) { asked.Add(1); return []string{"another"}, nil }
 	var group sync.WaitGroup
 	for i := range 40 {
 		group.Go(func() {
@@ -180,7 +181,8 @@ func TestHTTP1(t *testing.T) {
 func TestConfigureOfOthers(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	own := strings.Repeat("5e", 32)
+	own := strings.Repeat("5e", 32) // of a cluster of upstream's
+	s.write(s.env.Credential(callback.FileName), own)
 	for body, want := range map[string]int{
 		`{"callback":"` + own + `"}`: http.StatusOK,
 		`{"service":[{"name":"kubelet"}],"addon":[],"callback":"` + own + `"}`:         http.StatusOK,

@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
@@ -20,6 +21,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -38,6 +40,8 @@ import (
 	"microk8s/internal/connlimit"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/images"
+	"microk8s/internal/kube/kubetest"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
@@ -65,6 +69,9 @@ type site struct {
 	srv      *server.Server
 	tokens   *tokenstore.Store
 	cluster  *cluster
+	api      *kubetest.Server // has the records of nodes, and the salt of callback secrets
+	nodes    noderegistry.Registry
+	keys     callback.Keys
 	services *services
 	limit    *limit.Limiter
 	log      *bytes.Buffer
@@ -79,16 +86,25 @@ type site struct {
 }
 
 type cluster struct {
-	nodes []corev1.Node
-	key   []byte
-	err   error
+	nodes      []corev1.Node
+	namespaces []string
+	key        func(context.Context) (callback.Key, error)
+	err        error
 }
 
 func (c *cluster) Nodes(context.Context) ([]corev1.Node, error) { return c.nodes, c.err }
 func (c *cluster) APIServers(context.Context) ([]netip.Addr, error) {
 	return []netip.Addr{netip.MustParseAddr(here)}, c.err
 }
-func (c *cluster) CallbackKey(context.Context) ([]byte, error) { return c.key, c.err }
+func (c *cluster) CallbackKey(ctx context.Context) (callback.Key, error) { return c.key(ctx) }
+func (c *cluster) Namespace(_ context.Context, name string) (bool, error) {
+	return slices.Contains(c.namespaces, name), c.err
+}
+
+func (c *cluster) DeleteNode(_ context.Context, n *corev1.Node) error {
+	c.nodes = slices.DeleteFunc(c.nodes, func(o corev1.Node) bool { return o.Name == n.Name && o.UID == n.UID })
+	return c.err
+}
 
 type services struct {
 	mu       sync.Mutex
@@ -142,8 +158,23 @@ func newSite(t testing.TB) *site {
 	s.write(filepath.Join(s.env.Backend(), "cluster.crt"), "the datastore's certificate")
 	s.write(filepath.Join(s.env.Backend(), "cluster.key"), "the datastore's key")
 	s.members(here+":19001", 0)
-	s.write(s.env.Credential(callback.FileName), strings.Repeat("5e", 32))
-	s.cluster = &cluster{key: token.NewCallbackKey(), nodes: []corev1.Node{aNode("n1", here, true), aNode("w1", workers, true)}}
+	s.api = kubetest.New(t)
+	s.nodes, s.keys = noderegistry.Registry{Core: s.api.Core}, callback.Keys{Env: s.env, Core: s.api.Core}
+	for _, r := range []noderegistry.Record{
+		{Name: "n1", Role: noderegistry.ControlPlane, Secrets: 2}, {Name: "w1", Role: noderegistry.Worker, Join: joinOfW1, Secrets: 2},
+	} {
+		if _, err := s.nodes.Add(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if complete, err := s.nodes.Adopt(t.Context(), nil); !complete || err != nil {
+		t.Fatal(complete, err)
+	}
+	if err := s.keys.Seal(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.write(s.env.Credential(callback.FileName), s.secret("n1"))
+	s.cluster = &cluster{key: s.keys.Get, namespaces: []string{"default", "kube-system", "shop"}, nodes: []corev1.Node{aNode("n1", here, true), aNode("w1", workers, true)}}
 	s.services = &services{}
 	s.limit = &limit.Limiter{Sleep: func(_ context.Context, d time.Duration) {
 		s.mu.Lock()
@@ -169,7 +200,8 @@ func newSite(t testing.TB) *site {
 	(&broker.Broker{
 		Live:   func(context.Context) ([]peers.Member, error) { return s.store, nil },
 		Remove: remove,
-		Env:    s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
+		Nodes:  s.nodes, Now: func() time.Time { return s.now },
+		Env: s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
 		Interfaces: func() ([]broker.Interface, error) {
 			return []broker.Interface{netip.MustParsePrefix("127.0.0.1/8"), netip.MustParsePrefix(here + "/16"), netip.MustParsePrefix("10.0.100.100/32"), netip.MustParsePrefix("192.168.100.100/32")}, nil
 		},
@@ -205,6 +237,37 @@ func newSite(t testing.TB) *site {
 	n.Register(srv, true)
 	t.Cleanup(n.Wait)
 	return s
+}
+
+// joinOfW1 is the nonce of the join by which the worker w1 has come.
+const joinOfW1 = "0123456789abcdef0123456789abcdef"
+
+// secret is the callback secret of a node that has a record.
+func (s *site) secret(name string) string {
+	s.t.Helper()
+	record, err := s.nodes.Get(s.t.Context(), name)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	key, err := s.keys.Get(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return key.Secret(*record)
+}
+
+// caller is the certificate that a control-plane node shows to others.
+func (s *site) caller() *x509.Certificate {
+	s.t.Helper()
+	pair, err := callback.Caller(s.env, "n2")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(pair.Certificate[0])
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return cert
 }
 
 // locked makes a buffer fit for several goroutines.
@@ -259,6 +322,7 @@ type from struct {
 	local   string // where it came in; "" means here
 	host    string
 	header  map[string]string
+	cert    *x509.Certificate // that the connection showed
 }
 
 // call posts a body, a string as it is and anything else as JSON.
@@ -289,6 +353,9 @@ func (s *site) call(f from, path string, body any) (status int, answer []byte, h
 	for k, v := range f.header {
 		req.Header.Set(k, v)
 	}
+	if f.cert != nil {
+		req.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{f.cert}}
+	}
 	rec := httptest.NewRecorder()
 	s.srv.Handler().ServeHTTP(rec, req)
 	return rec.Code, rec.Body.Bytes(), rec.Header()
@@ -300,7 +367,7 @@ var yes = true
 func request(tok, name string, worker bool) api.JoinRequest {
 	return api.JoinRequest{
 		Token: tok, Hostname: name, Port: "25000", Worker: api.Worker(worker), CanHandleX509Auth: &yes, CanHandleCustomEtcd: &yes,
-		Product: api.Product, Version: "v1.37.1", DatastoreProtocol: api.DatastoreProtocol,
+		Product: api.Product, Version: "v1.37.1", DatastoreProtocol: api.DatastoreProtocol, Secrets: 2,
 	}
 }
 

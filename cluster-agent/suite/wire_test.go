@@ -2,6 +2,7 @@ package suite
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
 	"errors"
@@ -16,10 +17,16 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	k8sasn1 "k8s.io/apimachinery/pkg/apis/asn1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/args"
+	"microk8s/internal/noderegistry"
+	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -66,7 +73,7 @@ func TestControlPlaneAnswer(t *testing.T) {
 		"ca": file(s.env.Cert("ca.crt")), "ca_key": file(s.env.Cert("ca.key")), "service_account_key": file(s.env.Cert("serviceaccount.key")),
 		"cluster_cert": "the datastore's certificate", "cluster_key": "the datastore's key", "apiport": "16443", "api_authz_mode": "Node,RBAC",
 		"kubelet_args": file(s.env.Args("kubelet")), "hostname_override": there, "cluster_cidr": "10.1.0.0/16", "service_cidr": "10.152.183.0/24",
-		"control_plane_nodes": nil, "callback_token": token.Callback(s.cluster.key, "n2"), "product": api.Product,
+		"control_plane_nodes": nil, "callback_token": "", "product": api.Product,
 	} {
 		if v[key] != want {
 			t.Errorf("%s is %v, want %v", key, v[key], want)
@@ -110,7 +117,7 @@ func TestUpstreamWorker(t *testing.T) {
 	if status != http.StatusOK {
 		t.Fatalf("%d %s", status, e.Message)
 	}
-	if proxy.Subject.String() != "CN=system:kube-proxy" || len(proxy.DNSNames)+len(proxy.IPAddresses) > 0 || len(proxy.ExtKeyUsage) != 1 {
+	if proxy.Subject.CommonName != "system:kube-proxy" || !slices.Equal(proxy.Subject.Organization, []string{"microk8s:node:w2"}) || len(proxy.DNSNames)+len(proxy.IPAddresses) > 0 || len(proxy.ExtKeyUsage) != 1 {
 		t.Errorf("the proxy's: %s", proxy.Subject)
 	}
 	// It does not renew: ten years, client and server, with its names.
@@ -476,7 +483,7 @@ func TestConfigure(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	status, body, _ := s.call(from{}, api.PathConfigure, `{"callback": "`+own+`", "action_str": "x", "service": [
+	status, body, _ := s.call(from{cert: s.caller()}, api.PathConfigure, `{"callback": "`+own+`", "action_str": "x", "service": [
 		{"name": "kube-apiserver", "arguments_update": [{"--key": "a=b"}, {"--key": "new", "--other": "${SNAP_DATA}/x"}], "arguments_remove": ["--secure-port", "--key"]},
 		{"name": "kube-proxy", "restart": "yes"}, {"name": "kubelet", "restart": "no"}, {"name": "kubelet", "restart": null}, {"name": "kubelet", "restart": true}],
 		"addon": [{"name": "dns", "enable": "true"}, {"name": "ingress", "disable": true}, {"name": "other"}, {"name": "both", "enable": true, "disable": true}]}`)
@@ -507,7 +514,7 @@ func TestConfigure(t *testing.T) {
 		t.Errorf("ran %v", ran)
 	}
 	// The agent itself goes last, after the answer.
-	status, body, _ = s.call(from{}, api.PathConfigure, `{"callback": "`+own+`", "service": [{"name": "cluster-agent", "restart": true}, {"name": "containerd", "restart": true}]}`)
+	status, body, _ = s.call(from{cert: s.caller()}, api.PathConfigure, `{"callback": "`+own+`", "service": [{"name": "cluster-agent", "restart": true}, {"name": "containerd", "restart": true}]}`)
 	if status != http.StatusOK {
 		t.Fatalf("%d %s", status, body)
 	}
@@ -517,7 +524,7 @@ func TestConfigure(t *testing.T) {
 		return slices.Equal(s.services.restarts[2:], []string{"containerd", "cluster-agent"})
 	})
 	s.services.do = func(string) error { return errors.New("no") }
-	status, body, _ = s.call(from{}, api.PathConfigure, `{"callback": "`+own+`", "service": [{"name": "kubelet", "restart": true}]}`)
+	status, body, _ = s.call(from{cert: s.caller()}, api.PathConfigure, `{"callback": "`+own+`", "service": [{"name": "kubelet", "restart": true}]}`)
 	if status != http.StatusInternalServerError || !strings.Contains(string(body), `Failed to restart service \"kubelet\": no`) {
 		t.Errorf("%d %s", status, body)
 	}
@@ -543,7 +550,7 @@ func TestImageImport(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	status, body, _ := s.call(from{header: map[string]string{"x-microk8s-callback-token": own}}, api.PathImageImport, "an archive")
+	status, body, _ := s.call(from{cert: s.caller(), header: map[string]string{"x-microk8s-callback-token": own}}, api.PathImageImport, "an archive")
 	// Upstream's clients look at the status; ours say what was imported.
 	if status != http.StatusOK || string(body) != `{"status":"OK","images":["docker.io/library/x:1"],"skipped":["y has no name"]}` {
 		t.Fatalf("%d %s", status, body)
@@ -551,7 +558,7 @@ func TestImageImport(t *testing.T) {
 	if !slices.Equal(s.ran[0], []string{"import", "an archive"}) {
 		t.Errorf("ran %q", s.ran)
 	}
-	status, body, _ = s.call(from{header: map[string]string{"x-microk8s-callback-token": own}}, api.PathImageImport, "nothing")
+	status, body, _ = s.call(from{cert: s.caller(), header: map[string]string{"x-microk8s-callback-token": own}}, api.PathImageImport, "nothing")
 	if status != http.StatusInternalServerError || !strings.Contains(string(body), "Failed to import the image: no image in it can be used: x is for linux/s390x") {
 		t.Errorf("an archive of no use: %d %s", status, body)
 	}
@@ -595,10 +602,209 @@ func TestAudit(t *testing.T) {
 			t.Errorf("%q is not in the log:\n%s", want, text)
 		}
 	}
-	for _, secret := range []string{tok.Reveal(), "PRIVATE KEY", "the datastore's key", token.Callback(s.cluster.key, "n2")} {
+	for _, secret := range []string{tok.Reveal(), "PRIVATE KEY", "the datastore's key", s.secret("n2")} {
 		if strings.Contains(text, secret) {
 			t.Errorf("the log holds %.20q", secret)
 		}
+	}
+}
+
+// TestAuditOfChanges: the line says what was changed and by whom, and no value.
+func TestAuditOfChanges(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	status, answer := s.configure(api.ConfigureRequest{
+		Services: []api.ConfigureService{{Name: "kube-apiserver", Update: []map[string]string{{"--oidc-client-secret": "hunter2"}}, Remove: []string{"--v"}}, {Name: "kubelet", Restart: true}},
+		Addons:   []api.ConfigureAddon{{Name: "dns", Enable: true}},
+	})
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, answer)
+	}
+	text := s.log.String()
+	for _, want := range []string{"by=microk8s:agent:n2", "kube-apiserver: set --oidc-client-secret", "kube-apiserver: remove --v", "kubelet: restart", "addon dns: enable", "result=ok"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in the log:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "hunter2") {
+		t.Error("a value is in the log")
+	}
+}
+
+// renew asks with the certificate of w1's present join, as it is at a time.
+func (s *site) renew(r api.RenewRequest) (*api.RenewResponse, int) {
+	s.t.Helper()
+	ca, caKey := s.ca()
+	name := kubeletName("w1")
+	name.ExtraNames = []pkix.AttributeTypeAndValue{{Type: k8sasn1.X509UID(), Value: joinOfW1}}
+	_, key := csrKey(s.t, name, nil)
+	der, err := issueWith(ca, caKey, name, &key.PublicKey)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	status, body, _ := s.call(from{address: workers, cert: cert}, api.PathRenew, r)
+	var answer api.RenewResponse
+	if err := json.Unmarshal(body, &answer); err != nil {
+		s.t.Fatal(err)
+	}
+	return &answer, status
+}
+
+// TestRenewLeavesOut: names and addresses that are others' are left out of a renewed certificate,
+// which is given all the same.
+func TestRenewLeavesOut(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.write(s.env.Args("kube-proxy"), "--cluster-cidr=10.1.0.0/16\n")
+	answer, status := s.renew(api.RenewRequest{Kubelet: csr(t, kubeletName("w1"), []string{"w1", "kubernetes", "n1"}, workers, "10.0.0.77", here, "10.152.183.1", "127.0.0.1", "10.1.3.1"), Secrets: 2})
+	if status != http.StatusOK {
+		t.Fatalf("%d", status)
+	}
+	cert, err := pki.ParseCert([]byte(answer.Kubelet))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fmt.Sprint(cert.DNSNames, cert.IPAddresses) != "[w1] ["+workers+" 10.0.0.77]" || len(answer.Refused) != 5 {
+		t.Errorf("%v %v, left out %q", cert.DNSNames, cert.IPAddresses, answer.Refused)
+	}
+	if life := cert.NotAfter.Sub(cert.NotBefore); life > 31*24*time.Hour || answer.Secrets != 2 || answer.CallbackToken != s.secret("w1") {
+		t.Errorf("for %s; %+v", life, answer)
+	}
+}
+
+// TestRenewAfterALongTime: a worker that was switched off while its certificate ended comes back.
+func TestRenewAfterALongTime(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.now = s.now.AddDate(0, 6, 0)
+	if _, status := s.renew(api.RenewRequest{Kubelet: csr(t, kubeletName("w1"), []string{"w1"})}); status != http.StatusOK {
+		t.Errorf("after half a year: %d", status)
+	}
+	s.now = s.now.AddDate(1, 0, 0)
+	if _, status := s.renew(api.RenewRequest{}); status != http.StatusUnauthorized {
+		t.Errorf("after more than a year: %d", status)
+	}
+}
+
+// TestRecordOfAJoin follows the record through a join: it is there before a certificate, counts when
+// the node confirms, and says so again. A node that could not confirm does so with its certificate.
+func TestRecordOfAJoin(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	tok := s.add(tokenstore.Options{}).Reveal()
+	s.joined(from{}, request(tok, "w2", true))
+	record, err := s.nodes.Get(t.Context(), "w2")
+	if err != nil || !record.Pending() || record.Role != noderegistry.Worker || record.Secrets != 2 || len(record.Join) != 32 {
+		t.Fatalf("%+v, %v", record, err)
+	}
+	cert, status, e := s.sign(tok+api.SuffixKubelet, csr(t, kubeletName("w2"), []string{"w2"}))
+	if status != http.StatusOK {
+		t.Fatalf("%d %s", status, e.Message)
+	}
+	ask := func() *api.RenewResponse {
+		t.Helper()
+		status, body, _ := s.call(from{cert: cert}, api.PathRenew, api.RenewRequest{Secrets: 2})
+		var answer api.RenewResponse
+		if err := json.Unmarshal(body, &answer); err != nil || status != http.StatusOK {
+			t.Fatalf("%d %s", status, body)
+		}
+		return &answer
+	}
+	if answer := ask(); answer.CallbackToken != "" {
+		t.Error("a secret before the join is confirmed")
+	}
+	s.now = s.now.Add(11 * time.Minute) // nobody heard the node confirm
+	if answer := ask(); answer.CallbackToken != s.secret("w2") {
+		t.Error("no secret for a node that is in")
+	}
+	if record, err := s.nodes.Get(t.Context(), "w2"); err != nil || record.Pending() {
+		t.Errorf("%+v, %v", record, err)
+	}
+	s.refused(from{}, request(tok, "w3", true), http.StatusInternalServerError, api.CodeTokenUsed)
+	if status, e := s.finish(api.PathConfirm, tok, "w2"); status != http.StatusOK {
+		t.Errorf("%d %s", status, e.Message)
+	}
+}
+
+// TestTakenBack: a join that is given up leaves no Node behind, and the token is as good as before,
+// whatever kind it is. A Node that was there before stays.
+func TestTakenBack(t *testing.T) {
+	t.Parallel()
+	for name, o := range map[string]tokenstore.Options{"one use": {}, "unlimited": {Uses: tokenstore.Unlimited, TTL: time.Hour}} {
+		s := newSite(t)
+		tok := s.add(o).Reveal()
+		s.joined(from{}, request(tok, "w2", true))
+		ghost := aNode("w2", there, true) // its kubelet was there already, and said Ready
+		ghost.CreationTimestamp = metav1.NewTime(s.now.Add(time.Second))
+		s.cluster.nodes = append(s.cluster.nodes, ghost)
+		s.joined(from{}, request(tok, "w2", true)) // interrupted, and begun again
+		if status, e := s.finish(api.PathRelease, tok, "w2"); status != http.StatusOK {
+			t.Fatalf("%s: %d %s", name, status, e.Message)
+		}
+		if slices.ContainsFunc(s.cluster.nodes, func(n corev1.Node) bool { return n.Name == "w2" }) {
+			t.Errorf("%s: the Node is still there", name)
+		}
+		if _, err := s.nodes.Get(t.Context(), "w2"); !errors.Is(err, noderegistry.ErrNone) {
+			t.Errorf("%s: the record is still there: %v", name, err)
+		}
+		s.joined(from{}, request(tok, "w2", true))
+		if status, e := s.finish(api.PathConfirm, tok, "w2"); status != http.StatusOK {
+			t.Fatalf("%s: %d %s", name, status, e.Message)
+		}
+		s.cluster.nodes = append(s.cluster.nodes, ghost)
+		if status, _ := s.finish(api.PathRelease, tok, "w2"); status != http.StatusOK || len(s.cluster.nodes) != 3 {
+			t.Errorf("%s: a release after the join was confirmed: %d, nodes %d", name, status, len(s.cluster.nodes))
+		}
+	}
+	s := newSite(t)
+	s.cluster.nodes[1] = aNode("w1", workers, false)
+	tok := s.add(tokenstore.Options{Name: "w1"}).Reveal()
+	s.joined(from{address: workers}, request(tok, "w1", true))
+	if status, _ := s.finish(api.PathRelease, tok, "w1"); status != http.StatusOK || len(s.cluster.nodes) != 2 {
+		t.Errorf("a Node from before the join: %d, nodes %d", status, len(s.cluster.nodes))
+	}
+}
+
+// TestEarlierBuild: while control-plane nodes of the build before are in the cluster, workers of it
+// are told what all callers know; afterwards none of its control-plane nodes joins any more.
+func TestEarlierBuild(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	before := token.NewCallbackKey()
+	s.api.Lock()
+	s.api.Secrets[callback.SecretName] = &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, ResourceVersion: "1"}, Data: map[string][]byte{"callback-key": before},
+	}
+	complete := s.api.RBAC["/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role]
+	delete(s.api.RBAC, "/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role)
+	s.api.Unlock()
+	legacy := token.LegacyCallback(before, "w1")
+	if answer, status := s.renew(api.RenewRequest{}); status != http.StatusOK || answer.CallbackToken != legacy || answer.LegacyCallback != "" {
+		t.Errorf("a worker of the build before: %d %+v", status, answer)
+	}
+	if answer, status := s.renew(api.RenewRequest{Secrets: 2}); status != http.StatusOK || answer.CallbackToken != s.secret("w1") || answer.LegacyCallback != legacy {
+		t.Errorf("a worker of this build: %d %+v", status, answer)
+	}
+	r := request(s.add(tokenstore.Options{}).Reveal(), "n2", false)
+	r.Secrets = 0
+	if s.joined(from{}, r).CallbackToken == "" {
+		t.Error("a control plane node of the build before gets no secret")
+	}
+	s.api.Lock()
+	s.api.RBAC["/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role] = complete
+	s.api.Unlock()
+	if err := s.keys.Seal(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	r = request(s.add(tokenstore.Options{}).Reveal(), "n4", false)
+	r.Secrets = 0
+	s.refused(from{}, r, http.StatusInternalServerError, api.CodeOldClient)
+	if answer, status := s.renew(api.RenewRequest{}); status != http.StatusOK || answer.CallbackToken != s.secret("w1") {
+		t.Errorf("a worker of the build before, later: %d %+v", status, answer)
 	}
 }
 
@@ -661,7 +867,7 @@ func FuzzCertificateRequests(f *testing.F) {
 		if status != http.StatusOK {
 			return
 		}
-		if cert.IsCA || cert.Subject.String() != "CN=system:node:n2,O=system:nodes" || slices.ContainsFunc(cert.DNSNames, func(n string) bool { return n != "n2" }) {
+		if cert.IsCA || cert.Subject.CommonName != "system:node:n2" || !slices.Equal(cert.Subject.Organization, []string{"system:nodes"}) || slices.ContainsFunc(cert.DNSNames, func(n string) bool { return n != "n2" }) {
 			t.Errorf("%s, %v", cert.Subject, cert.DNSNames)
 		}
 		s.log.Reset()

@@ -1,6 +1,6 @@
 // Package worker keeps what the control plane gave to a worker: its two certificates, which it
-// renews long before they end, and its callback secret, which changes when a control-plane
-// node is removed. It asks an agent of the control plane and shows its kubelet's certificate.
+// renews ten days before they end, or later when it was away, and its callback secret, which changes
+// when a node is removed. It asks an agent of the control plane and shows its kubelet's certificate.
 //
 // The list of API servers is the business of the API server proxy.
 package worker
@@ -21,6 +21,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
@@ -39,6 +41,7 @@ import (
 const (
 	firstRetry  = 10 * time.Second // after a failure, then twice as long each time
 	lastRetry   = 5 * time.Minute  // up to this; a node that just joins is known to the cluster soon
+	unconfirmed = time.Minute      // after the control plane said that the join is not confirmed
 	longest     = time.Hour        // between two looks: a secret may have changed while this node was cut off
 	callTimeout = 30 * time.Second // of one control-plane node
 	pause       = 5 * time.Second  // between two questions about the callback secret
@@ -52,12 +55,14 @@ type Keeper struct {
 	Restart func(ctx context.Context, names ...string) error
 	Log     *slog.Logger
 
+	Addresses func() ([]net.IP, error) // of this host; nil means the kernel's
+
 	Servers func() ([]string, error) // host:port of control-plane agents; nil means from provider.yaml
 	Now     func() time.Time
 
-	mu    sync.Mutex
-	asked time.Time
-	last  string
+	mu   sync.Mutex
+	idle time.Time // when it asked last without need
+	last []string
 }
 
 func (k *Keeper) now() time.Time {
@@ -93,7 +98,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 type pair struct {
 	name, user string
 	org        []string
-	names      bool // the old certificate's names are asked for again
+	names      bool // it serves under the node's name and addresses
 }
 
 func (k *Keeper) pairs() []pair {
@@ -106,7 +111,7 @@ func (k *Keeper) pairs() []pair {
 // Look renews what is due and says when to look again.
 func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 	next := longest
-	var req api.RenewRequest
+	req := api.RenewRequest{Secrets: 2}
 	due := false
 	for _, p := range k.pairs() {
 		data, err := os.ReadFile(k.Env.Cert(p.name + ".crt"))
@@ -121,7 +126,7 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 			next = min(next, wait)
 			continue
 		}
-		text, err := k.request(p, cert)
+		text, err := k.request(p)
 		if err != nil {
 			return 0, err
 		}
@@ -139,8 +144,13 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := callback.Store(k.Env, answer.CallbackToken); err != nil {
+	if answer.CallbackToken == "" { // the join is not confirmed yet
+		next = min(next, unconfirmed)
+	} else if err := callback.Store(k.Env, answer.CallbackToken); err != nil {
 		return 0, err
+	}
+	for _, reason := range answer.Refused {
+		k.Log.Warn("the control plane left something out of the certificate of this node", "reason", reason)
 	}
 	if !due {
 		return next, nil
@@ -157,8 +167,9 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 	return next, k.Restart(ctx, service.Kubelite)
 }
 
-// request makes a certificate request with the key that the node has.
-func (k *Keeper) request(p pair, old *x509.Certificate) (string, error) {
+// request makes a certificate request with the key that the node has, for the addresses that the
+// host has now.
+func (k *Keeper) request(p pair) (string, error) {
 	data, err := os.ReadFile(k.Env.Cert(p.name + ".key"))
 	if err != nil {
 		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
@@ -169,7 +180,14 @@ func (k *Keeper) request(p pair, old *x509.Certificate) (string, error) {
 	}
 	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: p.user, Organization: p.org}}
 	if p.names {
-		template.DNSNames, template.IPAddresses = old.DNSNames, old.IPAddresses
+		addresses := k.Addresses
+		if addresses == nil {
+			addresses = hostinfo.Addresses
+		}
+		template.DNSNames = []string{k.Node}
+		if template.IPAddresses, err = addresses(); err != nil {
+			return "", err
+		}
 	}
 	der, err := x509.CreateCertificateRequest(rand.Reader, template, key)
 	if err != nil {
@@ -217,21 +235,31 @@ func replace(path string, data []byte) error {
 	return atomicfile.Write(path, data, st.Mode().Perm(), nil)
 }
 
-// Callback gives this node's callback secret as the control plane knows it now. It asks at
-// most every few seconds; in between it gives what it was told last.
-func (k *Keeper) Callback(ctx context.Context) (string, error) {
+// Callback asks the control plane for the callback secrets that this node takes: its own and, where
+// there are control-plane nodes of the build before, theirs. After a question that was none, because
+// the secret had not changed, it asks for a few seconds no more, and returns what it was told last:
+// who shows wrong secrets cannot have the control plane asked at will. A secret that did change may
+// change again at once.
+func (k *Keeper) Callback(ctx context.Context) ([]string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.now().Sub(k.asked) < pause {
+	if k.now().Sub(k.idle) < pause {
 		return k.last, nil
 	}
-	k.asked = k.now()
-	answer, err := k.ask(ctx, api.RenewRequest{})
+	answer, err := k.ask(ctx, api.RenewRequest{Secrets: 2})
 	if err != nil {
-		return "", err
+		k.idle = k.now()
+		return nil, err
 	}
-	k.last = answer.CallbackToken
-	return k.last, callback.Store(k.Env, k.last)
+	told := []string{answer.CallbackToken, answer.LegacyCallback}
+	if slices.Equal(told, k.last) {
+		k.idle = k.now()
+	}
+	k.last = told
+	if answer.CallbackToken == "" {
+		return told, nil
+	}
+	return told, callback.Store(k.Env, answer.CallbackToken)
 }
 
 // caFile is the CA of the cluster: a worker keeps its own beside it.
@@ -246,7 +274,8 @@ func (k *Keeper) caFile() string {
 // ErrUpstream is given where the control plane is upstream's and does not renew.
 var ErrUpstream = errors.New("the control plane does not renew certificates; join again before they end")
 
-// ask tries one control-plane node after the other.
+// ask tries one control-plane node after the other. One of this build is preferred to one of the build
+// before, which knows other secrets and refuses a request as a whole.
 func (k *Keeper) ask(ctx context.Context, req api.RenewRequest) (*api.RenewResponse, error) {
 	list := k.Servers
 	if list == nil {
@@ -271,12 +300,29 @@ func (k *Keeper) ask(ctx context.Context, req api.RenewRequest) (*api.RenewRespo
 	}}
 	defer client.CloseIdleConnections()
 	errs := []error{errors.New("cannot ask the control plane")}
+	if req.Kubelet+req.Proxy != "" {
+		present := func(address string) bool {
+			answer, err := post(ctx, client, address, api.RenewRequest{Secrets: req.Secrets})
+			return err == nil && answer.Secrets >= 2
+		}
+		if i := slices.IndexFunc(servers, present); i > 0 {
+			servers = slices.Concat(servers[i:], servers[:i])
+		}
+	}
+	var earlier *api.RenewResponse
 	for _, address := range servers {
 		answer, err := post(ctx, client, address, req)
-		if err == nil {
+		if err == nil && (answer.Secrets >= 2 || answer.Kubelet+answer.Proxy != "") {
 			return answer, nil
 		}
+		if err == nil {
+			earlier = answer
+			continue
+		}
 		errs = append(errs, fmt.Errorf("%s: %w", address, err))
+	}
+	if earlier != nil {
+		return earlier, nil
 	}
 	return nil, errors.Join(errs...)
 }

@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -43,6 +44,8 @@ type control struct {
 	status int
 	client string // subject of the last client certificate
 	junk   bool   // answers with a certificate for another key
+	legacy string // secret that callers of the build before show
+	before bool   // is of the build before
 }
 
 func (c *control) issue(req pki.Request, pub any) []byte {
@@ -93,7 +96,7 @@ func (c *control) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		return string(c.issue(pki.Request{Subject: csr.Subject, DNSNames: csr.DNSNames, IPs: csr.IPAddresses, Days: 365, ServerAuth: true, ClientAuth: true}, pub))
 	}
-	_ = json.NewEncoder(w).Encode(api.RenewResponse{Kubelet: sign(req.Kubelet), Proxy: sign(req.Proxy), CallbackToken: c.secret})
+	_ = json.NewEncoder(w).Encode(api.RenewResponse{Kubelet: sign(req.Kubelet), Proxy: sign(req.Proxy), CallbackToken: c.secret, LegacyCallback: c.legacy, Secrets: map[bool]int{false: 2}[c.before]})
 }
 
 // newWorker makes a worker whose certificates are good for so many days.
@@ -145,7 +148,8 @@ func newWorker(t *testing.T, days int) (*Keeper, *control, *[]string) {
 	c.url = srv.Listener.Addr().String()
 	restarts := &[]string{}
 	return &Keeper{
-		Env: env, Node: "w1", Log: slog.New(slog.DiscardHandler),
+		Addresses: func() ([]net.IP, error) { return []net.IP{net.IPv4(10, 0, 0, 6)}, nil }, // not those of the old certificate
+		Env:       env, Node: "w1", Log: slog.New(slog.DiscardHandler),
 		Restart: func(_ context.Context, names ...string) error {
 			*restarts = append(*restarts, names...)
 			return nil
@@ -183,7 +187,7 @@ func TestRenews(t *testing.T) {
 		if err != nil || cert.NotAfter.Before(time.Now().AddDate(0, 11, 0)) {
 			t.Errorf("%s ends %v, %v", name, cert.NotAfter, err)
 		}
-		if name == "kubelet" && (cert.DNSNames[0] != "w1" || len(cert.IPAddresses) != 1) {
+		if name == "kubelet" && (cert.DNSNames[0] != "w1" || len(cert.IPAddresses) != 1 || !cert.IPAddresses[0].Equal(net.IPv4(10, 0, 0, 6))) {
 			t.Errorf("names %v %v", cert.DNSNames, cert.IPAddresses)
 		}
 		text, err := os.ReadFile(k.Env.Credential(name + ".config"))
@@ -229,25 +233,93 @@ func TestKeepsWhatItHas(t *testing.T) {
 	}
 }
 
-// TestCallbackIsAskedSeldom: whoever knocks cannot make this node ask all the time.
-func TestCallbackIsAskedSeldom(t *testing.T) {
+// TestCallbackIsAskedRarely: whoever knocks cannot make this node ask all the time.
+func TestCallbackIsAskedRarely(t *testing.T) {
 	k, c, _ := newWorker(t, 365)
 	now := time.Now()
 	k.Now = func() time.Time { return now }
 	for range 10 {
-		if secret, err := k.Callback(t.Context()); err != nil || secret != c.secret {
-			t.Fatal(secret, err)
+		if secrets, err := k.Callback(t.Context()); err != nil || secrets[0] != c.secret {
+			t.Fatal(secrets, err)
 		}
 	}
-	if c.asked != 1 {
+	if c.asked != 2 {
 		t.Errorf("asked %d times", c.asked)
 	}
 	c.mu.Lock()
 	c.secret = strings.Repeat("cd", 32)
 	c.mu.Unlock()
 	now = now.Add(pause)
-	if secret, err := k.Callback(t.Context()); err != nil || secret != strings.Repeat("cd", 32) {
-		t.Error(secret, err)
+	if secrets, err := k.Callback(t.Context()); err != nil || secrets[0] != strings.Repeat("cd", 32) {
+		t.Error(secrets, err)
+	}
+}
+
+// TestSecretChangesAgainAtOnce: two nodes are removed one right after the other, and this one is shown
+// each new secret.
+func TestSecretChangesAgainAtOnce(t *testing.T) {
+	k, c, _ := newWorker(t, 365)
+	now := time.Now()
+	k.Now = func() time.Time { return now }
+	for _, secret := range []string{"first", "second", "third"} {
+		c.mu.Lock()
+		c.secret = secret
+		c.mu.Unlock()
+		if got, err := k.Callback(t.Context()); err != nil || got[0] != secret {
+			t.Errorf("%v, %v, want %s", got, err, secret)
+		}
+		if file, err := callback.Load(k.Env); err != nil || file != secret {
+			t.Errorf("%s is kept, %v, want %s", file, err, secret)
+		}
+	}
+}
+
+// TestJoinIsNotConfirmed: the node has no secret yet, and asks again soon.
+func TestJoinIsNotConfirmed(t *testing.T) {
+	k, c, _ := newWorker(t, 365)
+	c.secret = ""
+	next, err := k.Look(t.Context())
+	if err != nil || next > unconfirmed {
+		t.Errorf("%v, %v", next, err)
+	}
+	if secrets, err := k.Callback(t.Context()); err != nil || secrets[0] != "" {
+		t.Errorf("%v, %v", secrets, err)
+	}
+	if file, err := callback.Load(k.Env); err != nil || file != "" {
+		t.Errorf("%q, %v", file, err)
+	}
+}
+
+// TestServersOfTwoBuilds: while a cluster is refreshed node by node, this worker asks one of its own
+// build first, which knows what both kinds of callers show.
+func TestServersOfTwoBuilds(t *testing.T) {
+	k, present, _ := newWorker(t, 100)
+	_, earlier, _ := newWorker(t, 100)
+	earlier.before, earlier.secret = true, "of the build before"
+	present.secret, present.legacy = "2-present", "of the build before"
+	// Both are of one cluster.
+	pemCA := slices.Concat(pki.EncodeCert(present.ca.Raw), pki.EncodeCert(earlier.ca.Raw))
+	if err := os.WriteFile(k.Env.Cert("ca.remote.crt"), pemCA, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.Servers = func() ([]string, error) { return []string{earlier.url, present.url}, nil }
+	if secrets, err := k.Callback(t.Context()); err != nil || !slices.Equal(secrets, []string{"2-present", "of the build before"}) {
+		t.Errorf("%v, %v", secrets, err)
+	}
+	k.Now = func() time.Time { return time.Now().AddDate(0, 0, 80) }
+	if _, err := k.Look(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(k.Env.Cert("kubelet.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cert, err := pki.ParseCert(data); err != nil || pki.IssuedBy(cert, present.ca) != nil {
+		t.Errorf("the server of the build before signed it: %v", err)
+	}
+	k.Servers = func() ([]string, error) { return []string{earlier.url}, nil }
+	if secrets, err := k.Callback(t.Context()); err != nil || secrets[0] != "of the build before" {
+		t.Errorf("%v, %v", secrets, err)
 	}
 }
 

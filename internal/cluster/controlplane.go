@@ -19,6 +19,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/tokenstore"
 
 	"crypto/tls"
 )
@@ -85,7 +86,6 @@ func (s *joinRun) controlPlaneCerts(ctx context.Context) error {
 	files := fileaccess.For(s.Env)
 	secrets := map[string]string{
 		s.Env.Cert("ca.key"): *a.CAKey, s.Env.Cert("serviceaccount.key"): a.ServiceAccountKey,
-		s.Env.Credential(callbackToken): a.CallbackToken,
 	}
 	for _, item := range externalEtcd(a) {
 		if item.text != "" {
@@ -96,6 +96,9 @@ func (s *joinRun) controlPlaneCerts(ctx context.Context) error {
 		if err := files.WriteSecret(path, []byte(text)); err != nil {
 			return err
 		}
+	}
+	if err := s.writeCallback(a); err != nil {
+		return err
 	}
 	if err := files.WriteShared(s.Env.Cert("ca.crt"), []byte(a.CA)); err != nil {
 		return err
@@ -115,8 +118,11 @@ func (s *joinRun) controlPlaneCerts(ctx context.Context) error {
 	return s.lock(snapenv.LockNoReissue)
 }
 
-// joinTokens are files of credentials that belong to one cluster.
-var joinTokens = []string{"cluster-tokens.txt", "persistent-cluster-tokens.txt", "certs-request-tokens.txt", "callback-tokens.txt"}
+// joinTokens are files of credentials that belong to one cluster: a token that was written down for
+// this node's own must not open the one that it joins.
+var joinTokens = []string{
+	"cluster-tokens.txt", "persistent-cluster-tokens.txt", tokenstore.PersistentFile, "certs-request-tokens.txt", "callback-tokens.txt",
+}
 
 // storeAddress is where this node's member of the datastore is to listen.
 func (s *joinRun) storeAddress(a *answer) string {

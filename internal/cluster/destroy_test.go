@@ -267,6 +267,8 @@ func (f *apiNodes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case strings.Contains(r.URL.Path, "/secrets") && r.Method != http.MethodGet: // of callbacks
 		_, _ = io.Copy(w, r.Body)
+	case strings.HasSuffix(r.URL.Path, "/clusterrolebindings"): // records of nodes
+		_, _ = io.WriteString(w, `{"kind":"ClusterRoleBindingList","apiVersion":"rbac.authorization.k8s.io/v1","items":[]}`)
 	case r.URL.Path == "/api/v1/nodes":
 		list := corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}}
 		for _, n := range f.nodes {

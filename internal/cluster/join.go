@@ -251,7 +251,7 @@ func (s *joinRun) request() api.JoinRequest {
 	return api.JoinRequest{
 		Hostname: s.Self, Port: strconv.Itoa(nodeconfig.Load(s.Env).AgentPort), Worker: api.Worker(s.Worker),
 		Product: api.Product, Version: s.Version, DatastoreProtocol: api.DatastoreProtocol,
-		AdvertiseAddress: s.Advertise,
+		AdvertiseAddress: s.Advertise, Secrets: 2,
 	}
 }
 
@@ -299,7 +299,8 @@ func (a *answer) check(worker bool) error {
 	if port, err := strconv.ParseUint(a.APIPort, 10, 16); err != nil || port == 0 {
 		return fmt.Errorf("cannot use the cluster's answer: the API server's port is %q", a.APIPort)
 	}
-	if a.CallbackToken == "" || strings.ContainsAny(a.CallbackToken, " \t\r\n") {
+	// One of ours lets this node have it after the join.
+	if a.CallbackToken == "" && !a.ours() || strings.ContainsAny(a.CallbackToken, " \t\r\n") {
 		return errors.New("cannot use the cluster's answer: its callback token is not one")
 	}
 	if a.CA == "" {

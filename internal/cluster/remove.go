@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 )
 
 // RemoveOptions say which node to remove.
@@ -36,6 +37,7 @@ type removeParams struct {
 	Asked  string `json:"asked"`            // name or address, as it was given
 	Name   string `json:"name"`             // of the Node object
 	Member string `json:"member,omitempty"` // address of its member of the datastore, "" for none
+	Record string `json:"record,omitempty"` // UID of its record, "" for none
 	// Identified: UID and ID are those of what was to be removed, and where they are empty there
 	// was none. Journals of earlier versions have names and addresses only.
 	Identified bool      `json:"identified,omitempty"`
@@ -188,6 +190,13 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 			return nil, ErrNoAddress
 		}
 	}
+	record, err := n.registry().Get(ctx, p.Name)
+	switch {
+	case err == nil:
+		p.Record = string(record.UID)
+	case !errors.Is(err, noderegistry.ErrNone):
+		return nil, err
+	}
 	if nodeconfig.Load(n.Env).Datastore.Own() {
 		all, err := peers.Members(ctx, n.Env.BackendLive())
 		if err != nil {
@@ -198,14 +207,16 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 				p.Member, p.ID = m.Address, m.ID
 			}
 		}
-		if found == nil && p.Member == "" {
+		// Of a control-plane node without a Node the record does not say which member is its.
+		member := p.Record != "" && record.Role == noderegistry.ControlPlane
+		if found == nil && p.Member == "" && (p.Record == "" || member && len(withoutNode(all, list)) > 0) {
 			return p, &NoNodeError{Members: withoutNode(all, list)}
 		}
 	}
 	switch {
 	case p.Member != "" && !o.Force:
 		return p, ErrRegistered
-	case found == nil && p.Member == "":
+	case found == nil && p.Member == "" && p.Record == "":
 		return p, ErrNoNode
 	case p.Member == "":
 		return p, nil
@@ -245,7 +256,7 @@ func sameIP(x, y string) bool {
 func (n *Node) removePlan(p *removeParams) journal.Plan {
 	return journal.Plan{Operation: opRemove, Commit: StepUnregister, Renamed: renamed, Steps: []journal.Step{
 		step(StepUnregister, func(ctx context.Context) error { return n.unregister(ctx, p) }, nil),
-		step(StepRevoke, n.revoke, nil),
+		step(StepRevoke, func(ctx context.Context) error { return n.revoke(ctx, p) }, nil),
 		step(StepDelete, func(ctx context.Context) error { return n.deleteNode(ctx, p) }, nil),
 	}}
 }
@@ -283,11 +294,27 @@ func (n *Node) deleteNode(ctx context.Context, p *removeParams) error {
 	return err
 }
 
-// revoke changes the key of the nodes' callback secrets, which a control-plane node could read.
-// Whether it was one cannot be told of a node that has left, so it is done for every node. Nodes
-// that are not reached now take up their new secret by themselves later.
-func (n *Node) revoke(ctx context.Context) error {
+// registry reads and writes the records of the cluster's nodes.
+func (n *Node) registry() noderegistry.Registry {
+	return noderegistry.Registry{Core: func() (*kube.Core, error) { return n.Kube("client.config", "") }}
+}
+
+// revoke deletes the node's record, so that its certificates count no more, and changes the salt of
+// the nodes' callback secrets, of which a control-plane node can make all. Whether it was one cannot
+// be told of a node that has left, so it is done for every node. Nodes that are not reached now take
+// up their new secret by themselves later.
+func (n *Node) revoke(ctx context.Context, p *removeParams) error {
+	if p.Record != "" {
+		if err := n.registry().DeleteOf(ctx, &noderegistry.Record{Name: p.Name, UID: types.UID(p.Record)}); err != nil {
+			return err
+		}
+	}
 	all := &fanout.Cluster{Env: n.Env, Core: func() (*kube.Core, error) { return n.Kube("client.config", "") }}
-	_, err := all.RenewSecrets(ctx)
+	results, err := all.RenewSecrets(ctx)
+	for _, r := range results {
+		if r.Err != nil && r.Name != p.Name {
+			n.Say("WARNING: the node %s still takes the secret of before, which the removed node may know: %v", r.Name, r.Err)
+		}
+	}
 	return err
 }

@@ -8,7 +8,9 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"os"
 
 	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
@@ -124,11 +126,14 @@ func (s *joinRun) workerCerts(context.Context) error {
 		}
 	}
 	for path, text := range map[string]string{
-		s.Env.Cert("kubelet.key"): a.KubeletKey, s.Env.Cert("proxy.key"): a.ProxyKey, s.Env.Credential(callbackToken): a.CallbackToken,
+		s.Env.Cert("kubelet.key"): a.KubeletKey, s.Env.Cert("proxy.key"): a.ProxyKey,
 	} {
 		if err := files.WriteSecret(path, []byte(text)); err != nil {
 			return err
 		}
+	}
+	if err := s.writeCallback(a); err != nil {
+		return err
 	}
 	return s.workerKubeconfigs(a.CA, a.KubeletCert, a.KubeletKey, a.ProxyCert, a.ProxyKey)
 }
@@ -151,3 +156,16 @@ func (n *Node) workerKubeconfigs(ca, kubeletCert, kubeletKey, proxyCert, proxyKe
 
 // callbackToken is what others must show to this node's agent.
 const callbackToken = "callback-token.txt"
+
+// writeCallback keeps the callback secret. Where the cluster tells it after the join only, the one that
+// this node had before goes: the agent gets its own.
+func (s *joinRun) writeCallback(a *answer) error {
+	path := s.Env.Credential(callbackToken)
+	if a.CallbackToken != "" {
+		return fileaccess.For(s.Env).WriteSecret(path, []byte(a.CallbackToken))
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -32,6 +32,10 @@ const (
 	Member         Name = "renew-member"    // and a node that is still in the cluster
 	Callback       Name = "callback"        // the secret of this node
 	CallbackEmpty  Name = "callback-empty"  // which is never empty
+	CallerCert     Name = "caller-cert"     // and a certificate that only control-plane nodes make
+	Registered     Name = "registered"      // a certificate counts while its join has a record
+	ServiceNames   Name = "service-names"   // a node is not called as what is in the cluster
+	OneName        Name = "one-name"        // a use of a token for which a certificate was signed is for that node
 	CAPI           Name = "capi"            // the token of cluster API providers is compared
 	CAPIEmpty      Name = "capi-empty"      // and an empty file allows nobody
 	Services       Name = "services"        // only argument files that there are
@@ -54,7 +58,8 @@ func All() []Name {
 	return []Name{
 		TokenKey, TokenSpent, TokenExpiry, TokenRevoked, TokenRole, TokenName, TokenHeld, TokenNames, ProofChosen,
 		NodeName, NameTaken, Datastore, HostHeader, Advertised, CSRSubject, CSRNames, CSRSignature, SignOnce, SignExpiry,
-		ClientCert, Member, Callback, CallbackEmpty, CAPI, CAPIEmpty, Services, ArgumentValues, Addons, Endpoint,
+		ClientCert, Member, Callback, CallbackEmpty, CallerCert, Registered, ServiceNames, OneName,
+		CAPI, CAPIEmpty, Services, ArgumentValues, Addons, Endpoint,
 		BodyLimit, BodyTime, Delay, NoStore, SecretFirst, BusyFirst, SharedReads, Connections, CallRate,
 	}
 }

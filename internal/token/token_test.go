@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -175,13 +176,39 @@ func TestProof(t *testing.T) {
 	}
 }
 
+// TestCallback: a secret is of one node, in one role, from one join, under one salt, of one CA.
 func TestCallback(t *testing.T) {
-	key := NewCallbackKey()
-	if a, b := Callback(key, "n1"), Callback(key, "n2"); a == b || len(a) != 64 || a != Callback(key, "n1") {
-		t.Errorf("%d digits; equal %v", len(a), a == b)
+	ca, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
 	}
-	if Callback(key, "n1") == Callback(NewCallbackKey(), "n1") {
-		t.Error("two keys give one secret")
+	other, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	salt := NewCallbackKey()
+	key := CallbackKey(CallbackBase(ca), salt)
+	one := Callback(key, "worker", "n1", "00")
+	if !IsCallback(one) || len(one) != 66 || one != Callback(CallbackKey(CallbackBase(ca), salt), "worker", "n1", "00") {
+		t.Errorf("%q", one)
+	}
+	for what, secret := range map[string]string{
+		"another name":     Callback(key, "worker", "n2", "00"),
+		"another role":     Callback(key, "control-plane", "n1", "00"),
+		"another join":     Callback(key, "worker", "n1", "01"),
+		"no join":          Callback(key, "worker", "n1", ""),
+		"parts that moved": Callback(key, "worke", "rn1", "00"),
+		"another salt":     Callback(CallbackKey(CallbackBase(ca), NewCallbackKey()), "worker", "n1", "00"),
+		"another CA":       Callback(CallbackKey(CallbackBase(other), salt), "worker", "n1", "00"),
+		"the salt alone":   Callback(salt, "worker", "n1", "00"),
+		"the form before":  LegacyCallback(salt, "n1"),
+	} {
+		if secret == one {
+			t.Errorf("%s gives the same secret", what)
+		}
+	}
+	if IsCallback(LegacyCallback(salt, "n1")) {
+		t.Error("the form before counts as the present one")
 	}
 }
 

@@ -30,7 +30,7 @@ const (
 	maxTokens = 1000
 	maxHolds  = 100 // reservations of one token at the same time
 	// maxNames bounds how many nodes may, one after the other, begin a join with one use of a
-	// token and give it up. Certificates are handed out in between.
+	// token and give it up before a certificate is signed.
 	maxNames = 8
 )
 
@@ -44,6 +44,7 @@ var (
 	ErrRole    = errors.New("the token only joins workers; use --worker, or a token made without it")
 	ErrName    = errors.New("the token is for a node of another name")
 	ErrFull    = fmt.Errorf("there are %d tokens already; revoke some", maxTokens)
+	ErrBound   = errors.New("a certificate for a node of another name was given out with this token, so only that node may go on with it; join under that name, or make another token")
 	ErrSigned  = errors.New("the certificate of this kind was given out already; start the join again")
 )
 
@@ -59,7 +60,8 @@ type Record struct {
 	Expires   time.Time `json:"expires,omitzero"`
 	Revoked   time.Time `json:"revoked,omitzero"`
 	Holds     []Hold    `json:"holds,omitempty"`
-	Names     []string  `json:"names,omitempty"` // that began a join with the use that is next
+	Names     []string  `json:"names,omitempty"`  // that began a join with the use that is next
+	Signed    []string  `json:"signed,omitempty"` // those of them that have a certificate
 	SpentBy   []string  `json:"spentBy,omitempty"`
 	SpentAt   time.Time `json:"spentAt,omitzero"`
 }
@@ -68,6 +70,7 @@ type Record struct {
 type Hold struct {
 	Joiner
 	Until   time.Time `json:"until"`
+	Began   time.Time `json:"began,omitzero"`    // the first join request of the node that was not given up
 	Kubelet bool      `json:"kubelet,omitempty"` // the certificate was signed since the last join request
 	Proxy   bool      `json:"proxy,omitempty"`
 }
@@ -78,6 +81,7 @@ type Joiner struct {
 	Worker  bool   `json:"worker"`
 	Ours    bool   `json:"ours"`              // it confirms its join
 	Address string `json:"address,omitempty"` // that it has for other nodes
+	Join    string `json:"join,omitempty"`    // the nonce of its last join request
 }
 
 // Over says why the token cannot be used any more, or nil.
@@ -102,10 +106,10 @@ func (r *Record) hold(name string) *Hold {
 	return nil
 }
 
-// Knows says that this node began a join with this token before, so what is in the cluster
-// under its name may be its own.
+// Knows reports whether this node began a join with this token before and has not ended it, so that
+// what is in the cluster under its name may be its own.
 func (r *Record) Knows(name string) bool {
-	return r.hold(name) != nil || slices.Contains(r.Names, name) || slices.Contains(r.SpentBy, name)
+	return r.hold(name) != nil || slices.Contains(r.Names, name)
 }
 
 // State is all tokens of a store. Its methods use the time that they are given.
@@ -203,6 +207,9 @@ func (r *Record) admits(j Joiner, now time.Time) error {
 	if r.Uses != Unlimited && len(r.Names) >= maxNames*r.Uses && !slices.Contains(r.Names, j.Name) && defence.On(defence.TokenNames) {
 		return ErrUsed
 	}
+	if r.Uses != Unlimited && len(r.Signed) >= r.Uses && !slices.Contains(r.Signed, j.Name) && defence.On(defence.OneName) {
+		return ErrBound
+	}
 	return nil
 }
 
@@ -213,10 +220,17 @@ func (s *State) Reserve(t token.Token, j Joiner, now time.Time) (*Record, error)
 	if err != nil {
 		return r, err
 	}
+	began := now
+	if h := r.hold(j.Name); h != nil && !h.Began.IsZero() {
+		began = h.Began
+	}
 	r.Holds = slices.DeleteFunc(r.Holds, func(h Hold) bool { return h.Name == j.Name || !now.Before(h.Until) })
-	r.Holds = append(r.Holds, Hold{Joiner: j, Until: now.Add(Reservation)})
-	if !slices.Contains(r.Names, j.Name) && r.Uses != Unlimited {
+	r.Holds = append(r.Holds, Hold{Joiner: j, Until: now.Add(Reservation), Began: began})
+	if !slices.Contains(r.Names, j.Name) {
 		r.Names = append(r.Names, j.Name)
+	}
+	if over := len(r.Names) - maxHolds; over > 0 && r.Uses == Unlimited {
+		r.Names = slices.Delete(r.Names, 0, over)
 	}
 	return r, nil
 }
@@ -259,6 +273,9 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time, al
 	}
 	if kubelet {
 		found.Kubelet = true
+		if !slices.Contains(r.Signed, found.Name) && r.Uses != Unlimited {
+			r.Signed = append(r.Signed, found.Name)
+		}
 	} else {
 		found.Proxy = true
 	}
@@ -270,11 +287,13 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time, al
 }
 
 func (r *Record) spend(name string, now time.Time) {
+	same := func(n string) bool { return n == name }
 	r.Holds = slices.DeleteFunc(r.Holds, func(h Hold) bool { return h.Name == name })
+	r.Names = slices.DeleteFunc(r.Names, same)
+	r.Signed = slices.DeleteFunc(r.Signed, same)
 	if r.Uses > 0 && defence.On(defence.TokenSpent) {
 		r.Uses--
 		r.SpentAt = now
-		r.Names = slices.DeleteFunc(r.Names, func(n string) bool { return n == name })
 		r.SpentBy = append(r.SpentBy, name)
 	}
 }
@@ -299,6 +318,30 @@ func (s *State) Confirm(t token.Token, name string, now time.Time) (Hold, error)
 	out := *h
 	r.spend(name, now)
 	return out, nil
+}
+
+// Hold returns the reservation of a node, whether its time is over or not; ok is false where it has none.
+func (s *State) Hold(t token.Token, name string) (h Hold, ok bool, err error) {
+	r, err := s.find(t)
+	if err != nil {
+		return Hold{}, false, err
+	}
+	if found := r.hold(name); found != nil {
+		return *found, true, nil
+	}
+	return Hold{}, false, nil
+}
+
+// Settle spends what was reserved for a join, of a node that is in and could not confirm it.
+func (s *State) Settle(join string, now time.Time) {
+	for _, r := range s.Records {
+		for _, h := range r.Holds {
+			if h.Join == join && join != "" {
+				r.spend(h.Name, now)
+				return
+			}
+		}
+	}
 }
 
 // Release gives the use back. Without a reservation it does nothing.

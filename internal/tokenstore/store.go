@@ -207,6 +207,25 @@ func (s *Store) Confirm(ctx context.Context, t token.Token, name string) (out Ho
 	return out, err
 }
 
+// Hold returns the reservation of a node; see [State.Hold].
+func (s *Store) Hold(ctx context.Context, t token.Token, name string) (out Hold, ok bool, err error) {
+	err = s.each(ctx, func(st *State) (err error) {
+		out, ok, err = st.Hold(t, name)
+		return err
+	})
+	return out, ok, err
+}
+
+// Settle spends what was reserved for a join; see [State.Settle].
+func (s *Store) Settle(ctx context.Context, join string) error {
+	for _, b := range s.Backends {
+		if err := b.Update(ctx, func(st *State) error { st.Settle(join, s.now()); return nil }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Release gives a reservation back.
 func (s *Store) Release(ctx context.Context, t token.Token, name string) error {
 	return s.each(ctx, func(st *State) error { return st.Release(t, name) })

@@ -39,7 +39,7 @@ type Server struct {
 }
 
 // New starts a server that ends with the test.
-func New(t *testing.T) *Server {
+func New(t testing.TB) *Server {
 	t.Helper()
 	s := &Server{Secrets: map[string]*corev1.Secret{}, RBAC: map[string]*unstructured.Unstructured{}, watchers: map[chan *corev1.Secret]string{}, nodes: map[chan *corev1.Node]bool{}}
 	h := httptest.NewServer(s)
