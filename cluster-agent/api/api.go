@@ -7,7 +7,11 @@
 // programs ignore unknown fields and answer unknown paths with 404.
 package api
 
-import "strings"
+import (
+	"strings"
+
+	"microk8s/internal/datastore/storedir"
+)
 
 // Paths. All of them are called with POST, except PathHealth.
 const (
@@ -36,7 +40,7 @@ const Product = "microk8s-go"
 
 // DatastoreProtocol names the protocol between datastore daemons. Only nodes that speak the
 // same one can share a datastore. It is the ALPN name of internal/datastore/member.
-const DatastoreProtocol = "microk8s-datastore-1"
+const DatastoreProtocol = storedir.Protocol
 
 // Error is the body of every answer that is not 200.
 type Error struct {

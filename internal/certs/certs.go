@@ -23,12 +23,12 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
@@ -254,7 +254,7 @@ func (s *Store) checkCA(name string, cert *x509.Certificate) error {
 // and its first DNS name is the server name that members check.
 func (s *Store) ensureDatastorePair() error {
 	dir := s.env.BackendLive()
-	crt, keyFile := filepath.Join(dir, "cluster.crt"), filepath.Join(dir, "cluster.key")
+	crt, keyFile := storedir.Dir(dir).File(storedir.CertFile), storedir.Dir(dir).File(storedir.KeyFile)
 	if !nodeconfig.Load(s.env).Datastore.Own() {
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -368,12 +369,12 @@ func datastorePair(n *Node) finding {
 	if nodeconfig.Load(n.Env).Datastore.Owner == nodeconfig.ExternalEtcd {
 		return finding{found: "an etcd of its own", status: Manual, accept: "look at the etcd's own arguments"}
 	}
-	for _, name := range []string{"cluster.crt", "cluster.key"} {
+	for _, name := range []string{storedir.CertFile, storedir.KeyFile} {
 		if !exists(n.Env.BackendLive() + "/" + name) {
 			return finding{found: name + " is missing", do: "restore " + n.Env.BackendLive() + "/" + name + " from another member"}
 		}
 	}
-	f := n.owned(n.Env.BackendLive()+"/cluster.key", 0o600)
+	f := n.owned(n.Env.BackendLive()+"/"+storedir.KeyFile, 0o600)
 	f.found = "cluster.key " + f.found
 	return f
 }

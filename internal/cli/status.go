@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/status"
 )
 
@@ -176,7 +177,7 @@ func printPretty(w io.Writer, r status.Report) error {
 
 // printHA writes the block of the datastore; a node about to start for the first time has none.
 func printHA(b *strings.Builder, ha status.HA) {
-	list := func(role status.Role) string {
+	list := func(role storedir.Role) string {
 		var out []string
 		for _, n := range ha.Nodes {
 			if n.Role == role {
@@ -195,8 +196,8 @@ func printHA(b *strings.Builder, ha status.HA) {
 			yes = "yes"
 		}
 		fmt.Fprintf(b, "high-availability: %s\n", yes)
-		fmt.Fprintf(b, "  datastore master nodes: %s\n", list(status.Voter))
-		fmt.Fprintf(b, "  datastore standby nodes: %s\n", list(status.Standby))
+		fmt.Fprintf(b, "  datastore master nodes: %s\n", list(storedir.Voter))
+		fmt.Fprintf(b, "  datastore standby nodes: %s\n", list(storedir.StandBy))
 		if t := ha.Tolerates(); t != "" {
 			fmt.Fprintf(b, "  note: %s\n", t)
 		}
@@ -283,7 +284,7 @@ type problemJSON struct {
 func jsonOf(r status.Report) statusJSON {
 	out := statusJSON{MicroK8s: runningJSON{Running: r.Ready}, HA: haJSON{Enabled: r.HA.Enabled, Endpoints: r.HA.Endpoints}}
 	for _, n := range r.HA.Nodes {
-		out.HA.Nodes = append(out.HA.Nodes, memberJSON{n.Address, string(n.Role), n.Alive})
+		out.HA.Nodes = append(out.HA.Nodes, memberJSON{n.Address, n.RoleName(), n.Alive})
 	}
 	if r.Ready {
 		for _, x := range addons(r) {

@@ -15,10 +15,10 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
@@ -176,7 +176,7 @@ func (p *Preparer) failureDomain(config nodeconfig.Config) error {
 	if _, err := strconv.ParseUint(domain, 10, 64); err != nil {
 		return fmt.Errorf("cannot use %s: failure-domain=%q is not a number; write for example failure-domain=1", path, domain)
 	}
-	target := filepath.Join(p.Env.BackendLive(), "failure-domain")
+	target := storedir.Dir(p.Env.BackendLive()).File(storedir.FailureDomainFile)
 	if old, err := os.ReadFile(target); err == nil && strings.TrimSpace(string(old)) == domain {
 		return nil
 	}
@@ -293,23 +293,14 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 // readdress moves the datastore of a node that is alone to the loopback when the host has lost
 // the address that it listened on. With other members that cannot be done: status says so.
 func (p *Preparer) readdress() error {
-	dir := p.Env.BackendLive()
-	type node struct{ Address string }
-	var info node
-	var members []node
-	for name, into := range map[string]any{"info.yaml": &info, "cluster.yaml": &members} {
-		data, err := os.ReadFile(filepath.Join(dir, name))
-		if err != nil || yaml.Unmarshal(data, into) != nil {
-			return nil //nolint:nilerr // the datastore says what is wrong with its own files
-		}
+	dir := storedir.Dir(p.Env.BackendLive())
+	self, err := dir.Self()
+	members, err2 := dir.Members()
+	if err != nil || err2 != nil || dir.Has(storedir.JoinFile) || dir.Has(storedir.UpdateFile) {
+		return nil //nolint:nilerr // the datastore says what is wrong with its own files
 	}
-	for _, name := range []string{"join", "update.yaml"} {
-		if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-			return nil
-		}
-	}
-	host, port, err := net.SplitHostPort(info.Address)
-	if err != nil || len(members) != 1 || members[0].Address != info.Address {
+	host, port, err := net.SplitHostPort(self.Address)
+	if err != nil || len(members) != 1 || members[0].Address != self.Address {
 		return nil //nolint:nilerr // not a node that is alone
 	}
 	ip := net.ParseIP(host)
@@ -317,6 +308,6 @@ func (p *Preparer) readdress() error {
 	if err != nil || ip == nil || ip.IsLoopback() || slices.ContainsFunc(own, ip.Equal) {
 		return err
 	}
-	p.Log.Info("the address of the datastore is not one of this host any more: it moves to the loopback", "from", info.Address)
-	return fileaccess.For(p.Env).WriteShared(filepath.Join(dir, "update.yaml"), []byte("Address: "+net.JoinHostPort("127.0.0.1", port)+"\n"))
+	p.Log.Info("the address of the datastore is not one of this host any more: it moves to the loopback", "from", self.Address)
+	return dir.Move(net.JoinHostPort(storedir.Loopback, port), fileaccess.For(p.Env).WriteShared)
 }

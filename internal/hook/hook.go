@@ -20,6 +20,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -261,7 +262,7 @@ func quorum(members []peers.Member) error {
 	voters, alive, self := 0, 0, false
 	var down []string
 	for _, m := range members {
-		if m.Role != peers.Voter {
+		if m.Role != storedir.Voter {
 			continue
 		}
 		voters++

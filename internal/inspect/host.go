@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/nodeconfig"
 )
 
 // registryHost is where the registry addon listens, as docker on the same machine names it.
@@ -16,7 +17,7 @@ const registryHost = "localhost:32000"
 
 // hostFindings says what about the host below root ("/" but in tests) is known to get in the
 // way of a node, each with what to do (cli.md 1.13).
-func hostFindings(root string) (found []string) {
+func hostFindings(root string, c nodeconfig.Config) (found []string) {
 	warn := func(format string, a ...any) { found = append(found, fmt.Sprintf(format, a...)) }
 	read := func(path string) string {
 		data, err := os.ReadFile(filepath.Join(root, path))
@@ -40,8 +41,8 @@ func hostFindings(root string) (found []string) {
 		}
 	}
 	if fields := shellVars(read("etc/ufw/ufw.conf")); strings.EqualFold(fields["ENABLED"], "yes") {
-		warn("the firewall ufw is active: pod traffic on this machine is let through, but other machines reach this node " +
-			"only if ufw allows 16443, 10250, 25000 and 19001 by TCP and 4789 by UDP from them, such as with: ufw allow from ADDRESS")
+		warn("the firewall ufw is active: pod traffic on this machine is let through, but other machines reach this node "+
+			"only if ufw allows %d, 10250, %d and %d by TCP and 4789 by UDP from them, such as with: ufw allow from ADDRESS", c.APIServer.Port, c.AgentPort, c.Datastore.Port)
 	}
 	if strings.TrimSpace(read("sys/fs/selinux/enforce")) == "1" {
 		warn("SELinux is enforcing, and no policy for this product exists: if services or pods are denied access, see ausearch -m avc, or run setenforce 0")

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"microk8s/internal/nodeconfig"
 )
 
 func TestHostFindings(t *testing.T) {
@@ -55,7 +57,7 @@ func TestHostFindings(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			got := hostFindings(root)
+			got := hostFindings(root, nodeconfig.Config{})
 			if len(got) != len(tt.want) {
 				t.Fatalf("%d findings, want %d:\n%s", len(got), len(tt.want), strings.Join(got, "\n"))
 			}

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -104,7 +105,7 @@ func (in *Inspector) collect(ctx context.Context) (down bool) {
 	in.kubernetes(ctx)
 	in.say("Inspecting dqlite")
 	in.say("  Inspect dqlite")
-	for _, name := range []string{"cluster.yaml", "info.yaml"} {
+	for _, name := range []string{storedir.ClusterFile, storedir.InfoFile} {
 		in.file(filepath.Join(in.Env.Backend(), name), "dqlite/"+name)
 	}
 	in.listing(in.Env.BackendLive(), "dqlite/list.out")

@@ -145,7 +145,7 @@ func (in *Inspector) findings(ctx context.Context) {
 	for _, problem := range p.Probe(ctx).Problems {
 		warn("%s", problem)
 	}
-	for _, finding := range hostFindings(in.Env.Host) {
+	for _, finding := range hostFindings(in.Env.Host, nodeconfig.Load(in.Env)) {
 		warn("%s", finding)
 	}
 	if nodeconfig.ReadState(in.Env).LowMemory {

@@ -20,6 +20,7 @@ import (
 	"strings"
 
 	"microk8s/internal/args"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/snapenv"
 )
@@ -88,6 +89,9 @@ const (
 // Datastore is where this node's API server keeps its objects.
 type Datastore struct {
 	Owner Owner
+
+	// Port is where this node's own member listens, or will from its first start on.
+	Port int
 
 	// Of an external etcd. Servers is --etcd-servers as a whole, Endpoints its parts as
 	// host:port; the files are paths, "" where they are not set.
@@ -285,6 +289,7 @@ func (r *reader) agent() (host string, port int, err error) {
 }
 
 func (r *reader) datastore(s State) (d Datastore) {
+	d.Port = storedir.Dir(r.env.Backend()).Port()
 	servers, _ := r.value(APIServer, "etcd-servers")
 	if !s.Worker && !strings.Contains(servers, ownSocket) {
 		for ep := range strings.SplitSeq(servers, ",") {

@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
@@ -220,7 +221,7 @@ func (in *Installer) defaultArgs(context.Context) error {
 			return err
 		}
 		to := in.Env.Args(strings.ReplaceAll(rel, "__", ":"))
-		if rel == "tuning.yaml" { // belongs to the datastore's directory
+		if rel == storedir.TuningFile { // belongs to the datastore's directory
 			return nil
 		}
 		if d.IsDir() {
@@ -244,9 +245,6 @@ func (in *Installer) defaultArgs(context.Context) error {
 		return in.changed(to)
 	})
 }
-
-// firstAddress is where the datastore listens until another node joins (cli.md 6.7).
-const firstAddress = "127.0.0.1:19001"
 
 // setAside is for a release that kept the datastore in $SNAP_DATA: when a refresh from it was
 // undone, it went on with its own directory, and the one that was moved is of the past.
@@ -316,20 +314,23 @@ func (in *Installer) datastore(context.Context) error {
 			return err
 		}
 	}
-	tuning, err := os.ReadFile(filepath.Join(in.Env.DefaultArgs(), "tuning.yaml"))
+	tuning, err := os.ReadFile(filepath.Join(in.Env.DefaultArgs(), storedir.TuningFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	for _, used := range []string{"info.yaml", "cluster.yaml", "metadata1", "metadata2"} {
-		if _, err := os.Lstat(filepath.Join(live, used)); err == nil {
-			return nil
-		}
+	dir := storedir.Dir(live)
+	if dir.Used() {
+		return nil
+	}
+	first, err := storedir.Init{Address: storedir.FirstAddress}.Encode()
+	if err != nil {
+		return err
 	}
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{"tuning.yaml", tuning}, {"failure-domain", []byte("1\n")}, {"init.yaml", []byte("Address: " + firstAddress + "\n")}} {
-		path := filepath.Join(live, f.name)
+	}{{storedir.TuningFile, tuning}, {storedir.FailureDomainFile, []byte("1\n")}, {storedir.InitFile, first}} {
+		path := dir.File(f.name)
 		if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) || len(f.data) == 0 {
 			continue
 		}

@@ -3,26 +3,15 @@ package status
 import (
 	"context"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"sigs.k8s.io/yaml"
-
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
-
-// node is an entry of the datastore's info.yaml and cluster.yaml.
-type node struct {
-	Address string `json:"Address"`
-	Role    int    `json:"Role"`
-}
-
-var roles = map[int]Role{0: Voter, 1: Standby, 2: Spare}
 
 // askHA asks this node's datastore daemon for the members and who of them lives. Where it does
 // not answer, the files of [readHA] say who the members are.
@@ -38,8 +27,8 @@ func askHA(ctx context.Context, env snapenv.Env) HA {
 	ha = HA{Datastore: true, Asked: true}
 	voters, alive := 0, 0
 	for _, m := range list {
-		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: roles[int(m.Role)], Alive: m.Online, full: m.DiskFull})
-		if m.Role == peers.Voter {
+		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: m.Role, Alive: m.Online, full: m.DiskFull})
+		if m.Role == storedir.Voter {
 			voters++
 			if m.Online {
 				alive++
@@ -66,27 +55,12 @@ func readHA(env snapenv.Env) HA {
 		return HA{}
 	}
 	ha := HA{Datastore: true}
-	var nodes []node
-	if data, err := os.ReadFile(filepath.Join(env.Backend(), "cluster.yaml")); err == nil {
-		_ = yaml.Unmarshal(data, &nodes)
-	}
-	if len(nodes) == 0 {
-		for _, name := range []string{"info.yaml", "init.yaml"} {
-			var n node
-			data, err := os.ReadFile(filepath.Join(env.Backend(), name))
-			if err == nil && yaml.Unmarshal(data, &n) == nil && n.Address != "" {
-				nodes = []node{n}
-				break
-			}
-		}
-	}
 	voters := 0
-	for _, n := range nodes {
-		m := Member{Address: n.Address, Role: roles[n.Role]}
-		if m.Role == Voter {
+	for _, m := range storedir.Dir(env.Backend()).Known() {
+		if m.Role == storedir.Voter {
 			voters++
 		}
-		ha.Nodes = append(ha.Nodes, m)
+		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: m.Role})
 	}
 	ha.Enabled = voters >= highlyAvailable
 	return ha
@@ -100,7 +74,7 @@ func (r *Report) haProblems() {
 	var silent, name []string
 	for _, n := range r.HA.Nodes {
 		if !n.Alive {
-			silent = append(silent, string(n.Role)+" "+n.Address)
+			silent = append(silent, n.RoleName()+" "+n.Address)
 			host, _, err := net.SplitHostPort(n.Address)
 			if err != nil {
 				host = n.Address
@@ -125,7 +99,7 @@ func (r *Report) haProblems() {
 		if n.full {
 			full = append(full, n.Address)
 		}
-		if n.Role == Voter {
+		if n.Role == storedir.Voter {
 			voters++
 			if !n.full {
 				space++
@@ -149,17 +123,15 @@ type elsewhere struct {
 
 // memberElsewhere looks whether the host, whose addresses are own, has its member's address.
 func memberElsewhere(env snapenv.Env, own []net.IP) elsewhere {
-	var info node
-	data, err := os.ReadFile(filepath.Join(env.BackendLive(), "info.yaml"))
-	if err != nil || yaml.Unmarshal(data, &info) != nil || len(own) == 0 {
+	self, err := storedir.Dir(env.BackendLive()).Self()
+	if err != nil || len(own) == 0 {
 		return elsewhere{}
 	}
-	host, _, err := net.SplitHostPort(info.Address)
-	ip := net.ParseIP(host)
-	if err != nil || ip == nil || slices.ContainsFunc(own, ip.Equal) {
+	ip := net.ParseIP(self.Host())
+	if ip == nil || slices.ContainsFunc(own, ip.Equal) {
 		return elsewhere{}
 	}
-	return elsewhere{address: info.Address}
+	return elsewhere{address: self.Address}
 }
 
 // ask finds out whether somebody has the address, in half of the time that ctx leaves.
@@ -204,7 +176,7 @@ func (h HA) Tolerates() string {
 	}
 	voters, alive := 0, 0
 	for _, n := range h.Nodes {
-		if n.Role == Voter {
+		if n.Role == storedir.Voter {
 			voters++
 			if n.Alive {
 				alive++

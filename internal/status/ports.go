@@ -38,22 +38,9 @@ func neededPorts(env snapenv.Env) []port {
 	}
 	all = append(all, port{c.APIServer.Port, service.Kubelite}, port{10257, service.Kubelite}, port{10259, service.Kubelite})
 	if c.Datastore.Own() {
-		own := port{19001, service.Datastore}
-		if nodes := readHA(env).Nodes; len(nodes) > 0 {
-			own.number = lastNumber(nodes[0].Address, own.number)
-		}
-		all = append(all, own)
+		all = append(all, port{c.Datastore.Port, service.Datastore})
 	}
 	return all
-}
-
-// lastNumber gives the port of an address such as 0.0.0.0:25000, or of a bare number.
-func lastNumber(addr string, def int) int {
-	n, err := strconv.Atoi(addr[strings.LastIndexByte(addr, ':')+1:])
-	if err != nil {
-		return def
-	}
-	return n
 }
 
 // busyPorts lists the needed ports on which something listens that is not a process of the

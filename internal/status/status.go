@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
 	"microk8s/internal/nodeconfig"
@@ -54,21 +55,14 @@ type HA struct {
 // Member is one member of the datastore.
 type Member struct {
 	Address string
-	Role    Role
+	Role    storedir.Role
 	Alive   bool
 
 	full bool // its disk
 }
 
-// Role is the part a member plays, in dqlite's words.
-type Role string
-
-// The roles of dqlite.
-const (
-	Voter   Role = "voter"
-	Standby Role = "standby"
-	Spare   Role = "spare"
-)
+// RoleName is the role as the outputs of `microk8s status` have it: a stand-by is one word there.
+func (m Member) RoleName() string { return strings.ReplaceAll(m.Role.String(), "-", "") }
 
 // Addon is one addon and whether it is on.
 type Addon struct {

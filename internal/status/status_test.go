@@ -101,7 +101,7 @@ func TestReadHA(t *testing.T) {
 			ha := readHA(env)
 			var nodes []string
 			for _, n := range ha.Nodes {
-				nodes = append(nodes, n.Address+" "+string(n.Role))
+				nodes = append(nodes, n.Address+" "+n.RoleName())
 			}
 			if ha.Enabled != tc.enabled || ha.Datastore != tc.lock || !slices.Equal(nodes, tc.nodes) {
 				t.Errorf("got %+v", ha)
@@ -321,7 +321,7 @@ func TestHighAvailability(t *testing.T) {
 			t.Cleanup(func() { os.RemoveAll(root) })
 			env := snapenv.Under(root)
 			write(t, env.Lock(snapenv.LockHA), "")
-			write(t, filepath.Join(env.BackendLive(), "info.yaml"), "Address: 10.0.0.1:19001\n")
+			write(t, filepath.Join(env.BackendLive(), "info.yaml"), "Address: 10.0.0.1:19001\nID: 1\nRole: 0\n")
 			ctx, cancel := context.WithCancel(t.Context())
 			wait, err := peers.Serve(ctx, env.BackendLive(), slog.New(slog.DiscardHandler), func() []peers.Member { return tc.members })
 			if err != nil {

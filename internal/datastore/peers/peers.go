@@ -19,31 +19,19 @@ import (
 	"syscall"
 	"time"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/snapenv"
 )
 
-// Role is what a member does, with dqlite's numbers.
-type Role int
+// Role is what a member does.
+type Role = storedir.Role
 
 // The roles.
 const (
-	Voter   Role = 0 // holds the data and votes
-	StandBy Role = 1 // holds the data
-	Spare   Role = 2 // reaches the data through the leader
+	Voter   = storedir.Voter
+	StandBy = storedir.StandBy
+	Spare   = storedir.Spare
 )
-
-// String gives the role in upstream's words.
-func (r Role) String() string {
-	switch r {
-	case Voter:
-		return "voter"
-	case StandBy:
-		return "stand-by"
-	case Spare:
-		return "spare"
-	}
-	return strconv.Itoa(int(r))
-}
 
 // Member is a member of the cluster as one daemon sees it.
 type Member struct {
@@ -57,9 +45,6 @@ type Member struct {
 	LastSeen time.Time `json:"lastSeen"`           // when it answered last; zero: not since that daemon's start
 }
 
-// socketName is the socket of a storage directory on which its daemon says who the members are.
-const socketName = "members.sock"
-
 // ErrNotRunning says that no daemon runs on the storage directory.
 var ErrNotRunning = errors.New("the datastore does not run")
 
@@ -71,7 +56,7 @@ const maxAnswer = 1 << 20
 // ErrNotRunning when there is no daemon. The caller must be root or in the group of the socket.
 func Members(ctx context.Context, dir string) ([]Member, error) {
 	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", filepath.Join(dir, socketName))
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(dir, storedir.MembersSocket))
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return nil, ErrNotRunning
@@ -91,7 +76,7 @@ func Members(ctx context.Context, dir string) ([]Member, error) {
 // Serve answers Members on a storage directory until ctx ends: each connection gets one JSON
 // document. The socket is for root and the group microk8s.
 func Serve(ctx context.Context, dir string, log *slog.Logger, members func() []Member) (wait func(), err error) {
-	path := filepath.Join(dir, socketName)
+	path := filepath.Join(dir, storedir.MembersSocket)
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("cannot remove the stale socket: %w", err)
 	}

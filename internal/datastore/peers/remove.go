@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/datastore/storedir"
+
 	"github.com/canonical/go-dqlite/v3/client"
 )
 
@@ -27,7 +29,7 @@ var ErrOnlyMember = errors.New("it is the only member of the datastore; removing
 // pair, so the daemon of the directory itself need not run. A leader gives up leadership
 // first, an only voter its vote as well. It is done when the error is nil or ErrNotMember.
 func Remove(ctx context.Context, dir, address string) error {
-	store, err := client.NewYamlNodeStore(filepath.Join(dir, "cluster.yaml"))
+	store, err := client.NewYamlNodeStore(filepath.Join(dir, storedir.ClusterFile))
 	if err != nil {
 		return fmt.Errorf("cannot read the list of members: %w", err)
 	}

@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"microk8s/internal/datastore/storedir"
 )
 
 // Names of the key pair that all members share, in a storage directory.
 const (
-	CertFile = "cluster.crt"
-	KeyFile  = "cluster.key"
+	CertFile = storedir.CertFile
+	KeyFile  = storedir.KeyFile
 )
 
 // KeyPair loads the pair that all members share and gives the TLS configurations for
