@@ -28,7 +28,7 @@ import (
 )
 
 // Lives of certificates, in days. Upstream's workers never renew theirs. Ours do, ten days before
-// the end, and afterwards too (docs/adr/0014).
+// the end, and afterwards too (ADR 14).
 const (
 	upstreamDays = 3650
 	ourDays      = 30

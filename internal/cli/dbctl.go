@@ -53,7 +53,9 @@ func (a *App) newDbctl() *cobra.Command {
       only the newest N archives with such names are kept; use it from a timer.
   microk8s dbctl restore FILE [--prune]
       Make every key as it is in the archive. Keys that are not in it stay, except with
-      --prune, which deletes them. It may be run again after a failure.
+      --prune, which deletes them. It may be run again after a failure. Join tokens, the
+      secrets between nodes, and which nodes may be in the cluster stay as they are now: a
+      restore brings back no token that was used or revoked, and no node that was removed.
 
 Both check what they have written, by number and hash of the keys.`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -186,6 +188,7 @@ func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
 		return failed(exitRestoreFailed, err)
 	}
 	fmt.Fprintf(a.Out, "Restored %d keys\n", set.Manifest.Keys)
+	fmt.Fprintln(a.Out, "Join tokens and the secrets between nodes are those of now, not of the archive; new tokens: microk8s add-node")
 	return nil
 }
 

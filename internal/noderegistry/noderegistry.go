@@ -1,6 +1,6 @@
 // Package noderegistry keeps the cluster's list of the nodes that may be in it: one record for
 // each node that has joined, or is joining just now. A node without a record may not register,
-// and its certificates are refused (docs/adr/0014). A Node object is no such record, since a
+// and its certificates are refused (ADR 14). A Node object is no such record, since a
 // kubelet makes it itself.
 //
 // A record is a ClusterRoleBinding, so that the API server's own authorizer can be asked for it

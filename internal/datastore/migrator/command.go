@@ -80,7 +80,7 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 			if err != nil {
 				return err
 			}
-			log.Info("restored", "keys", r.Keys, "written", r.Written, "deleted", r.Deleted, "changed_since", r.Contended, "revision", r.Revision)
+			log.Info("restored", "keys", r.Keys, "written", r.Written, "deleted", r.Deleted, "kept", r.Kept, "changed_since", r.Contended, "revision", r.Revision)
 			return nil
 		},
 	}

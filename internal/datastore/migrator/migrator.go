@@ -138,6 +138,7 @@ type Result struct {
 	Keys      int   // in the backup
 	Written   int   // had to be written; the others were as in the backup
 	Deleted   int   // were not in the backup
+	Kept      int   // of the backup were left as they are now: they would undo what was revoked since
 	Contended int   // have been changed by somebody else since
 	Revision  int64 // of the datastore afterwards
 }
@@ -148,13 +149,14 @@ type current struct {
 }
 
 // Restore makes every key of the backup as it was, and with prune deletes the keys that are
-// not in it. It may be repeated. Any key that fails makes it fail, after all others were
+// not in it, except those that say what was revoked (see kept). It may be repeated. Any key that fails makes it fail, after all others were
 // tried. Afterwards everything is read again and compared.
 func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune bool, log *slog.Logger) (*Result, error) {
 	have, _, err := inventory(ctx, c)
 	if err != nil {
 		return nil, err
 	}
+	keep := kept(have)
 	r := restore{c: c, leases: map[int64]clientv3.LeaseID{}, wrote: map[string]written{}}
 	type task struct {
 		p   backup.Pair
@@ -189,6 +191,10 @@ func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune boo
 			readErr = err
 			break
 		}
+		if keep(string(p.Key)) {
+			res.Kept++
+			continue
+		}
 		inBackup[string(p.Key)] = true
 		if old, ok := have[string(p.Key)]; ok && p.TTL == 0 && old.sum == sha256.Sum256(p.Value) {
 			continue
@@ -198,7 +204,7 @@ func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune boo
 	}
 	if prune && readErr == nil {
 		for k := range have {
-			if !inBackup[k] {
+			if !inBackup[k] && !keep(k) {
 				res.Deleted++
 				tasks <- task{p: backup.Pair{Key: []byte(k)}, del: true}
 			}
@@ -212,7 +218,7 @@ func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune boo
 	if n := r.failed.Load(); n > 0 {
 		return nil, fmt.Errorf("%d of %d keys could not be restored, among them %w; run the restore again", n, res.Written+res.Deleted, r.err)
 	}
-	return res, r.verify(ctx, set, prune, inBackup, have, res)
+	return res, r.verify(ctx, set, prune, keep, inBackup, have, res)
 }
 
 // inventory reads what there is.
@@ -319,7 +325,7 @@ func (r *restore) once(ctx context.Context, p backup.Pair, del bool) (int64, err
 
 // verify reads everything again. A difference is an error, unless somebody else has written
 // the key since: API servers may be running.
-func (r *restore) verify(ctx context.Context, set *backup.Set, prune bool, inBackup map[string]bool, before map[string]current, res *Result) error {
+func (r *restore) verify(ctx context.Context, set *backup.Set, prune bool, keep func(string) bool, inBackup map[string]bool, before map[string]current, res *Result) error {
 	after, rev, err := inventory(ctx, r.c)
 	if err != nil {
 		return err
@@ -331,6 +337,9 @@ func (r *restore) verify(ctx context.Context, set *backup.Set, prune bool, inBac
 			return err
 		}
 		key := string(p.Key)
+		if keep(key) {
+			continue
+		}
 		got, ok := after[key]
 		if ok && got.sum == sha256.Sum256(p.Value) {
 			continue
@@ -352,7 +361,7 @@ func (r *restore) verify(ctx context.Context, set *backup.Set, prune bool, inBac
 	}
 	if prune {
 		for key, got := range after {
-			if inBackup[key] {
+			if inBackup[key] || keep(key) {
 				continue
 			}
 			if w, ok := r.wrote[key]; ok && got.rev <= w.rev {
