@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -129,13 +130,18 @@ func (in *Inspector) put(name, text string) {
 
 // file adds the end of a file; one that does not exist is passed over.
 func (in *Inspector) file(path, name string) {
+	in.with(path, name, func(_, text string) string { return in.redact.Redact(text) })
+}
+
+// with is file with another way to redact, which gets the name too.
+func (in *Inspector) with(path, name string, redact func(name, text string) string) {
 	text, err := tail(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		in.add(name, "cannot collect: "+err.Error()+"\n")
 	default:
-		in.add(name, text)
+		in.put(name, redact(name, text))
 	}
 }
 
@@ -163,8 +169,9 @@ func tail(path string) (string, error) {
 	return string(data), err
 }
 
-// tree adds every regular file below a folder. Links and names that promise secrets are left
-// out: the folder belongs to the user, who may have put anything there.
+// tree adds the files of the product below a folder. Links, names that promise secrets and files
+// that are not the product's are left out: the folder belongs to the user, who may have put
+// anything there.
 func (in *Inspector) tree(dir, name string) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -174,15 +181,32 @@ func (in *Inspector) tree(dir, name string) {
 		if err != nil {
 			return nil
 		}
-		switch filepath.Ext(path) {
-		case ".key", ".pem", ".p12", ".config", ".kubeconfig":
+		switch {
+		case slices.Contains([]string{".key", ".pem", ".p12", ".config", ".kubeconfig"}, filepath.Ext(path)):
 			in.add(filepath.Join(name, rel), "left out: it may hold a key\n")
+		case !ourFile(rel):
+			in.add(filepath.Join(name, rel), "left out: it is not a file of this product; read it before you show it to others\n")
 		default:
-			in.file(path, filepath.Join(name, rel))
+			in.with(path, filepath.Join(name, rel), in.redact.RedactFile)
 		}
 		return nil
 	})
 }
+
+// ourFile reports whether a file of args/, by its path there, is one that the product reads
+// and knows the form of.
+func ourFile(rel string) bool {
+	if ok, _ := filepath.Match("certs.d/*/hosts.toml", rel); ok {
+		return true
+	}
+	return argsFiles[strings.TrimSuffix(rel, "-env")] || argsFiles[rel]
+}
+
+// argsFiles are the files of args/; each may have one beside it with -env behind its name.
+var argsFiles = words(`kubelet kube-apiserver kube-proxy kube-scheduler kube-controller-manager kubelite kubectl containerd
+	containerd.toml containerd-template.toml k8s-dqlite cluster-agent apiserver-proxy pod-network ctr ha-conf tuning.yaml
+	eventconfig.yaml admission-control-config-file.yaml cni fips traefik/traefik.yaml traefik/traefik-template.yaml
+	traefik/provider.yaml etcd flanneld`)
 
 // listing adds the names and sizes of the files of a folder.
 func (in *Inspector) listing(dir, name string) {

@@ -3,7 +3,6 @@ package inspect
 import (
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -18,7 +17,8 @@ import (
 const removed = "[removed]"
 
 // Redactor takes secrets out of text: those it has read from the node's own files, in plain,
-// hexadecimal and base64 at any alignment, and everything that looks like one.
+// hexadecimal and base64 at any alignment (this file), the values of names that are those of
+// secrets (text.go), and every field of an object that is not known to hold none (objects.go).
 type Redactor struct {
 	known *strings.Replacer
 }
@@ -60,7 +60,7 @@ func newRedactor(values map[string]bool) *Redactor {
 	return &Redactor{known: strings.NewReplacer(pairs...)}
 }
 
-// sortedByLength gives the longest first: a replacer tries its pairs in order, and a part must
+// sortedByLength returns the longest first: a replacer tries its pairs in order, and a part must
 // not be replaced before the whole.
 func sortedByLength(values map[string]bool) []string {
 	var out []string
@@ -100,7 +100,7 @@ func secretsIn(text string) []string {
 	return out
 }
 
-// forms gives a value as it may appear in a text: plain, hexadecimal, and inside a longer
+// forms returns a value as it may appear in a text: plain, hexadecimal, and inside a longer
 // base64 text, where its first byte may be at any of three places.
 func forms(v string) []string {
 	out := []string{v, hex.EncodeToString([]byte(v))}
@@ -116,68 +116,4 @@ func forms(v string) []string {
 		}
 	}
 	return out
-}
-
-var (
-	privateKey = regexp.MustCompile(`(?s)-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(-----END [A-Z0-9 ]*PRIVATE KEY-----|\z)`)
-	pemBase64  = regexp.MustCompile(`LS0tLS1CRUdJTi[A-Za-z0-9+/=_-]{8,}`)
-	jwt        = regexp.MustCompile(`eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.[A-Za-z0-9_-]*`)
-	authHeader = regexp.MustCompile(`(?i)\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}`)
-	userInfo   = regexp.MustCompile(`://[^\s/@"']+@`)
-	joinToken  = regexp.MustCompile(`\b[0-9a-f]{32}\b(/[0-9a-f]{12,64})?`)
-	keyValue   = regexp.MustCompile(`(?i)((?:[\w.-]*(?:token|passw(?:or)?d|passphrase|secret|api[-_]?key|access[-_]?key|private[-_]?key|key-data|credentials?)[\w.-]*|\b_?auth(?:orization)?)["']?)(\s*[:=]\s*["'\[]*|\s+)([^\s"',}\]]+)`)
-	harmless   = regexp.MustCompile(`^(true|false|null|none|-?[0-9]+|[0-9.]+(?:ms|[smh])[0-9smh.]*|[\$/].*|--.*|` + regexp.QuoteMeta(removed) + `.*)$`)
-)
-
-// Redact gives text without secrets.
-func (r *Redactor) Redact(text string) string {
-	text = privateKey.ReplaceAllString(text, "-----PRIVATE KEY "+removed+"-----")
-	text = r.known.Replace(text)
-	text = pemBase64.ReplaceAllString(text, removed)
-	text = jwt.ReplaceAllString(text, removed)
-	text = authHeader.ReplaceAllString(text, "$1$2"+removed)
-	text = userInfo.ReplaceAllString(text, "://"+removed+"@")
-	text = joinToken.ReplaceAllString(text, removed)
-	return keyValue.ReplaceAllStringFunc(text, func(m string) string {
-		part := keyValue.FindStringSubmatch(m)
-		// With a space between, only a flag has a value: "token expired" is a sentence.
-		if strings.TrimSpace(part[2]) == "" && !strings.HasPrefix(part[1], "-") || harmless.MatchString(part[3]) {
-			return m
-		}
-		return part[1] + part[2] + removed
-	})
-}
-
-// RedactJSON redacts the output of kubectl: besides what Redact does the values of environment
-// variables and the copies of objects in annotations are taken out, whatever they look like.
-func (r *Redactor) RedactJSON(data []byte) string {
-	var v any
-	if json.Unmarshal(data, &v) != nil {
-		return r.Redact(string(data))
-	}
-	out, err := json.MarshalIndent(strip(v), "", "  ")
-	if err != nil {
-		return ""
-	}
-	return r.Redact(string(out))
-}
-
-func strip(v any) any {
-	switch v := v.(type) {
-	case []any:
-		for i := range v {
-			v[i] = strip(v[i])
-		}
-	case map[string]any:
-		if _, named := v["name"]; named {
-			if _, ok := v["value"].(string); ok {
-				v["value"] = removed
-			}
-		}
-		delete(v, "kubectl.kubernetes.io/last-applied-configuration")
-		for k := range v {
-			v[k] = strip(v[k])
-		}
-	}
-	return v
 }
