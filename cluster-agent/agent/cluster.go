@@ -13,6 +13,7 @@ import (
 
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/kube"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/snapenv"
@@ -86,7 +87,7 @@ func (a apiServer) Namespace(ctx context.Context, name string) (bool, error) {
 
 // adopt makes the records of nodes that are in the cluster without one, and ends the secrets of the
 // build before when all control-plane nodes are of this one.
-func (a apiServer) adopt(ctx context.Context, members func() ([]broker.Member, error), now time.Time) error {
+func (a apiServer) adopt(ctx context.Context, members func() ([]storedir.Member, error), now time.Time) error {
 	registry := noderegistry.Registry{Core: a.core}
 	keys := callback.Keys{Env: a.env, Core: a.core}
 	complete, err := registry.Complete(ctx)

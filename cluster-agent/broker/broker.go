@@ -53,13 +53,6 @@ type Cluster interface {
 	Namespace(ctx context.Context, name string) (bool, error)
 }
 
-// Member is a datastore member.
-type Member struct {
-	ID      uint64 `json:"ID"`
-	Address string `json:"Address"`
-	Role    int    `json:"Role"` // 0 voter, 1 stand-by, 2 spare
-}
-
 // Restarter restarts services of this node.
 type Restarter interface {
 	Restart(ctx context.Context, names ...string) error

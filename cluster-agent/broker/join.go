@@ -15,13 +15,13 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	"sigs.k8s.io/yaml"
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/server"
-	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/defence"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
@@ -57,7 +57,7 @@ type joining struct {
 	address netip.Addr // of the joining node
 	local   netip.Addr // of this node, where the request came in
 	nodes   []corev1.Node
-	members []Member // nil with an external etcd
+	members []storedir.Member // nil with an external etcd
 
 	replaces string // address of the datastore's member that this node was before it was installed anew
 }
@@ -123,16 +123,16 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 		if err := c.b.Remove(ctx, j.replaces); err != nil && !errors.Is(err, peers.ErrNotMember) {
 			return nil, failed(internal(fmt.Sprintf("cannot remove the datastore's member that this node was before; run microk8s remove-node %s --force, and join again", req.Hostname), err))
 		}
-		j.members = slices.DeleteFunc(j.members, func(m Member) bool { return m.Address == j.replaces })
+		j.members = slices.DeleteFunc(j.members, func(m storedir.Member) bool { return m.Address == j.replaces })
 	}
 	if !bool(req.Worker) && j.members != nil {
 		members, err := c.b.reachable(ctx, j.members, j.local, c.r.Host)
 		if err != nil {
 			return nil, failed(err)
 		}
-		members = slices.DeleteFunc(members, func(m Member) bool { return m.Address == j.replaces }) // the file may be older
+		members = slices.DeleteFunc(members, func(m storedir.Member) bool { return m.Address == j.replaces }) // the file may be older
 		for _, m := range members {
-			if m.Role == 0 {
+			if m.Role == storedir.Voter {
 				answer.Voters = append(answer.Voters, m.Address)
 			}
 		}
@@ -506,10 +506,10 @@ func (c *call) material(j *joining) (*api.JoinResponse, error) {
 		}
 		return answer, nil
 	}
-	if answer.ClusterCert, err = read("Failed to retrieve dqlite cluster certificate", b.backend("cluster.crt")); err != nil {
+	if answer.ClusterCert, err = read("Failed to retrieve dqlite cluster certificate", b.store().File(storedir.CertFile)); err != nil {
 		return nil, err
 	}
-	answer.ClusterKey, err = read("Failed to retrieve dqlite cluster key", b.backend("cluster.key"))
+	answer.ClusterKey, err = read("Failed to retrieve dqlite cluster key", b.store().File(storedir.KeyFile))
 	return answer, err
 }
 
@@ -542,26 +542,13 @@ func (b *Broker) controlPlane(ctx context.Context, j *joining) ([]netip.Addr, er
 	return out, err
 }
 
-func (b *Broker) backend(name string) string { return b.Env.Backend() + "/" + name }
+func (b *Broker) store() storedir.Dir { return storedir.Dir(b.Env.Backend()) }
 
 // Members reads the datastore's members from the file that its daemon keeps.
-func (b *Broker) Members() ([]Member, error) {
-	data, err := os.ReadFile(b.backend("cluster.yaml"))
-	if err != nil {
-		return nil, err
-	}
-	var members []Member
-	if err := yaml.Unmarshal(data, &members); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", b.backend("cluster.yaml"), err)
-	}
-	if len(members) == 0 {
-		return nil, fmt.Errorf("%s lists no member", b.backend("cluster.yaml"))
-	}
-	return members, nil
-}
+func (b *Broker) Members() ([]storedir.Member, error) { return b.store().Members() }
 
-func hasAddress(members []Member, a netip.Addr) bool {
-	return slices.ContainsFunc(members, func(m Member) bool {
+func hasAddress(members []storedir.Member, a netip.Addr) bool {
+	return slices.ContainsFunc(members, func(m storedir.Member) bool {
 		ap, err := netip.ParseAddrPort(m.Address)
 		return err == nil && ap.Addr().Unmap() == a
 	})
@@ -572,13 +559,13 @@ const moveTimeout = 60 * time.Second
 
 // reachable makes the datastore listen where other nodes reach it, and gives its members. A
 // single member that was never joined listens on the loopback.
-func (b *Broker) reachable(ctx context.Context, members []Member, local netip.Addr, host string) ([]Member, error) {
+func (b *Broker) reachable(ctx context.Context, members []storedir.Member, local netip.Addr, host string) ([]storedir.Member, error) {
 	b.moving.Lock() // one join moves it, the others wait and find it moved
 	defer b.moving.Unlock()
 	if now, err := b.Members(); err == nil {
 		members = now
 	}
-	if len(members) != 1 || !onLoopback(members[0]) {
+	if len(members) != 1 || !members[0].OnLoopback() {
 		return members, nil
 	}
 	to, err := b.ownAddress(local, host)
@@ -590,11 +577,7 @@ func (b *Broker) reachable(ctx context.Context, members []Member, local netip.Ad
 		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
 	}
 	address := net.JoinHostPort(to.String(), port)
-	text, err := yaml.Marshal(map[string]string{"Address": address})
-	if err != nil {
-		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
-	}
-	if err := atomicfile.Write(b.backend("update.yaml"), text, 0o600, nil); err != nil {
+	if err := b.store().Move(address, fileaccess.For(b.Env).WriteShared); err != nil {
 		return nil, internal("Failed to retrieve dqlite cluster nodes", err)
 	}
 	b.Log.Info("the datastore moves to an address that other nodes reach", "from", members[0].Address, "to", address)
@@ -607,10 +590,10 @@ func (b *Broker) reachable(ctx context.Context, members []Member, local netip.Ad
 }
 
 // moved waits until the datastore's file says that it moved and the datastore answers there.
-func (b *Broker) moved(ctx context.Context) ([]Member, error) {
+func (b *Broker) moved(ctx context.Context) ([]storedir.Member, error) {
 	for tick := time.NewTicker(50 * time.Millisecond); ; {
 		members, err := b.Members()
-		if err == nil && !onLoopback(members[0]) && b.Reach(ctx, members[0].Address) == nil {
+		if err == nil && !members[0].OnLoopback() && b.Reach(ctx, members[0].Address) == nil {
 			return members, nil
 		}
 		select {
@@ -620,11 +603,6 @@ func (b *Broker) moved(ctx context.Context) ([]Member, error) {
 		case <-tick.C:
 		}
 	}
-}
-
-func onLoopback(m Member) bool {
-	ap, err := netip.ParseAddrPort(m.Address)
-	return err == nil && ap.Addr().IsLoopback()
 }
 
 // ownAddress gives the address of this host for the datastore: the one where the request came

@@ -66,7 +66,7 @@ func (c *call) preflight(req api.PreflightRequest) (*api.PreflightResponse, erro
 		answer.Servers = append(answer.Servers, net.JoinHostPort(a.String(), b.apiPort()))
 	}
 	for _, m := range j.members {
-		if !onLoopback(m) {
+		if !m.OnLoopback() {
 			answer.Members = append(answer.Members, m.Address)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -187,17 +188,18 @@ func Elsewhere(env snapenv.Env) string {
 
 // others finds out which other voters of the datastore there are, and whether one answers. Where this
 // node's member is at an address that the host does not have, whoever answers there is another one.
-func (n *Node) others(ctx context.Context, own storedMember) (voters []string, answers bool) {
+func (n *Node) others(ctx context.Context, own storedir.Member) (voters []string, answers bool) {
 	live := n.Env.BackendLive()
-	for _, m := range storedMembers(live) {
-		if m.Role == peers.Voter && (m.Address != own.Address || n.elsewhere(own)) {
+	stored, _ := storedir.Dir(live).Members()
+	for _, m := range stored {
+		if m.Role == storedir.Voter && (m.Address != own.Address || n.elsewhere(own)) {
 			voters = append(voters, m.Address)
 		}
 	}
 	if list, err := peers.Members(ctx, live); err == nil && len(list) > 0 {
 		voters = nil
 		for _, m := range list {
-			if m.Role == peers.Voter && !m.Self && m.Address != own.Address {
+			if m.Role == storedir.Voter && !m.Self && m.Address != own.Address {
 				voters = append(voters, m.Address)
 			}
 		}
@@ -219,7 +221,7 @@ func (n *Node) others(ctx context.Context, own storedMember) (voters []string, a
 // elsewhere reports whether this node's member of the datastore has an address that this host does
 // not have: the host's address has changed, or its disk is a copy of another machine's, which then
 // is that member.
-func (n *Node) elsewhere(own storedMember) bool {
+func (n *Node) elsewhere(own storedir.Member) bool {
 	ip := net.ParseIP(host(own.Address))
 	return ip != nil && !ip.IsLoopback() && !n.isOwn(ip.String())
 }

@@ -13,9 +13,9 @@ import (
 	"time"
 
 	dqlite "github.com/canonical/go-dqlite/v3/client"
-	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -23,9 +23,6 @@ import (
 
 	"crypto/tls"
 )
-
-// defaultStorePort is where the datastore listens.
-const defaultStorePort = 19001
 
 // controlPlaneArgs sets arguments and locks of a control-plane node.
 func (s *joinRun) controlPlaneArgs(context.Context) error {
@@ -126,14 +123,7 @@ var joinTokens = []string{
 
 // storeAddress is where this node's member of the datastore is to listen.
 func (s *joinRun) storeAddress(a *answer) string {
-	port := defaultStorePort
-	var info struct{ Address string }
-	if data, err := os.ReadFile(filepath.Join(s.backendAside(), "info.yaml")); err == nil && yaml.Unmarshal(data, &info) == nil {
-		if _, p, err := net.SplitHostPort(info.Address); err == nil {
-			return net.JoinHostPort(a.Address, p)
-		}
-	}
-	return join(a.Address, port)
+	return join(a.Address, storedir.Dir(s.backendAside()).Port())
 }
 
 // joinDatastore starts this node's member, which joins the others, and waits until it is one.
@@ -147,33 +137,31 @@ func (s *joinRun) joinDatastore(ctx context.Context) error {
 	}
 	own, live := s.storeAddress(a), s.Env.BackendLive()
 	files := fileaccess.For(s.Env)
-	if _, err := os.Stat(filepath.Join(live, "init.yaml")); errors.Is(err, fs.ErrNotExist) && len(members(live)) == 0 {
+	dir := storedir.Dir(live)
+	if list, _ := dir.Members(); !dir.Has(storedir.InitFile) && len(list) == 0 {
 		if err := files.SharedDir(live); err != nil {
 			return err
 		}
-		text, err := yaml.Marshal(map[string]any{"Address": own, "Cluster": a.Voters})
-		if err != nil {
-			return err
-		}
-		for _, name := range []string{"tuning.yaml", "failure-domain"} {
+		for _, name := range []string{storedir.TuningFile, storedir.FailureDomainFile} {
 			data, err := os.ReadFile(filepath.Join(s.backendAside(), name))
 			if errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
 			if err == nil {
-				err = files.WriteShared(filepath.Join(live, name), data)
+				err = files.WriteShared(dir.File(name), data)
 			}
 			if err != nil {
 				return err
 			}
 		}
-		if err := files.WriteShared(filepath.Join(live, peers.CertFile), []byte(a.ClusterCert)); err != nil {
+		if err := files.WriteShared(dir.File(storedir.CertFile), []byte(a.ClusterCert)); err != nil {
 			return err
 		}
-		if err := files.WriteSecret(filepath.Join(live, peers.KeyFile), []byte(a.ClusterKey)); err != nil {
+		if err := files.WriteSecret(dir.File(storedir.KeyFile), []byte(a.ClusterKey)); err != nil {
 			return err
 		}
-		if err := files.WriteShared(filepath.Join(live, "init.yaml"), text); err != nil { // last: it makes the directory one that joins
+		// Last: it makes the directory one that joins.
+		if err := dir.Begin(storedir.Init{Address: own, Cluster: a.Voters}, files.WriteShared); err != nil {
 			return err
 		}
 	}
@@ -232,7 +220,7 @@ func (s *joinRun) leaveDatastore(ctx context.Context) error {
 	if m := ownMember(live); m.Address == own {
 		id = m.ID
 	}
-	others := slices.DeleteFunc(slices.Concat(members(live), a.Voters), func(m string) bool { return m == own }) // its daemon is stopped
+	others := slices.DeleteFunc(slices.Concat(storedir.Dir(live).Addresses(), a.Voters), func(m string) bool { return m == own }) // its daemon is stopped
 	if err := s.removeMember(ctx, s.patience(ctx, s.removeWait), live, id, own, others); err != nil && !errors.Is(err, peers.ErrReplaced) {
 		s.Say("WARNING: this node could not be taken out of the datastore's list of members (%v); on a node of the cluster run: microk8s remove-node %s --force", err, s.Self)
 	} else if err := s.deleteNodeObject(ctx, a, s.Self); err != nil {
@@ -275,36 +263,11 @@ func (n *Node) memberDial(storage string) (dqlite.DialFunc, error) {
 	return dqlite.DialFuncWithTLS(func(ctx context.Context, address string) (net.Conn, error) { return n.Dial(ctx, "tcp", address) }, config), nil
 }
 
-// storedMember is a member in a storage directory's files.
-type storedMember struct {
-	ID      uint64
-	Address string
-	Role    peers.Role
-}
-
-// storedMembers lists the members in a storage directory's cluster.yaml.
-func storedMembers(storage string) (list []storedMember) {
-	data, err := os.ReadFile(filepath.Join(storage, "cluster.yaml"))
-	if err != nil || yaml.Unmarshal(data, &list) != nil {
-		return nil
-	}
-	return list
-}
-
-// members lists the addresses in a storage directory's cluster.yaml.
-func members(storage string) []string {
-	var out []string
-	for _, m := range storedMembers(storage) {
-		out = append(out, m.Address)
-	}
-	return out
-}
-
-// ownMember is this node's member, the zero value where it has none.
-func ownMember(storage string) (own storedMember) {
-	data, err := os.ReadFile(filepath.Join(storage, "info.yaml"))
-	if err != nil || yaml.Unmarshal(data, &own) != nil {
-		return storedMember{}
+// ownMember is this node's member of the datastore, the zero value where it has none.
+func ownMember(storage string) storedir.Member {
+	own, err := storedir.Dir(storage).Self()
+	if err != nil {
+		return storedir.Member{}
 	}
 	return own
 }

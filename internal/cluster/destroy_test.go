@@ -23,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
 )
 
@@ -39,8 +40,8 @@ func (s *site) member(t *testing.T, own string, answers bool) {
 	for name, text := range map[string]string{
 		"info.yaml":         "Address: " + own + "\nID: 7\nRole: 0\n",
 		"cluster.yaml":      fmt.Sprintf("- {Address: %q, ID: 1, Role: 0}\n- {Address: %q, ID: 7, Role: 0}\n- {Address: \"127.0.0.1:2\", ID: 3, Role: 0}\n", other, own),
-		peers.CertFile:      cert,
-		peers.KeyFile:       key,
+		storedir.CertFile:   cert,
+		storedir.KeyFile:    key,
 		"snapshot-1-900-12": "", // how far it has come
 	} {
 		if err := os.WriteFile(filepath.Join(live, name), []byte(text), 0o600); err != nil {
@@ -387,7 +388,11 @@ func TestRemovalFinishedLater(t *testing.T) {
 func TestRemoveMemberThatAnswers(t *testing.T) {
 	s := newSite(t)
 	s.member(t, ownIP+":19001", true)
-	address := storedMembers(s.env.BackendLive())[0].Address
+	list, err := storedir.Dir(s.env.BackendLive()).Members()
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := list[0].Address
 	s.serveMembers(t, peers.Member{ID: 1, Address: address, Online: true}, peers.Member{ID: 7, Address: ownIP + ":19001", Online: true, Self: true})
 	apis := httptest.NewServer(&apiNodes{nodes: map[string]*corev1.Node{"n1": aNode("n1", "127.0.0.1", "u", time.Now())}})
 	t.Cleanup(apis.Close)
@@ -398,7 +403,7 @@ func TestRemoveMemberThatAnswers(t *testing.T) {
 		t.Errorf("without force: %v", err)
 	}
 	asked := ""
-	err := n.Remove(t.Context(), j, RemoveOptions{Node: "n1", Force: true, Confirm: func(q string) error { asked = q; return ErrUnconfirmed }})
+	err = n.Remove(t.Context(), j, RemoveOptions{Node: "n1", Force: true, Confirm: func(q string) error { asked = q; return ErrUnconfirmed }})
 	if !errors.Is(err, ErrUnconfirmed) || !strings.Contains(asked, "microk8s leave") {
 		t.Errorf("by force: %v, asked %q", err, asked)
 	}

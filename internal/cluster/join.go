@@ -17,6 +17,7 @@ import (
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
@@ -105,7 +106,8 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 // IsMember says whether this node has joined a cluster, or others have joined it.
 func IsMember(env snapenv.Env) bool {
 	c := nodeconfig.Load(env)
-	if c.Worker || len(members(env.BackendLive())) > 1 {
+	members, _ := storedir.Dir(env.BackendLive()).Members()
+	if c.Worker || len(members) > 1 {
 		return true
 	}
 	// Of an etcd that several nodes share nothing here says who they are: this node has joined,

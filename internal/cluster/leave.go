@@ -17,6 +17,7 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
@@ -166,7 +167,7 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 	voters, others := 0, 0
 	for _, m := range list {
 		self := m.Self || m.Address == p.Member
-		if m.Role == peers.Voter && !self {
+		if m.Role == storedir.Voter && !self {
 			voters++
 		}
 		if !self && m.Online {
@@ -180,7 +181,7 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 }
 
 // confirmLast asks before a node leaves by force whose copy of the cluster's data may be the last one.
-func (n *Node) confirmLast(ctx context.Context, own storedMember, o LeaveOptions) error {
+func (n *Node) confirmLast(ctx context.Context, own storedir.Member, o LeaveOptions) error {
 	voters, answers := n.others(ctx, own)
 	if answers {
 		return nil
@@ -259,7 +260,7 @@ func (s *leaveRun) depart(ctx context.Context) error {
 		return s.staysMember(ctx)
 	}
 	live := s.Env.BackendLive()
-	everyone := append(members(live), s.Member)
+	everyone := append(storedir.Dir(live).Addresses(), s.Member)
 	err := s.removeMember(ctx, s.removeWait, live, s.ID, s.Member, everyone)
 	if err != nil && !errors.Is(err, peers.ErrReplaced) && ctx.Err() == nil { // after a crash its daemon may be down, and its vote needed
 		if startErr := s.Services.Start(ctx, service.Datastore); startErr == nil {

@@ -17,6 +17,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/status"
 )
@@ -96,8 +97,9 @@ func (n *Node) localProblems(ctx context.Context, p *joinParams) []Problem {
 			running = append(running, s.Name)
 		}
 	}
+	store := nodeconfig.Load(n.Env).Datastore.Port
 	for _, busy := range status.PortsInUse(n.Env, running) {
-		if p.Worker && (busy.Port == defaultStorePort || busy.Port == 10257 || busy.Port == 10259) {
+		if p.Worker && (busy.Port == store || busy.Port == 10257 || busy.Port == 10259) {
 			continue // of services that a worker does not run
 		}
 		out = append(out, Problem{Fatal: true, What: busy.What, Do: "stop that program and run the same command again"})

@@ -18,6 +18,7 @@ import (
 
 	"microk8s/cluster-agent/fanout"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
@@ -266,7 +267,7 @@ func (n *Node) unregister(ctx context.Context, p *removeParams) error {
 		return nil
 	}
 	live := n.Env.BackendLive()
-	others := slices.DeleteFunc(append(members(live), ownMember(live).Address), func(m string) bool { return m == p.Member || m == "" })
+	others := slices.DeleteFunc(storedir.Dir(live).Addresses(), func(m string) bool { return m == p.Member || m == "" })
 	err := n.removeMember(ctx, n.removeWait, live, p.ID, p.Member, others)
 	if errors.Is(err, peers.ErrReplaced) {
 		p.replaced = append(p.replaced, err.Error())
