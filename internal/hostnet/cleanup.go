@@ -22,12 +22,13 @@ import (
 
 // Cleanup removes every trace of networking from the host: what [Remove] removes, and the
 // tables of kube-proxy and of the portmap plugin. For reset, remove and leave, when nothing
-// of the product runs any more. It does as much as it can, may be called again at any time,
-// and succeeds on a host that has nothing of it.
+// of the product runs any more. What another product has under the same name stays (owned.go). It
+// does as much as it can, may be called again at any time, and succeeds on a host that has nothing
+// of it.
 func Cleanup(ctx context.Context, env snapenv.Env) error {
 	subnets := conflistSubnets(env) // before the file goes
 	errs := []error{Remove(ctx, env)}
-	errs = append(errs, removeTables(func(t *nftables.Table) bool { return t.Name == "kube-proxy" }))
+	errs = append(errs, removeProxyTables(env))
 	errs = append(errs, removeHostPorts(subnets))
 	return errors.Join(errs...)
 }
@@ -42,10 +43,10 @@ func Remove(ctx context.Context, env snapenv.Env) error {
 			errs = append(errs, err)
 		}
 	}
-	network := clusterNetworks(env)
+	network, pods := clusterNetworks(env), podNetworks(env)
 	step(os.Remove(Conflist(env))) // first, so that no new pod gets an address
 	step(removeResults(env))
-	step(removeLinks())
+	step(removeLinks(pods))
 	step(removeRoutes(network))
 	step(removeServiceRoutes())
 	step(removeTables(func(t *nftables.Table) bool { return t.Name == Table }))
@@ -93,11 +94,22 @@ func removeNamespace(env snapenv.Env, path string) error {
 	return nil
 }
 
-// removeLinks deletes the tunnels, and the bridge with the host's ends of pods on it.
-func removeLinks() error {
+// removeLinks deletes the tunnels, and the bridge with the host's ends of pods on it, as far as they are
+// this installation's.
+func removeLinks(networks []netip.Prefix) error {
 	var errs []error
-	bridge, err := netlink.LinkByName(Bridge)
-	if err == nil && bridge.Type() == "bridge" {
+	own := func(name, kind string) netlink.Link {
+		l, err := netlink.LinkByName(name)
+		if err != nil || l.Type() != kind {
+			return nil
+		}
+		is, err := ownLink(l, networks)
+		if errs = append(errs, err); !is {
+			return nil
+		}
+		return l
+	}
+	if bridge := own(Bridge, "bridge"); bridge != nil {
 		links, err := netlink.LinkList()
 		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 			errs = append(errs, fmt.Errorf("cannot list interfaces: %w", err))
@@ -110,7 +122,7 @@ func removeLinks() error {
 		errs = append(errs, deleteLink(bridge))
 	}
 	for _, name := range []string{Tunnel, Tunnel6} {
-		if l, err := netlink.LinkByName(name); err == nil && l.Type() == "vxlan" {
+		if l := own(name, "vxlan"); l != nil {
 			errs = append(errs, deleteLink(l))
 		}
 	}

@@ -493,6 +493,85 @@ table ip6 kube-proxy { chain x { }; }`, "nft", "-f", "-")
 	}
 }
 
+// TestCleanupBesideAnotherCluster has what k3s or kubeadm make under the names that we use: it stays,
+// whether the node has put something there or not, and whatever else of ours goes.
+func TestCleanupBesideAnotherCluster(t *testing.T) {
+	const theirs = "10.42.0"
+	addr := func(l netlink.Link, text string) {
+		t.Helper()
+		a, err := netlink.ParseAddr(text)
+		if err == nil {
+			err = netlink.AddrAdd(l, a)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		name                              string
+		used                              bool // this installation has had a pod network here
+		bridge, tunnel, proxy             string
+		port                              int
+		bridgeStays, tunStays, proxyStays bool
+	}{
+		{"ours", true, "10.1.5.1/24", "10.1.5.0/32", "10.152.183.1", 4789, false, false, false},
+		{"ours, without addresses", true, "", "", "", 4789, false, false, false},
+		{"theirs", true, theirs + ".1/24", theirs + ".0/32", "10.43.0.1", 8472, true, true, true},
+		{"theirs, at our port", true, theirs + ".1/24", theirs + ".0/32", "10.43.0.1", 4789, true, true, true},
+		{"theirs, tunnel without an address", true, theirs + ".1/24", "", "10.43.0.1", 8472, true, true, true},
+		{"nothing was ever ours", false, "", "", "10.43.0.1", 8472, true, true, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			enter(t)
+			env := snapenv.Under(t.TempDir())
+			must := func(err error) {
+				t.Helper()
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tc.used {
+				must(WriteConflist(env, []netip.Prefix{podNet}, 1450))
+				must(os.MkdirAll(filepath.Dir(SubnetEnv(env)), 0o755))
+				must(os.WriteFile(SubnetEnv(env), []byte("FLANNEL_NETWORK=10.1.0.0/16\nFLANNEL_SUBNET=10.1.5.1/24\n"), 0o644))
+			}
+			must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "peer"}))
+			eth0, err := netlink.LinkByName("eth0")
+			must(err)
+			bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: Bridge}}
+			must(netlink.LinkAdd(bridge))
+			must(netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth1", MasterIndex: bridge.Index}, PeerName: "veth2"}))
+			tunnel := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: Tunnel}, VxlanId: 1, VtepDevIndex: eth0.Attrs().Index, Port: tc.port}
+			must(netlink.LinkAdd(tunnel))
+			if tc.bridge != "" {
+				addr(bridge, tc.bridge)
+			}
+			if tc.tunnel != "" {
+				addr(tunnel, tc.tunnel)
+			}
+			elements := ""
+			if tc.proxy != "" {
+				elements = "elements = { " + tc.proxy + " };"
+			}
+			run(t, "table ip kube-proxy { set cluster-ips { type ipv4_addr; "+elements+" }; chain x { }; }", "nft", "-f", "-")
+			must(Cleanup(t.Context(), env))
+			there := func(name string) bool {
+				_, err := netlink.LinkByName(name)
+				return err == nil
+			}
+			if there(Bridge) != tc.bridgeStays || there("veth1") != tc.bridgeStays {
+				t.Errorf("the bridge is there: %t, its veth: %t", there(Bridge), there("veth1"))
+			}
+			if there(Tunnel) != tc.tunStays {
+				t.Errorf("the tunnel is there: %t", there(Tunnel))
+			}
+			if stays := strings.Contains(ruleset(t), "kube-proxy"); stays != tc.proxyStays {
+				t.Errorf("kube-proxy's table is there: %t", stays)
+			}
+		})
+	}
+}
+
 func TestCleanupRemovesOwnHostPorts(t *testing.T) {
 	enter(t)
 	env := snapenv.Under(t.TempDir())

@@ -78,8 +78,8 @@ func (in *Installer) hostLinks(context.Context) error {
 	return nil
 }
 
-// hostTrees are directories that the node's programs make on the host and fill. Where one was
-// not there before, the whole of it is the node's.
+// hostTrees are directories that the node's programs, and those of other products, make on the host
+// and fill. One that was not there before the node is removed with it if it is empty then.
 func hostTrees(env snapenv.Env) []string {
 	return []string{
 		env.HostPath("var/log/pods"), env.HostPath("var/log/containers"),
@@ -90,7 +90,7 @@ func hostTrees(env snapenv.Env) []string {
 // hostNotes remembers what was not on the host before the node.
 type hostNotes struct {
 	Dirs  []string `json:"dirs"`  // made for links; removed when empty
-	Trees []string `json:"trees"` // removed with all that is in them
+	Trees []string `json:"trees"` // shared with other products; removed when empty
 }
 
 func hostNotesFile(env snapenv.Env) string { return filepath.Join(env.Common, "var/host.json") }
