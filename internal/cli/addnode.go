@@ -77,29 +77,29 @@ with HOST:PORT/TOKEN, without the fingerprint that machines of another version w
     microk8s add-node --expires 72h      one machine, within three days
     microk8s add-node --token-ttl 600    any number of machines, within ten minutes
     microk8s add-node --list             the tokens there are, without the secret part
-    microk8s add-node --revoke ID        take one back`,
+    microk8s add-node --revoke ID        revoke one`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			switch {
 			case !slices.Contains([]string{"pretty", "short", "token", "token-check", "json", "yaml"}, f.format):
 				return &usageError{cmd, fmt.Errorf("invalid value of --format: %s (choose from pretty, short, token, token-check, json, yaml)", f.format)}
 			case f.list && f.revoke != "":
-				return &usageError{cmd, errors.New("--list and --revoke do not go together")}
+				return &usageError{cmd, errors.New("--list and --revoke cannot be used together")}
 			case f.list:
 				return a.listTokens(cmd.Context(), f.format)
 			case cmd.Flags().Changed("revoke"):
 				return a.revokeToken(cmd.Context(), f.revoke)
 			case f.expires != "" && cmd.Flags().Changed("token-ttl"):
-				return &usageError{cmd, errors.New("--expires and --token-ttl do not go together: --expires is for one node, --token-ttl for any number")}
+				return &usageError{cmd, errors.New("--expires and --token-ttl cannot be used together: --expires is for one node, --token-ttl for any number")}
 			}
 			f.ttlSet = cmd.Flags().Changed("token-ttl")
 			return a.addNode(cmd.Context(), f)
 		},
 	}
 	set := cmd.Flags()
-	set.IntVarP(&f.ttl, "token-ttl", "l", noTTL, "seconds for which the token is good, for any number of nodes; -1: for one node, without an end")
+	set.IntVarP(&f.ttl, "token-ttl", "l", noTTL, "lifetime in seconds, for any number of nodes; -1: for one node, without expiry")
 	set.Lookup("token-ttl").DefValue = "0" // not shown: without the flag it is one node and an hour
-	set.StringVar(&f.expires, "expires", "", "how long the token is good for one node, such as 30m or 72h, or never (default 1h)")
+	set.StringVar(&f.expires, "expires", "", "lifetime for one node, such as 30m or 72h, or never (default 1h)")
 	set.StringVarP(&f.token, "token", "t", "", "use this token, of at least 32 characters, instead of a generated one")
 	set.StringVar(&f.format, "format", "pretty", "pretty, short, token, token-check, json or yaml")
 	set.BoolVar(&f.worker, "worker", false, "the token joins workers only")

@@ -41,7 +41,7 @@ programs enable and disable. Those that come with the product are in the reposit
 			})
 		},
 	}
-	add.Flags().StringVar(&reference, "reference", "", "branch or tag; the default branch where it is not given")
+	add.Flags().StringVar(&reference, "reference", "", "branch or tag (default: the repository's default branch)")
 	add.Flags().BoolVar(&force, "force", false, "replace a repository of that name")
 
 	remove := &cobra.Command{
@@ -56,7 +56,7 @@ programs enable and disable. Those that come with the product are in the reposit
 	var skipRoot, noSkipRoot bool
 	update := &cobra.Command{
 		Use:   "update NAME",
-		Short: "Fetch what is new in a repository",
+		Short: "Update a repository",
 		Args:  exactly("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if !skipRoot || noSkipRoot {
@@ -67,8 +67,8 @@ programs enable and disable. Those that come with the product are in the reposit
 			return a.repositories(cmd.Context(), func(r *addon.Repositories) error { return r.Update(cmd.Context(), args[0]) })
 		},
 	}
-	update.Flags().BoolVar(&skipRoot, "skip-check-root", false, "do not insist on root")
-	update.Flags().BoolVar(&noSkipRoot, "no-skip-check-root", false, "insist on root (default)")
+	update.Flags().BoolVar(&skipRoot, "skip-check-root", false, "do not require root")
+	update.Flags().BoolVar(&noSkipRoot, "no-skip-check-root", false, "require root (default)")
 
 	var format string
 	list := &cobra.Command{

@@ -17,8 +17,8 @@ func (a *App) newCompletion() *cobra.Command {
 	return &cobra.Command{
 		Use:   "completion bash|zsh|fish",
 		Short: "Print the script that completes commands in a shell",
-		Long: `Print the script that completes the commands of microk8s in a shell, those of kubectl and
-helm behind it included. For this session:
+		Long: `Print the script that completes the commands of microk8s in a shell, including those of
+kubectl and helm. For this session:
 
     source <(microk8s completion bash)
 

@@ -18,7 +18,7 @@ func (a *App) newConfig() *cobra.Command {
 		Use:   "config [-l|--use-loopback]",
 		Short: "Print the administrator's kubeconfig of this node",
 		Long: `Print the administrator's kubeconfig of this node, with the address of the machine's default
-interface as its server, for use on other machines. It is as good as root on the cluster.`,
+interface as its server, for use on other machines. It grants full control of the cluster.`,
 		Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if err := a.perm(a.Err)(); err != nil {

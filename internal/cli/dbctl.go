@@ -52,8 +52,8 @@ func (a *App) newDbctl() *cobra.Command {
       holds every secret of the cluster: keep it where others cannot read it. With --keep
       only the newest N archives with such names are kept; use it from a timer.
   microk8s dbctl restore FILE [--prune]
-      Make every key as it is in the archive. Keys that are not in it stay, except with
-      --prune, which deletes them. It may be run again after a failure. Join tokens, the
+      Restore every key to what it is in the archive. Keys that are not in it are kept,
+      or deleted with --prune. It may be run again after a failure. Join tokens, the
       secrets between nodes, and which nodes may be in the cluster stay as they are now: a
       restore brings back no token that was used or revoked, and no node that was removed.
 

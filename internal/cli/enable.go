@@ -64,7 +64,7 @@ a colon:
     microk8s enable dns:192.0.2.1 hostpath-storage
 
 It returns when the addon's pods are ready, or with --no-wait at once. Enabling an addon again
-does no harm; with other arguments it is changed. microk8s status lists the addons.
+changes its arguments, and otherwise does nothing. microk8s status lists the addons.
 
 An addon that needs objects which others have made, Helm or a person for instance, is refused. With
 --adopt it takes them over, and disable removes them then; IngressClasses and StorageClasses stay
@@ -81,8 +81,8 @@ made stays, and is named.
     microk8s disable dns
     microk8s disable hostpath-storage [destroy-storage]
 
-It does no harm to disable what is not enabled. Data in volumes stays, unless destroy-storage
-is given, or the question answered with y.`, a.disable)
+Disabling an addon that is not enabled does nothing. Data in volumes is kept, unless
+destroy-storage is given or the question is answered with y.`, a.disable)
 }
 
 func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
@@ -326,7 +326,7 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 	case errors.As(err, &wrong):
 		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
 	case errors.As(err, &late):
-		return failf("see more with microk8s kubectl get events -A, or take it off with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
+		return failf("see more with microk8s kubectl get events -A, or disable it with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
 	}
 	if verb == "enable" && errors.As(err, &theirs) {
 		f := &Failure{Err: fmt.Errorf("cannot enable %s: objects of that name are there already, and were made by others", r.addon.Name), Code: ExitUsage}
@@ -474,8 +474,8 @@ func (a *App) sayElsewhere(ctx context.Context, set *addon.Set) error {
 	for _, node := range slices.Sorted(maps.Keys(count)) {
 		on = append(on, fmt.Sprintf("%s (%d)", node, count[node]))
 	}
-	fmt.Fprintf(a.Out, "The data of volumes on other nodes stays: %s\n", strings.Join(on, ", "))
-	fmt.Fprintf(a.Out, "To delete it, too, run there: sudo rm -r %s\n", a.Env.DefaultStorage())
+	fmt.Fprintf(a.Out, "Data of volumes on other nodes is kept: %s\n", strings.Join(on, ", "))
+	fmt.Fprintf(a.Out, "To delete that too, run there: sudo rm -r %s\n", a.Env.DefaultStorage())
 	return nil
 }
 

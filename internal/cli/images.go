@@ -82,7 +82,7 @@ func atMost(n int) cobra.PositionalArgs {
 func (a *App) importImages(ctx context.Context, file string) error {
 	path, done, err := a.spool(file)
 	if errors.Is(err, syscall.ENOSPC) {
-		return explain("cannot keep what comes from standard input", err)
+		return explain("cannot store standard input", err)
 	}
 	if err != nil {
 		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
@@ -124,7 +124,7 @@ func (a *App) importImages(ctx context.Context, file string) error {
 		}
 	}
 	if failed > 0 {
-		return failf("run the same command again when that is fixed", "%d of %d nodes have not got the images", failed, len(results))
+		return failf("run the same command again when that is fixed", "%d of %d nodes have not imported the images", failed, len(results))
 	}
 	return nil
 }

@@ -24,8 +24,8 @@ func (a *App) newInspect() *cobra.Command {
 		Use:   "inspect [--security [-o json]]",
 		Short: "Check this node for known problems, and collect a report",
 		Long: `Collect logs, arguments and the state of the cluster and of the machine into one tarball that
-can be shown to others: keys, tokens and passwords are taken out. Warnings are printed on the
-way. Exit code 1 means that a service which should run does not.
+can be shown to others: keys, tokens and passwords are redacted. Warnings are printed as they
+are found. Exit code 1 means that a service which should run does not.
 
 With --security, compare this node with the CIS Kubernetes Benchmark and with what a new node
 has, and print a table: what is wanted, what was found, and how to set it. Nothing is changed,

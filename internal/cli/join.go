@@ -42,12 +42,12 @@ func (a *App) newJoin() *cobra.Command {
 		Use:   "join CONNECTION [--worker | --controlplane] [--force] [--skip-verify] [--disable-low-memory-guard]",
 		Short: "Join this node to a cluster",
 		Long: `Join this node to a cluster, with the line that microk8s add-node printed on one of its nodes.
-What this node has run and knows as a cluster of its own ends with that; if the join fails,
-it is as before. An interrupted join goes on when it is run again with the same CONNECTION;
-microk8s leave takes it back.
+Joining ends this node's own cluster: its workloads are stopped, and its data is kept only as a backup
+beside the datastore. If the join fails, the node is rolled back. An interrupted join continues when it
+is run again with the same CONNECTION; microk8s leave undoes it.
 
 If this node's own cluster has other nodes, the join is refused; if it is in use, the command asks.
---force joins all the same. The data is kept in any case, as a backup beside the datastore.
+--force joins anyway.
 
 CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -66,7 +66,7 @@ CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 	f.BoolVar(&o.worker, "worker", false, "join as a worker, which runs workloads and no control plane")
 	f.BoolVar(&o.controlPlane, "controlplane", false, "join as a control-plane node, which is the default")
 	f.BoolVar(&o.force, "force", false, "join although this node's own cluster has other nodes or is in use; its data is kept as a backup")
-	f.BoolVar(&o.skipVerify, "skip-verify", false, "do not check who the server is (dangerous: whoever answers can control this node)")
+	f.BoolVar(&o.skipVerify, "skip-verify", false, "do not verify the server's identity (dangerous: whoever answers can control this node)")
 	f.BoolVar(&o.disableGuard, "disable-low-memory-guard", false, "join a machine that is too small for a control plane")
 	return cmd
 }
@@ -239,9 +239,9 @@ func (a *App) changeFailure(f *Failure, err error) error {
 	switch {
 	case !errors.As(err, &failed):
 	case failed.Undone:
-		f.Hints = append(f.Hints, "the node is what it was before")
+		f.Hints = append(f.Hints, "the node was rolled back")
 	case failed.UndoErr != nil:
-		f.Hints = append(f.Hints, fmt.Sprintf("taking it back did not succeed (%v); run the same command again to finish that", failed.UndoErr))
+		f.Hints = append(f.Hints, fmt.Sprintf("rollback failed (%v); run the same command again to retry", failed.UndoErr))
 	default:
 		f.Hints = append(f.Hints, "run the same command again to finish it")
 	}

@@ -22,20 +22,20 @@ func (a *App) newLeave() *cobra.Command {
 		Long: `The node will depart from the cluster it is in, and become a cluster of its own again: an
 empty one, with new keys. The others finish the removal with microk8s remove-node.
 
-With --force it leaves also when the others cannot be told. Its copy of the cluster's data is then
+With --force it leaves even if the others cannot be reached. Its copy of the cluster's data is then
 kept beside the new one. If no other voter answers, that copy may be the last one: the command asks
-first, or wants --yes.
+first, or requires --yes.
 
 On a copy of another node's disk, which has another address, it leaves the other node alone.
 
-An interrupted leave is finished when it is run again; an interrupted join is taken back.`,
+An interrupted leave is finished when it is run again; an interrupted join is undone.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			o.Confirm = func(question string) error { return a.confirm(question, yes, "") }
 			return a.leave(cmd.Context(), o)
 		},
 	}
-	cmd.Flags().BoolVar(&o.Force, "force", false, "leave also when no other node can be told; remove this node there with remove-node --force")
+	cmd.Flags().BoolVar(&o.Force, "force", false, "leave even if no other node can be reached; then remove this node there with remove-node --force")
 	addYes(cmd.Flags(), &yes)
 	return cmd
 }
@@ -75,7 +75,7 @@ func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
 		fmt.Fprintln(a.Out, notClustered)
 		return exitError(ExitError)
 	case errors.Is(err, cluster.ErrLast):
-		fmt.Fprintln(a.Err, "This is the only node of its cluster, and keeps what the cluster knows. To delete that: microk8s reset")
+		fmt.Fprintln(a.Err, "This is the only node of its cluster; its data is kept. To delete it: microk8s reset")
 		return nil
 	case errors.Is(err, cluster.ErrOnlyCopy):
 		fmt.Fprint(a.Out, `This node currently holds the only copy of the Kubernetes database so it cannot leave the cluster.
@@ -134,7 +134,7 @@ func (a *App) newRemoveNode() *cobra.Command {
 		Short: "Remove another node from the cluster",
 		Long: `Remove another node, given by its name or address, from the cluster, after it has left with
 microk8s leave. With --force a node is removed that is gone for good and cannot leave; if it is a
-member of the datastore that answers, the command asks first, or wants --yes.
+member of the datastore that answers, the command asks first, or requires --yes.
 
 An interrupted removal is finished when it is run again. A new node that has the name or address of
 the old one meanwhile is left alone.

@@ -54,8 +54,8 @@ The logs of pods are shown by microk8s kubectl logs.`,
 			return a.logs(cmd.Context(), o)
 		},
 	}
-	cmd.Flags().IntVarP(&o.lines, "lines", "n", 100, "how many of the last lines")
-	cmd.Flags().BoolVarP(&o.follow, "follow", "f", false, "go on showing what is added until interrupted")
+	cmd.Flags().IntVarP(&o.lines, "lines", "n", 100, "number of last lines to show")
+	cmd.Flags().BoolVarP(&o.follow, "follow", "f", false, "keep showing new lines until interrupted")
 	return cmd
 }
 
@@ -63,7 +63,7 @@ func (a *App) logs(ctx context.Context, o logsOptions) error {
 	if a.Env.Snapd {
 		journalctl, err := exec.LookPath("journalctl")
 		if err != nil {
-			return failf("look into the system's log with your own tools", "there is no journalctl on this machine")
+			return failf("read the system's log with other tools", "there is no journalctl on this machine")
 		}
 		argv := []string{"journalctl", "--no-pager", "-n", strconv.Itoa(o.lines)}
 		if o.follow {

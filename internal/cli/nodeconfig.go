@@ -139,7 +139,7 @@ func (a *App) configureOthers(ctx context.Context, action string, req api.Config
 			fmt.Fprintf(a.Err, "Failed to reach node %s: %v\n", r.Name, r.Err)
 		}
 		if r.Later {
-			fmt.Fprintf(a.Err, "It gets the change when it is back.\n")
+			fmt.Fprintf(a.Err, "The change will be applied when the node is reachable again.\n")
 		}
 	}
 	return err

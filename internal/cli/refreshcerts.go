@@ -41,7 +41,7 @@ func (a *App) newRefreshCerts() *cobra.Command {
 		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check] [-e|--cert server.crt|front-proxy-client.crt|ca.crt]",
 		Short: "Check, renew or replace the certificates of this node",
 		Long: `Check, renew or replace the certificates of this node. Certificates other than that of the
-CA are renewed by themselves before they expire.
+CA are renewed automatically before they expire.
 
 Replace the CA certificates with the ca.crt and ca.key found in CA_DIR, or renew one
 certificate with --cert. A new CA has a new key: nodes that joined this one must leave and
@@ -68,8 +68,8 @@ join again.`,
 			return a.refreshCerts(cmd.Context(), o)
 		},
 	}
-	cmd.Flags().BoolVarP(&o.undo, "undo", "u", false, "go back to the certificates of the last backup")
-	cmd.Flags().BoolVarP(&o.check, "check", "c", false, "say when the certificates expire")
+	cmd.Flags().BoolVarP(&o.undo, "undo", "u", false, "restore the certificates from the last backup")
+	cmd.Flags().BoolVarP(&o.check, "check", "c", false, "show when the certificates expire")
 	cmd.Flags().StringVarP(&o.cert, "cert", "e", "", "renew this certificate: server.crt, front-proxy-client.crt or ca.crt")
 	_ = cmd.RegisterFlagCompletionFunc("cert", cobra.FixedCompletions([]string{"server.crt", "front-proxy-client.crt", "ca.crt"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
@@ -124,7 +124,7 @@ func (a *App) checkCerts(store *certs.Store) error {
 		if err != nil {
 			f := &Failure{Err: fmt.Errorf("Failed to get certificate info. %w", err), Code: exitCertInfo}
 			if errors.Is(err, os.ErrNotExist) {
-				f.Hints = []string{"a node that has none is set up, and one that lost it gets it again, with: sudo microk8s start"}
+				f.Hints = []string{"set up the node, or restore a lost certificate, with: sudo microk8s start"}
 			}
 			return f
 		}
@@ -140,7 +140,7 @@ func (a *App) undoCerts(ctx context.Context, store *certs.Store) error {
 	}
 	if err := store.Undo(); err != nil {
 		return &Failure{Err: fmt.Errorf("Failed to recover certificates: %w", err), Code: exitCertInfo,
-			Hints: []string{"mend that and run the same command again"}}
+			Hints: []string{"fix this and run the same command again"}}
 	}
 	fmt.Fprintln(a.Out, "Restarting, please wait.")
 	err := a.stop(ctx)

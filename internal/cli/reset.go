@@ -25,12 +25,11 @@ func (a *App) newReset() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "reset [--destroy-storage[=true|false]]",
 		Short: "Return this node to its initial state",
-		Long: `Return the MicroK8s node to the default initial state: everything that runs in the cluster
-and everything it knows is deleted, without asking, and all addons are disabled, dns too:
-enable it again with microk8s enable dns. Argument files, certificates, and with
+		Long: `Return the MicroK8s node to the default initial state: everything in the cluster is deleted,
+without asking, and all addons are disabled, dns too: enable it again with microk8s enable dns. Argument files, certificates, and with
 --destroy-storage=false the data of volumes, are kept.
 
-It may be interrupted and run again. It is for clusters of one node.`,
+An interrupted reset can be run again. It works on clusters of one node only.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.reset(cmd.Context(), destroy) },
 	}
@@ -49,7 +48,7 @@ func (a *App) stoppedUnlessResetting() error {
 
 func (a *App) reset(ctx context.Context, destroy bool) error {
 	if a.state().Resetting {
-		a.progress().say("An earlier reset was interrupted: starting what it may have stopped")
+		a.progress().say("A previous reset was interrupted; starting what it may have stopped")
 		if err := a.start(ctx, false); err != nil {
 			return err
 		}

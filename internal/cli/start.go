@@ -33,7 +33,7 @@ func (a *App) newStart() *cobra.Command {
 		Long: `Start the services of this node, and at every boot from now on, and wait up to a minute
 until the node is Ready. The first start on a machine without snapd sets the node up.
 
-It does no harm to start a node that runs.`,
+Starting a node that runs does nothing.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.start(cmd.Context(), disableGuard) },
 	}
@@ -82,7 +82,7 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		return explain("cannot start the services", err)
 	}
 	if a.state().Worker {
-		p.say("This worker's services run. See it on a control plane node: microk8s kubectl get nodes")
+		p.say("This worker's services are running. See the node from a control-plane node: microk8s kubectl get nodes")
 		return nil
 	}
 	prober := a.prober()
@@ -104,14 +104,14 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		return err
 	}
 	if !report.Ready && failing != "" {
-		return failf("mend that and run microk8s start again; more in: microk8s logs "+failing, "service %s does not start: %s", failing, why)
+		return failf("fix this and run microk8s start again; see also: microk8s logs "+failing, "service %s does not start: %s", failing, why)
 	}
 	if !report.Ready {
 		fmt.Fprintf(a.Err, "the services run, but the node was not Ready within %s\n", startWait)
 		for _, pr := range prober.Probe(ctx).Problems {
 			fmt.Fprintf(a.Err, "  %s\n", pr)
 		}
-		fmt.Fprintln(a.Err, "Go on waiting with: microk8s status --wait-ready")
+		fmt.Fprintln(a.Err, "Keep waiting with: microk8s status --wait-ready")
 		return nil
 	}
 	p.say("The node is Ready. Try: microk8s kubectl get pods -A")
@@ -130,7 +130,7 @@ func (a *App) refuseHalfChanged() error {
 	case r == nil || r.Operation == "remove-node": // which is about another node
 		return nil
 	case strings.HasPrefix(r.Operation, "join"):
-		return failf("run microk8s join again to go on, or microk8s leave to take it back", "cannot start: a join was interrupted at %q", r.At())
+		return failf("run microk8s join again to continue, or microk8s leave to undo it", "cannot start: a join was interrupted at %q", r.At())
 	}
 	return failf("run microk8s "+r.Operation+" again to finish it", "cannot start: microk8s %s was interrupted at %q", r.Operation, r.At())
 }

@@ -84,7 +84,7 @@ func TestStartGivesUp(t *testing.T) {
 	a.services.phase, a.services.restarts = service.Backoff, 10
 	a.write(t, a.Env.ServiceLog(service.Containerd), "microk8s: cannot read args/containerd\n")
 	code := a.run(t.Context(), "start")
-	want := "microk8s: service containerd does not start: cannot read args/containerd\n  mend that and run microk8s start again; more in: microk8s logs containerd\n"
+	want := "microk8s: service containerd does not start: cannot read args/containerd\n  fix this and run microk8s start again; see also: microk8s logs containerd\n"
 	if code != ExitError || !strings.HasSuffix(a.err.String(), want) {
 		t.Errorf("code %d: %s, want %s", code, a.err.String(), want)
 	}

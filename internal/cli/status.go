@@ -52,7 +52,7 @@ used, 1 that it cannot.`,
 	f := cmd.Flags()
 	f.StringVar(&o.format, "format", "pretty", "layout: pretty, yaml, short or json")
 	f.BoolVarP(&o.waitReady, "wait-ready", "w", false, "wait until the node can be used")
-	f.IntVarP(&o.timeout, "timeout", "t", 0, "seconds to wait with --wait-ready; 0 waits for ever")
+	f.IntVarP(&o.timeout, "timeout", "t", 0, "seconds to wait with --wait-ready; 0 waits forever")
 	f.StringVarP(&o.addon, "addon", "a", "all", "print only whether one addon is enabled")
 	f.BoolVar(&o.yaml, "yaml", false, "short yaml layout (deprecated, use --format yaml)")
 	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"pretty", "yaml", "short", "json"}, cobra.ShellCompDirectiveNoFileComp))

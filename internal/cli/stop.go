@@ -18,8 +18,8 @@ func (a *App) newStop() *cobra.Command {
 	return &cobra.Command{
 		Use:   "stop",
 		Short: "Stop the services of this node and all its containers",
-		Long: `Stop the services of this node and all its containers. They stay stopped, over boots too,
-until microk8s start. What the cluster knows and the data of volumes is kept.`,
+		Long: `Stop the services of this node and all its containers. They stay stopped, across reboots,
+until microk8s start. The cluster's data and the data of volumes are kept.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.stop(cmd.Context()) },
 	}
@@ -34,7 +34,7 @@ func (a *App) stop(ctx context.Context) error {
 		}
 		return explain("cannot stop the services", err)
 	}
-	err = p.step("Ending the containers", func() error {
+	err = p.step("Stopping the containers", func() error {
 		limit, cancel := context.WithTimeout(ctx, stopContainersWait)
 		defer cancel()
 		return a.Parts.StopContainers(limit, a.Env)
@@ -43,7 +43,7 @@ func (a *App) stop(ctx context.Context) error {
 		return err
 	}
 	if err != nil {
-		p.say("not every container could be ended in order, the rest is killed: %v", err)
+		p.say("some containers could not be stopped cleanly and are killed: %v", err)
 	}
 	if err := p.step("Stopping the other services", func() error { return a.Services.Stop(ctx) }); err != nil {
 		return explain("cannot stop the services", err)

@@ -20,7 +20,7 @@ const (
 )
 
 // errSilent is wrapped when the cluster went away while this node joined it.
-var errSilent = errors.New("the cluster does not answer any more")
+var errSilent = errors.New("the cluster no longer answers")
 
 // whileAnswering runs wait, and ends its context when no agent of the cluster has answered for a
 // while: a join to machines that died is taken back at once, and not when the limits of its steps

@@ -198,7 +198,7 @@ func (n *Node) lastWords(name string) string {
 		return ""
 	}
 	if line := service.LastLine(n.Env.ServiceLog(name)); line != "" {
-		return " (its last words: " + line + ")"
+		return " (last log line: " + line + ")"
 	}
 	return ""
 }

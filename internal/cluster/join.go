@@ -59,7 +59,7 @@ func (p *joinParams) operation() string {
 }
 
 // ErrMember says that the node belongs to a cluster already.
-var ErrMember = errors.New("this node is in a cluster already")
+var ErrMember = errors.New("this node already belongs to a cluster")
 
 // ErrOther is wrapped when another change was begun and has not ended.
 var ErrOther = errors.New("another change was interrupted")
@@ -131,18 +131,18 @@ func (n *Node) resumeJoin(ctx context.Context, j *journal.Journal, p *joinParams
 	}
 	plan := n.joinPlan(&old)
 	if r.Undoing {
-		n.Say("An earlier join failed and was interrupted while it was taken back (%s): finishing that", r.Reason)
+		n.Say("A previous join failed (%s) and its rollback was interrupted; resuming it", r.Reason)
 		if err := j.Undo(ctx, plan, r.Reason); err != nil {
 			return false, err
 		}
 		return false, nil
 	}
 	if old.Connection == p.Connection && old.Worker == p.Worker {
-		n.Say("An earlier join was interrupted: going on with it")
+		n.Say("A previous join was interrupted; resuming it")
 		return true, j.Resume(ctx, plan)
 	}
-	n.Say("An earlier join to another cluster, or as something else, was interrupted: taking it back")
-	if err := j.Undo(ctx, plan, "another join was begun"); errors.Is(err, journal.ErrCommitted) {
+	n.Say("A previous join to another cluster or in another role was interrupted; rolling it back")
+	if err := j.Undo(ctx, plan, "another join was started"); errors.Is(err, journal.ErrCommitted) {
 		return false, fmt.Errorf("the node has joined already: %w", ErrMember)
 	} else if err != nil {
 		return false, err
@@ -162,7 +162,7 @@ func (n *Node) UndoJoin(ctx context.Context, j *journal.Journal) (found bool, er
 	if err := json.Unmarshal(r.Params, &p); err != nil {
 		return true, fmt.Errorf("cannot read the journal of the interrupted join: %w", err)
 	}
-	return true, j.Undo(ctx, n.joinPlan(&p), "it was given up")
+	return true, j.Undo(ctx, n.joinPlan(&p), "it was cancelled")
 }
 
 // joinPlan is the list of steps. Nothing outside of the node changes before its services start;
@@ -303,7 +303,7 @@ func (a *answer) check(worker bool) error {
 	}
 	// One of ours lets this node have it after the join.
 	if a.CallbackToken == "" && !a.ours() || strings.ContainsAny(a.CallbackToken, " \t\r\n") {
-		return errors.New("cannot use the cluster's answer: its callback token is not one")
+		return errors.New("cannot use the cluster's answer: its callback token is not valid")
 	}
 	if a.CA == "" {
 		return errors.New("cannot use the cluster's answer: it has no CA")
@@ -349,7 +349,7 @@ func (s *joinRun) release(ctx context.Context) error {
 	var refused *client.ServerError
 	var unknown *client.VerifyError
 	if err != nil && !errors.As(err, &refused) && !errors.As(err, &unknown) {
-		s.Say("WARNING: the cluster was not told that this node does not join: the token is free for others in ten minutes at most (%v)", err)
+		s.Say("WARNING: cannot tell the cluster that this node does not join (%v): the token is free for others in ten minutes at most", err)
 	}
 	s.got = nil
 	if err := os.Remove(s.file(answerFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -380,13 +380,13 @@ func (n *Node) stopAll(ctx context.Context) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		n.Log.Warn("not every container could be ended in order", "err", err)
+		n.Log.Warn("some containers could not be stopped cleanly", "err", err)
 	}
 	if err := n.Services.Stop(ctx); err != nil {
 		return fmt.Errorf("cannot stop the services: %w", err)
 	}
 	if err := n.ResetNetwork(ctx); err != nil {
-		n.Log.Warn("cannot take the pod network off the host", "err", err)
+		n.Log.Warn("cannot remove the pod network from the host", "err", err)
 	}
 	return ctx.Err()
 }
@@ -566,7 +566,7 @@ func (s *joinRun) confirm(ctx context.Context) error {
 	}
 	if err != nil {
 		// The node is in, whatever becomes of the token.
-		s.Say("WARNING: the node has joined, but the cluster was not told so (%v); the token may be used once more within ten minutes, if that matters revoke it: microk8s add-node --revoke", err)
+		s.Say("WARNING: the node has joined, but cannot confirm that to the cluster (%v); the token may be used once more within ten minutes, to prevent that revoke it: microk8s add-node --revoke", err)
 	}
 	return nil
 }

@@ -65,7 +65,7 @@ var (
 	// ErrOnlyCopy: no other member that could take the data over answers.
 	ErrOnlyCopy = errors.New("this node holds the only copy of the datastore that can be used")
 	// ErrContact is wrapped when the datastore's other members did not do what was asked.
-	ErrContact = errors.New("the other members of the datastore could not be asked")
+	ErrContact = errors.New("the other members of the datastore could not be reached")
 )
 
 // Leave takes this node out of its cluster and makes it a single node with an empty datastore,
@@ -95,7 +95,7 @@ func (n *Node) Leave(ctx context.Context, j *journal.Journal, o LeaveOptions) er
 		if err := json.Unmarshal(r.Params, &p); err != nil {
 			return fmt.Errorf("cannot read the journal of the interrupted leave: %w", err)
 		}
-		n.Say("An earlier leave was interrupted: going on with it")
+		n.Say("A previous leave was interrupted; resuming it")
 		// The disk may have been copied to another machine, or the journal be an earlier version's.
 		if own := ownMember(n.Env.BackendLive()); own.Address != "" && own.Address == p.Member {
 			p.ID, p.Elsewhere = own.ID, n.elsewhere(own)
@@ -280,7 +280,7 @@ func (s *leaveRun) depart(ctx context.Context) error {
 		return s.noteDeparted()
 	}
 	if s.Force {
-		s.Say("WARNING: the cluster was not told that this node leaves (%v); on one of its nodes run: microk8s remove-node %s --force", err, s.Self)
+		s.Say("WARNING: cannot tell the cluster that this node leaves (%v); on one of its nodes run: microk8s remove-node %s --force", err, s.Self)
 		return nil
 	}
 	return fmt.Errorf("%w: %w", ErrContact, err)
@@ -337,7 +337,7 @@ func (s *leaveRun) forget(ctx context.Context) error {
 			err = writeLike(s.Env.Args(name), data)
 		}
 		if err != nil {
-			return fmt.Errorf("cannot put the arguments back: %w", err)
+			return fmt.Errorf("cannot restore the arguments: %w", err)
 		}
 		if err := os.Remove(s.Env.Args(name) + ".backup"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err

@@ -85,7 +85,7 @@ func (n *Node) localProblems(ctx context.Context, p *joinParams) []Problem {
 	var out []Problem
 	if n.state().LowMemory && !p.Worker {
 		out = append(out, Problem{Fatal: true, What: "this machine has too little memory for a control-plane node",
-			Do: "join it as a worker, with --worker, or try all the same with --disable-low-memory-guard"})
+			Do: "join it as a worker, with --worker, or override this with --disable-low-memory-guard"})
 	}
 	states, err := n.Services.Status(ctx)
 	if err != nil {
@@ -120,7 +120,7 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 		c.Close()
 		var refused *client.ServerError
 		if errors.As(err, &refused) && refused.Status == http.StatusNotFound {
-			s.Say("WARNING: this is an agent of upstream's MicroK8s, which cannot be asked what is in the way of the join; its token is spent even if the join fails")
+			s.Say("WARNING: this is an agent of upstream's MicroK8s, which has no preflight check; its token is spent even if the join fails")
 			return nil, nil
 		}
 		return nil, err
@@ -141,7 +141,7 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 	theirs := time.UnixMilli(resp.Time)
 	if d := asked.Add(took / 2).Sub(theirs).Abs(); resp.Time != 0 && d > took/2+warnClock {
 		out = append(out, Problem{Fatal: d > maxClock, What: fmt.Sprintf("the clocks differ: here it is %s, on %s %s",
-			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "set them by the network, for example with systemd-timesyncd or chrony"})
+			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "synchronize them, for example with systemd-timesyncd or chrony"})
 	}
 	return append(out, s.unreachable(ctx, resp)...), nil
 }

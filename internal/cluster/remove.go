@@ -79,7 +79,7 @@ func (n *Node) Remove(ctx context.Context, j *journal.Journal, o RemoveOptions) 
 		if err := json.Unmarshal(r.Params, &p); err != nil {
 			return fmt.Errorf("cannot read the journal of the interrupted removal: %w", err)
 		}
-		n.Say("The removal of %s was interrupted: going on with it", p.Name)
+		n.Say("The removal of %s was interrupted; resuming it", p.Name)
 		if !p.Identified {
 			began := n.Now()
 			if st, err := os.Stat(n.Env.Journal()); err == nil {

@@ -61,7 +61,7 @@ func (n *Node) restore(names ...string) error {
 	}
 	for _, name := range names {
 		if err := restoreTree(n.file(saved+"/"+name), trees[name], name == "lock"); err != nil {
-			return fmt.Errorf("cannot put %s back: %w", trees[name], err)
+			return fmt.Errorf("cannot restore %s: %w", trees[name], err)
 		}
 	}
 	return nil
@@ -225,7 +225,7 @@ func (n *Node) setBackendAside() error {
 		return err
 	}
 	if err := os.Rename(n.Env.BackendLive(), n.backendAside()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cannot set the datastore aside: %w", err)
+		return fmt.Errorf("cannot move the datastore aside: %w", err)
 	} else if errors.Is(err, fs.ErrNotExist) {
 		// A node without one, such as a worker that was never a single node.
 		if err := os.Mkdir(n.backendAside(), 0o700); err != nil {
@@ -241,10 +241,10 @@ func (n *Node) takeBackendBack() error {
 		return nil
 	}
 	if err := os.RemoveAll(n.Env.BackendLive()); err != nil {
-		return fmt.Errorf("cannot put the datastore back: %w", err)
+		return fmt.Errorf("cannot restore the datastore: %w", err)
 	}
 	if err := os.Rename(n.backendAside(), n.Env.BackendLive()); err != nil {
-		return fmt.Errorf("cannot put the datastore back: %w", err)
+		return fmt.Errorf("cannot restore the datastore: %w", err)
 	}
 	return syncDir(filepath.Dir(n.backendAside()))
 }

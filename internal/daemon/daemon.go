@@ -272,7 +272,7 @@ func current(dir string) string {
 // lowMemory says why the control plane does not run here, nil if it may.
 func (p *Preparer) lowMemory() error {
 	if s := nodeconfig.ReadState(p.Env); s.LowMemory && !s.Worker {
-		return nothingToDo("this machine has too little memory for a control plane; to run it all the same: microk8s start --disable-low-memory-guard")
+		return nothingToDo("this machine has too little memory for a control plane; to run it anyway: microk8s start --disable-low-memory-guard")
 	}
 	return nil
 }

@@ -252,7 +252,7 @@ func (p *Preparer) waitForSocket(ctx context.Context, path string, limit time.Du
 		case err := <-watcher.Errors:
 			return fmt.Errorf("cannot wait for containerd: %w", err)
 		case <-timer.C:
-			p.Log.Warn("containerd is not there yet; see its log if it stays so", "socket", path, "waited", limit)
+			p.Log.Warn("containerd is not running yet; if this lasts, see its log", "socket", path, "waited", limit)
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
@@ -265,7 +265,7 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 	config := nodeconfig.Load(p.Env)
 	switch config.Datastore.Owner {
 	case nodeconfig.NoDatastore:
-		return nothingToDo("this node has no part in the datastore")
+		return nothingToDo("this node is not a member of the datastore")
 	case nodeconfig.ExternalEtcd:
 		return nothingToDo("the datastore is the etcd at " + strings.Join(config.Datastore.Endpoints, ", "))
 	case nodeconfig.OwnDatastore:
@@ -308,6 +308,6 @@ func (p *Preparer) readdress() error {
 	if err != nil || ip == nil || ip.IsLoopback() || slices.ContainsFunc(own, ip.Equal) {
 		return err
 	}
-	p.Log.Info("the address of the datastore is not one of this host any more: it moves to the loopback", "from", self.Address)
+	p.Log.Info("the datastore's address is no longer one of this host's: moving it to the loopback", "from", self.Address)
 	return dir.Move(net.JoinHostPort(storedir.Loopback, port), fileaccess.For(p.Env).WriteShared)
 }

@@ -56,7 +56,7 @@ type Runner struct {
 }
 
 // ErrUnknown is wrapped by the error for the name of a hook that there is not.
-var ErrUnknown = errors.New("there is no such hook")
+var ErrUnknown = errors.New("no such hook")
 
 // Run runs the hook of that name.
 func (r *Runner) Run(ctx context.Context, name string) error {
@@ -177,7 +177,7 @@ func (r *Runner) config(ctx context.Context) error {
 	}
 	// It may hold a token.
 	if err := atomicfile.Write(path, text, 0o600, nil); err != nil {
-		return fmt.Errorf("cannot hand the setting config on: %w", err)
+		return fmt.Errorf("cannot pass on the setting config: %w", err)
 	}
 	return nil
 }
@@ -216,7 +216,7 @@ func (r *Runner) checkHealth(ctx context.Context) error {
 		args = append(args, healthMessage(message))
 	}
 	if _, err := r.Snapctl(ctx, args...); err != nil {
-		return fmt.Errorf("cannot tell snapd how the node is: %w", err)
+		return fmt.Errorf("cannot report the node's health to snapd: %w", err)
 	}
 	return nil
 }

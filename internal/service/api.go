@@ -134,7 +134,7 @@ func (c *Client) Stop(ctx context.Context, names ...string) error {
 			return nil
 		}
 		if err = c.callNew(ctx, "/v1/stop", names); err != nil {
-			return fmt.Errorf("cannot end what an earlier supervisor left: %w", err)
+			return fmt.Errorf("cannot stop what a previous supervisor left: %w", err)
 		}
 	}
 	return err

@@ -80,7 +80,7 @@ func (s *Supervisor) endOrphans(ctx context.Context) error {
 		var rec record
 		alive := func() bool { return rec.alive() }
 		if json.Unmarshal(data, &rec) == nil && alive() {
-			s.Log.Warn("ending a service that an earlier supervisor left", "service", name, "pid", rec.PID)
+			s.Log.Warn("stopping a service that a previous supervisor left", "service", name, "pid", rec.PID)
 			target := -rec.PID
 			if name == Containerd {
 				target = rec.PID
@@ -89,7 +89,7 @@ func (s *Supervisor) endOrphans(ctx context.Context) error {
 			if !await(ctx, s.StopTimeout, func() bool { return !alive() }) {
 				_ = unix.Kill(target, unix.SIGKILL)
 				if !await(ctx, s.StopTimeout, func() bool { return !alive() }) {
-					return fmt.Errorf("cannot end process %d, which an earlier supervisor started as %s", rec.PID, name)
+					return fmt.Errorf("cannot end process %d, which a previous supervisor started as %s", rec.PID, name)
 				}
 			}
 		}

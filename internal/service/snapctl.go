@@ -27,7 +27,7 @@ func (s *Snapctl) Start(ctx context.Context, names ...string) error {
 	return s.control(ctx, []string{"start", "--enable"}, names)
 }
 
-// Stop implements [Manager]. Ending the containers, which outlive containerd's unit on
+// Stop implements [Manager]. Stopping the containers, which outlive containerd's unit on
 // purpose, is up to the caller: snapd has no notion of them.
 func (s *Snapctl) Stop(ctx context.Context, names ...string) error {
 	return s.control(ctx, []string{"stop", "--disable"}, names)

@@ -109,12 +109,12 @@ func (s *Supervisor) Run(ctx context.Context, start []string, ready func()) erro
 	s.Log.Info("supervisor started", "pid", os.Getpid(), "socket", s.Env.SupervisorSocket())
 	if len(start) > 0 {
 		if _, err := s.start(start); err != nil {
-			s.Log.Error("not every service could be started", "error", err)
+			s.Log.Error("some services could not be started", "error", err)
 		}
 	}
 	select {
 	case <-ctx.Done():
-		s.Log.Info("supervisor was told to end")
+		s.Log.Info("supervisor was asked to stop")
 		s.endNow()
 		s.stopAll()
 	case <-s.ended:

@@ -190,8 +190,8 @@ func (u *unit) watch(ctx context.Context, p *process) (stopped bool) {
 		select {
 		case <-p.ended:
 		case <-time.After(u.sup.StopTimeout):
-			u.sup.Log.Warn("service does not end and is killed", "service", u.name, "after", u.sup.StopTimeout)
-			u.note("%s did not end within %s and is killed", u.name, u.sup.StopTimeout)
+			u.sup.Log.Warn("service did not stop in time and is killed", "service", u.name, "after", u.sup.StopTimeout)
+			u.note("%s did not stop within %s and is killed", u.name, u.sup.StopTimeout)
 			p.signal(unix.SIGKILL, u.mainOnly)
 			<-p.ended
 		}

@@ -111,7 +111,7 @@ func (in *Installer) group(ctx context.Context) error {
 		gid--
 	}
 	if gid < 100 {
-		return errors.New("no number is free for a system group")
+		return errors.New("no free number for a system group")
 	}
 	data = fmt.Appendf(data, "%s:x:%d:\n", snapenv.Group, gid)
 	// The shadow file first: once the group itself is there, nothing is done again.
@@ -282,7 +282,7 @@ func (in *Installer) datastore(context.Context) error {
 			return err
 		}
 		if len(entries) > 0 {
-			return fmt.Errorf("there are two datastores, %s and %s; move the one that is not wanted away", link, live)
+			return fmt.Errorf("there are two datastores, %s and %s; move away the one that is not wanted", link, live)
 		}
 		if err := os.MkdirAll(filepath.Dir(live), 0o755); err != nil {
 			return err

@@ -115,7 +115,7 @@ func (in *Installer) removeDirs(context.Context) error {
 	slices.SortFunc(notes.Dirs, func(a, b string) int { return len(b) - len(a) })
 	for _, d := range notes.Dirs {
 		if err := os.Remove(d); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			in.Log.Info("a directory stays, because others use it", "path", d)
+			in.Log.Info("keeping a directory that others use", "path", d)
 		}
 	}
 	if err != nil {

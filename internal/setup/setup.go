@@ -59,12 +59,12 @@ func (in *Installer) Install(ctx context.Context) error {
 		{"make the revision's directory", in.revision},
 		{"make the group " + snapenv.Group, in.group},
 		{"make the directories", in.directories},
-		{"take over the images to load", in.sideload},
+		{"copy the images to load", in.sideload},
 		{"copy the default arguments", in.defaultArgs},
 		{"prepare the datastore", in.datastore},
 		{"make certificates and credentials", in.certificates},
 		{"link the CNI plugins", in.cniPlugins},
-		{"note what is not on the host yet", in.noteTrees},
+		{"record what the host lacks", in.noteTrees},
 		{"make the links on the host", in.hostLinks},
 		{"set the locks", in.locks},
 		{"note that it is done", func(context.Context) error { return in.lock(snapenv.LockInstalled) }},
@@ -99,7 +99,7 @@ func (in *Installer) Refresh(ctx context.Context) error {
 		return nil
 	}
 	return in.run(ctx, append([]step{
-		{"set the datastore of an undone refresh aside", in.setAside},
+		{"move aside the datastore of an undone refresh", in.setAside},
 		{"move the datastore to where it stays", in.datastore},
 		{"note that pods may mount the old revision", in.noteRefresh},
 	}, in.configureSteps()...))
@@ -130,7 +130,7 @@ func (in *Installer) run(ctx context.Context, steps []step) error {
 		in.Log = slog.New(slog.DiscardHandler)
 	}
 	if os.Geteuid() != 0 && in.Env.Host == "/" {
-		return fmt.Errorf("cannot set up the node: only root may; try again with sudo")
+		return fmt.Errorf("cannot set up the node: this needs root; run it again with sudo")
 	}
 	for _, s := range steps {
 		if err := ctx.Err(); err != nil {

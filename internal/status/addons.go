@@ -42,13 +42,13 @@ func (r *Report) addons(env snapenv.Env, s apiState) {
 		return
 	}
 	for _, err := range broken {
-		r.add("%v", err)("repair it, or take it away with microk8s addons repo remove NAME")
+		r.add("%v", err)("repair it, or remove it with microk8s addons repo remove NAME")
 	}
 	if s.recordErr != nil && s.err == nil {
-		r.add("cannot find out which addons are enabled: %v", s.recordErr)("wait a little, or see microk8s logs kubelite")
+		r.add("cannot find out which addons are enabled: %v", s.recordErr)("wait a moment, or see microk8s logs kubelite")
 	}
 	if s.foreignErr != nil && s.err == nil {
-		r.add("cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a little")
+		r.add("cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a moment")
 	}
 	on := enabledAddons(s.records)
 	for _, x := range all {

@@ -203,24 +203,24 @@ func (r *Report) apiProblems(s apiState) {
 	var status *errStatus
 	switch {
 	case s.err != nil:
-		r.add("%s", s.why())("wait a little, or see microk8s logs kubelite")
+		r.add("%s", s.why())("wait a moment, or see microk8s logs kubelite")
 		return
 	case errors.As(s.healthy, &status):
-		r.add("the API server is not well: %v", status)("see microk8s logs kubelite")
+		r.add("the API server is not healthy: %v", status)("see microk8s logs kubelite")
 	}
 	if s.nodeErr != nil || s.service != nil || len(s.nodes) == 0 {
-		r.add("%s", s.why())("wait a little, or see microk8s logs kubelite")
+		r.add("%s", s.why())("wait a moment, or see microk8s logs kubelite")
 		return
 	}
 	for _, n := range s.nodes {
 		c := readyCondition(n)
 		switch {
 		case c == nil:
-			r.add("node %s has not reported its state yet", n.Name)("wait a little, or see microk8s logs kubelite")
+			r.add("node %s has not reported its state yet", n.Name)("wait a moment, or see microk8s logs kubelite")
 		case c.Status != corev1.ConditionTrue:
 			r.add("node %s is not Ready: %s", n.Name, shorten(c.Message))("see microk8s kubectl describe node " + n.Name)
 		case s.stale(n, c):
-			r.add("the kubelet of node %s has not reported since it was started", n.Name)("wait a little, or see microk8s logs kubelite")
+			r.add("the kubelet of node %s has not reported since it was started", n.Name)("wait a moment, or see microk8s logs kubelite")
 		}
 		for _, c := range n.Status.Conditions {
 			if c.Type != corev1.NodeReady && c.Status == corev1.ConditionTrue && pressure[c.Type] {

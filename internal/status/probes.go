@@ -71,7 +71,7 @@ func FullDisk(env snapenv.Env) *Problem {
 func fullDisk(dir string, free uint64) Problem {
 	return Problem{
 		What: fmt.Sprintf("the disk of %s is full (%d MiB left)", dir, free>>20),
-		Do:   "free some space there; the services go on by themselves",
+		Do:   "free some space there; the services recover by themselves",
 	}
 }
 

@@ -142,7 +142,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	}
 	switch {
 	case missed["services"]:
-		r.add("the service manager did not answer within %s", budget)("run microk8s logs to see the services' own words")
+		r.add("the service manager did not answer within %s", budget)("see the services' logs with: microk8s logs")
 	case svcErr != nil:
 		r.add("%v", svcErr)("")
 	default:
@@ -198,7 +198,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	p.seen(answer)
 	r.Ready = answer.ready()
 	if !r.Ready && len(r.Problems) == 0 {
-		r.add("%s", answer.why())("wait a little, or see microk8s logs kubelite")
+		r.add("%s", answer.why())("wait a moment, or see microk8s logs kubelite")
 	}
 	return r
 }
@@ -267,7 +267,7 @@ func (r *Report) changeProblems(env snapenv.Env) {
 	case err != nil:
 		r.add("%v", err)("")
 	case pending != nil && strings.HasPrefix(pending.Operation, "join"):
-		r.add("microk8s join is under way or was interrupted, at %q", pending.At())("if it was interrupted: run it again, or take it back with microk8s leave")
+		r.add("microk8s join is under way or was interrupted, at %q", pending.At())("if it was interrupted: run it again, or undo it with microk8s leave")
 	case pending != nil:
 		r.add("microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.At())("if it was interrupted: run it again")
 	}
@@ -280,7 +280,7 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 		var what string
 		switch s.Phase {
 		case service.Backoff:
-			what = fmt.Sprintf("service %s fails and is started again and again (%s)", s.Name, s.LastExit)
+			what = fmt.Sprintf("service %s keeps failing and is restarted (%s)", s.Name, s.LastExit)
 		case service.Failed:
 			what = fmt.Sprintf("service %s could not be started (%s)", s.Name, s.LastExit)
 		case service.Stopped:
@@ -291,12 +291,12 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 		case service.Running:
 			// One that takes a while to fail runs most of the time.
 			if s.Restarts > 0 && now.Sub(s.Since) < justStarted {
-				what = fmt.Sprintf("service %s has ended and was started again", s.Name)
+				what = fmt.Sprintf("service %s ended and was restarted", s.Name)
 				if s.LastExit != "" {
 					what += " (" + s.LastExit + ")"
 				}
 				if s.LastWords != "" {
-					what += ", its last words were: " + words(s.LastWords)
+					what += ", last log line: " + words(s.LastWords)
 				}
 				r.add("%s", what)("see microk8s logs " + s.Name)
 			}
@@ -305,7 +305,7 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 			continue
 		}
 		if why := lastWordsOf(env, s); why != "" {
-			what += ", its last words: " + why
+			what += ", last log line: " + why
 		}
 		r.add("%s", what)("see microk8s logs " + s.Name)
 	}

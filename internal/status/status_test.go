@@ -225,7 +225,7 @@ func TestRestartedService(t *testing.T) {
 	r.Services = []service.State{state}
 	env := snapenv.Under(t.TempDir())
 	r.serviceProblems(env, now)
-	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0].What, "its last words were: no port") {
+	if len(r.Problems) != 1 || !strings.Contains(r.Problems[0].What, "last log line: no port") {
 		t.Errorf("problems: %v", r.Problems)
 	}
 	old := Report{Services: r.Services}

@@ -99,12 +99,12 @@ func TestAddonsCluster(t *testing.T) {
 		if r.code != 0 || !strings.Contains(r.err, "nodes that are not ready get it when they are back: w1") {
 			t.Errorf("enable registry: %s", r)
 		}
-		if r := c.try(t, "n1", "microk8s", "images", "import", "/web.tar"); r.code != 1 || !strings.Contains(r.err, "1 of 2 nodes have not got the images") {
+		if r := c.try(t, "n1", "microk8s", "images", "import", "/web.tar"); r.code != 1 || !strings.Contains(r.err, "1 of 2 nodes have not imported the images") {
 			t.Errorf("images import: %s", r)
 		}
 		// Its kubelet, too, is told when it is back.
 		r = c.try(t, "n1", "microk8s", "enable", "--no-wait", "dns", resolver, dnsIP, otherDomain)
-		if r.code != 0 || !strings.Contains(r.err, "Failed to reach node w1: ") || !strings.Contains(r.err, "It gets the change when it is back.") {
+		if r.code != 0 || !strings.Contains(r.err, "Failed to reach node w1: ") || !strings.Contains(r.err, "The change will be applied when the node is reachable again.") {
 			t.Errorf("enable dns: %s", r)
 		}
 		if err := c.lab.Start(t.Context(), "w1"); err != nil {

@@ -111,7 +111,7 @@ func TestInterrupted(t *testing.T) {
 						t.Fatal(err)
 					}
 					c.waitReady(t, "n1", "n1")
-					if r := c.try(t, "n2", "microk8s", "leave"); r.code == 0 || !strings.Contains(r.err, "the node is what it was before") {
+					if r := c.try(t, "n2", "microk8s", "leave"); r.code == 0 || !strings.Contains(r.err, "the node was rolled back") {
 						t.Fatalf("finishing what takes it back: %s", r)
 					}
 					c.waitReady(t, "n1", "n2")

@@ -60,7 +60,7 @@ func TestMany(t *testing.T) {
 			t.Fatal(err)
 		}
 		died := time.Now()
-		if r := <-done; r.code == 0 || !strings.Contains(r.err, "the node is what it was before") {
+		if r := <-done; r.code == 0 || !strings.Contains(r.err, "the node was rolled back") {
 			t.Fatalf("join: %s", r)
 		}
 		t.Logf("the join was taken back %s after the other node died", time.Since(died).Round(100*time.Millisecond))

@@ -155,7 +155,7 @@ func (n *node) testKilledSupervisor(t *testing.T) {
 	n.run(t, "kill", "-TERM", supervisor)
 	until(t, func() error { return n.nothingRuns(t) })
 	if out, err := n.tryAll(t, "", "microk8s", "status"); exitCode(err) != 1 || !strings.Contains(out, "are not running") || !strings.Contains(out, "microk8s start") {
-		t.Errorf("status after the supervisor was told to end: %v\n%s", err, out)
+		t.Errorf("status after the supervisor was asked to stop: %v\n%s", err, out)
 	}
 	n.run(t, "microk8s", "start")
 	n.usable(t)
@@ -231,7 +231,7 @@ func (n *node) testDaemonEnds(t *testing.T) {
 }
 
 func (n *node) testStopKilled(t *testing.T) {
-	for _, moment := range []string{"Stopping Kubernetes", "Ending the containers", "Stopping the other services"} {
+	for _, moment := range []string{"Stopping Kubernetes", "Stopping the containers", "Stopping the other services"} {
 		n.killAt(t, moment, "microk8s", "stop")
 	}
 	for range 2 {
