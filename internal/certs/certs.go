@@ -110,8 +110,15 @@ func New(env snapenv.Env, opts Options) *Store {
 	return &Store{env: env, opts: opts}
 }
 
-// nodeName is in certificates of the kubelet.
-func (s *Store) nodeName() (string, error) { return nodeconfig.NodeName(s.env, s.opts.Hostname) }
+// nodeName is in certificates of the kubelet. While the host has another name than the one under
+// which the node registered, it is that one: the kubelet, which may be running, still has it.
+func (s *Store) nodeName() (string, error) {
+	name, err := nodeconfig.NodeName(s.env, s.opts.Hostname)
+	if err != nil || nodeconfig.CheckRegistered(s.env, name) == nil {
+		return name, err
+	}
+	return nodeconfig.RegisteredName(s.env)
+}
 
 // Change is what one run did.
 type Change struct {

@@ -14,6 +14,7 @@ import (
 
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
@@ -194,6 +195,27 @@ func TestNodeName(t *testing.T) {
 	write(t, n.env.Args("kubelet"), "--hostname-override=under_score\n")
 	if _, err := n.Renew(t.Context()); err == nil || !strings.Contains(err.Error(), "--hostname-override in") {
 		t.Errorf("a name that no node can have: %v", err)
+	}
+}
+
+// TestRenamedHost keeps the kubelet's certificate of a node whose host gets another name while
+// it runs: the kubelet still has the old one.
+func TestRenamedHost(t *testing.T) {
+	n := newNode(t)
+	n.ensure(t)
+	if err := nodeconfig.KeepName(n.env, "node-a"); err != nil {
+		t.Fatal(err)
+	}
+	n.opts.Hostname = func() (string, error) { return "node-b", nil }
+	c, err := n.Renew(t.Context())
+	if err != nil || slices.Contains(c.Issued, Kubelet) || n.cert(t, Kubelet).Subject.CommonName != "system:node:node-a" {
+		t.Errorf("%v, issued %q for %s", err, c.Issued, n.cert(t, Kubelet).Subject)
+	}
+	if err := nodeconfig.ForgetName(n.env); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Renew(t.Context()); err != nil || n.cert(t, Kubelet).Subject.CommonName != "system:node:node-b" {
+		t.Errorf("as a new node: %v, %s", err, n.cert(t, Kubelet).Subject)
 	}
 }
 

@@ -44,6 +44,9 @@ type App struct {
 	Group   string // the group whose members need no sudo
 	Now     func() time.Time
 
+	// ReadyWait is how long start waits for the node to become Ready; 0 stands for 3 minutes.
+	ReadyWait time.Duration
+
 	// Exec replaces this process by a program; it returns only on failure.
 	Exec func(path string, argv, environ []string) error
 

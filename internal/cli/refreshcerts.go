@@ -145,7 +145,7 @@ func (a *App) undoCerts(ctx context.Context, store *certs.Store) error {
 	fmt.Fprintln(a.Out, "Restarting, please wait.")
 	err := a.stop(ctx)
 	if err == nil {
-		err = a.start(ctx, false)
+		err = a.start(ctx, startOptions{})
 	}
 	if err != nil {
 		return &Failure{Err: fmt.Errorf("Failed to start MicroK8s after reverting the certificates: %w", err), Code: exitCertInfo}

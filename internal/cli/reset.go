@@ -49,7 +49,7 @@ func (a *App) stoppedUnlessResetting() error {
 func (a *App) reset(ctx context.Context, destroy bool) error {
 	if a.state().Resetting {
 		a.progress().say("A previous reset was interrupted; starting what it may have stopped")
-		if err := a.start(ctx, false); err != nil {
+		if err := a.start(ctx, startOptions{}); err != nil {
 			return err
 		}
 	}
@@ -111,7 +111,7 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 	if err := removeLock(a.Env, snapenv.LockNoReissue, snapenv.LockCNILoaded); err != nil {
 		return err
 	}
-	if err := a.start(ctx, false); err != nil {
+	if err := a.start(ctx, startOptions{newName: true}); err != nil {
 		return err
 	}
 	if a.state().Stopped {

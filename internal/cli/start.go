@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,31 +19,36 @@ import (
 	"microk8s/internal/status"
 )
 
-// startWait is how long start waits for the node to become Ready (cli.md 1.4); the exit code
-// does not depend on it.
-const startWait = 60 * time.Second
+// readyWait is how long start waits for the node to become Ready. A node that is not Ready by
+// then is a failure, so a slow machine must not run into it.
+func (a *App) readyWait() time.Duration { return cmp.Or(a.ReadyWait, 3*time.Minute) }
 
 // closingWait is how long a port that nobody seems to hold may stay in use.
 const closingWait = time.Second
 
 func (a *App) newStart() *cobra.Command {
-	var disableGuard bool
+	var o startOptions
 	cmd := &cobra.Command{
-		Use:   "start [--disable-low-memory-guard]",
+		Use:   "start [--new-name] [--disable-low-memory-guard]",
 		Short: "Start the services of this node",
-		Long: `Start the services of this node, and at every boot from now on, and wait up to a minute
-until the node is Ready. The first start on a machine without snapd sets the node up.
+		Long: `Start the services of this node, and at every boot from now on, and wait until the node is
+Ready. The first start on a machine without snapd sets the node up. Starting a node that runs
+does nothing.
 
-Starting a node that runs does nothing.`,
+If the node is not Ready after three minutes, the exit code is 1 and the reasons are shown; the
+services keep running.`,
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.start(cmd.Context(), disableGuard) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.start(cmd.Context(), o) },
 	}
-	cmd.Flags().BoolVar(&disableGuard, "disable-low-memory-guard", false, "start on a machine that is too small for a control plane")
+	cmd.Flags().BoolVar(&o.newName, "new-name", false, "register a single node whose host was renamed under its new name")
+	cmd.Flags().BoolVar(&o.disableGuard, "disable-low-memory-guard", false, "start on a machine that is too small for a control plane")
 	return cmd
 }
 
-func (a *App) start(ctx context.Context, disableGuard bool) error {
-	if disableGuard {
+type startOptions struct{ newName, disableGuard bool }
+
+func (a *App) start(ctx context.Context, o startOptions) error {
+	if o.disableGuard {
 		if err := removeLock(a.Env, snapenv.LockLowMemory); err != nil {
 			return err
 		}
@@ -54,6 +60,9 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		return failf(p.Do, "cannot start: %s", p.What)
 	}
 	if err := a.refuseHalfChanged(); err != nil {
+		return err
+	}
+	if err := a.checkName(o.newName); err != nil {
 		return err
 	}
 	p := a.progress()
@@ -89,7 +98,7 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 	var report status.Report
 	var failing, why string
 	_ = p.step("Waiting for the node to be Ready", func() error {
-		wait, cancel := context.WithTimeout(ctx, startWait)
+		wait, cancel := context.WithTimeout(ctx, a.readyWait())
 		defer cancel()
 		report = prober.WaitReadyUnless(wait, func(r status.Report) bool {
 			failing, why = r.Failing(a.Env)
@@ -107,14 +116,30 @@ func (a *App) start(ctx context.Context, disableGuard bool) error {
 		return failf("fix this and run microk8s start again; see also: microk8s logs "+failing, "service %s does not start: %s", failing, why)
 	}
 	if !report.Ready {
-		fmt.Fprintf(a.Err, "the services run, but the node was not Ready within %s\n", startWait)
+		var why strings.Builder
 		for _, pr := range prober.Probe(ctx).Problems {
-			fmt.Fprintf(a.Err, "  %s\n", pr)
+			fmt.Fprintf(&why, "\n  %s", pr)
 		}
-		fmt.Fprintln(a.Err, "Keep waiting with: microk8s status --wait-ready")
-		return nil
+		return failf("keep waiting with: microk8s status --wait-ready", "the services run, but the node was not Ready within %s%s", a.readyWait(), &why)
 	}
 	p.say("The node is Ready. Try: microk8s kubectl get pods -A")
+	return nil
+}
+
+// checkName refuses to start a node that the cluster could not know by its name, before anything
+// runs.
+func (a *App) checkName(newName bool) error {
+	if newName {
+		if s := a.state(); s.Clustered || s.Worker {
+			return failf("leave the cluster first: microk8s leave", "cannot start under another name: this node is in a cluster")
+		}
+		if err := nodeconfig.ForgetName(a.Env); err != nil {
+			return explain("cannot start under another name", err)
+		}
+	}
+	if err := nodeconfig.Load(a.Env).Err(nodeconfig.PartName, nodeconfig.PartRenamed); err != nil {
+		return fmt.Errorf("cannot start: %w", err)
+	}
 	return nil
 }
 

@@ -7,10 +7,13 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -87,6 +90,42 @@ func TestStartGivesUp(t *testing.T) {
 	want := "microk8s: service containerd does not start: cannot read args/containerd\n  fix this and run microk8s start again; see also: microk8s logs containerd\n"
 	if code != ExitError || !strings.HasSuffix(a.err.String(), want) {
 		t.Errorf("code %d: %s, want %s", code, a.err.String(), want)
+	}
+}
+
+// TestStartOfARenamedHost has a host that got another name after its node was in use.
+func TestStartOfARenamedHost(t *testing.T) {
+	a := newApp(t)
+	a.write(t, a.Env.AdminKubeconfig(), fakeAPI(t))
+	if err := nodeconfig.KeepName(a.Env, "a-name-of-no-host"); err != nil {
+		t.Fatal(err)
+	}
+	if code := a.run(t.Context(), "start"); code != ExitError || !strings.Contains(a.err.String(), "microk8s: cannot start: this node is a-name-of-no-host in its cluster") {
+		t.Errorf("code %d: %s", code, a.err.String())
+	}
+	if len(a.services.calls) > 0 || len(a.parts) > 0 {
+		t.Errorf("services %q, parts %q", a.services.calls, a.parts)
+	}
+	a.write(t, a.Env.Lock(snapenv.LockNoReissue), "")
+	if code := a.run(t.Context(), "start", "--new-name"); code != ExitError || !strings.Contains(a.err.String(), "microk8s leave") {
+		t.Errorf("in a cluster: code %d: %s", code, a.err.String())
+	}
+	if err := os.Remove(a.Env.Lock(snapenv.LockNoReissue)); err != nil {
+		t.Fatal(err)
+	}
+	if code := a.run(t.Context(), "start", "--new-name"); code != ExitOK {
+		t.Errorf("--new-name: code %d: %s", code, a.err.String())
+	}
+}
+
+// TestStartFailsUnlessReady has services that run and an API server that does not answer.
+func TestStartFailsUnlessReady(t *testing.T) {
+	a := newApp(t)
+	a.ReadyWait = time.Millisecond
+	code := a.run(t.Context(), "start")
+	if code != ExitError || !strings.Contains(a.err.String(), "the services run, but the node was not Ready within 1ms\n") ||
+		!strings.HasSuffix(a.err.String(), "\n  keep waiting with: microk8s status --wait-ready\n") {
+		t.Errorf("code %d: %s", code, a.err.String())
 	}
 }
 

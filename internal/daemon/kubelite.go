@@ -66,8 +66,11 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 		}
 		errs = append(errs, err)
 	}
-	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName), certs.Check(p.Env))...); err != nil {
+	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env))...); err != nil {
 		return err
+	}
+	if err := nodeconfig.KeepName(p.Env, config.NodeName); err != nil {
+		return fmt.Errorf("cannot note the node's name: %w", err)
 	}
 	if !config.Worker {
 		if err := p.ownAuthentication(); err != nil {

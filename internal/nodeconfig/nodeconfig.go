@@ -134,6 +134,7 @@ type Part string
 // The parts.
 const (
 	PartName         Part = "node name"
+	PartRenamed      Part = "renamed node" // the name is not the one under which the node registered
 	PartAPIPort      Part = "API server port"
 	PartServiceCIDRs Part = "range of Services"
 	PartClusterCIDRs Part = "range of pods"
@@ -172,6 +173,7 @@ func load(env snapenv.Env, hostname func() (string, error)) Config {
 	var err error
 	c.NodeName, err = r.nodeName(hostname)
 	note(PartName, err)
+	note(PartRenamed, CheckRegistered(env, c.NodeName))
 
 	c.APIServer.Port, err = number(r, APIServer, "secure-port", DefaultAPIServerPort)
 	note(PartAPIPort, err)
