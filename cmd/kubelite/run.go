@@ -30,6 +30,7 @@ import (
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/images"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -112,7 +113,11 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	for _, note := range host.Notes() {
 		log.Info("this host: " + note)
 	}
-	words, kubeletArgs, err := readArgs(env, f, host, log)
+	config := nodeconfig.Load(env)
+	if err := config.Err(nodeconfig.PartName); err != nil {
+		return err
+	}
+	words, kubeletArgs, err := readArgs(env, config.NodeName, f, host, log)
 	if err != nil {
 		return err
 	}
@@ -153,7 +158,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 	group.Start(parsed[daemons.Proxy])
 	group.Go("pod network", func(ctx context.Context) error {
-		return runNetwork(ctx, env, kubeletArgs, words, log)
+		return runNetwork(ctx, env, config, kubeletArgs, log)
 	})
 	group.Start(parsed[daemons.Kubelet])
 	return group.WaitFor(func() time.Duration {
@@ -175,9 +180,9 @@ func datastoreGone(env snapenv.Env) bool {
 	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
-// readArgs reads the argument file of each daemon to be run, and adds what this host needs
-// unless the user set the flag.
-func readArgs(env snapenv.Env, f *flags, host hostprobe.Host, log *slog.Logger) (words map[string][]string, kubelet *args.File, err error) {
+// readArgs reads the argument file of each daemon to be run, and adds what this host needs unless the
+// user set the flag. kube-proxy gets the name of the node, which it would take from its own flag only.
+func readArgs(env snapenv.Env, node string, f *flags, host hostprobe.Host, log *slog.Logger) (words map[string][]string, kubelet *args.File, err error) {
 	names := []string{daemons.Kubelet, daemons.Proxy}
 	if f.startControlPlane {
 		names = append(names, daemons.APIServer, daemons.ControllerManager, daemons.Scheduler)
@@ -195,6 +200,12 @@ func readArgs(env snapenv.Env, f *flags, host hostprobe.Host, log *slog.Logger) 
 		if err != nil {
 			errs = append(errs, err)
 			continue
+		}
+		if name == daemons.Proxy {
+			if err := file.Set("hostname-override", node); err != nil {
+				errs = append(errs, err)
+				continue
+			}
 		}
 		added, err := host.Apply(name, file)
 		if err != nil {
@@ -331,32 +342,14 @@ func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog
 	return nil
 }
 
-func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words map[string][]string, log *slog.Logger) error {
-	name, ok := kubelet.Get("hostname-override")
-	if !ok {
-		host, err := os.Hostname()
-		if err != nil {
-			return err
-		}
-		name = host
+func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, kubelet *args.File, log *slog.Logger) error {
+	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
+		return err
 	}
 	var nodeIP netip.Addr // the first one when there is one of each family
-	if v, ok := kubelet.Get("node-ip"); ok {
-		first, _, _ := strings.Cut(v, ",")
-		ip, err := netip.ParseAddr(first)
-		if err != nil {
-			return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
-		}
-		nodeIP = ip
-	}
-	if nodeIP.IsValid() {
-		var services []netip.Prefix
-		for _, text := range strings.Split(flagValue(words[daemons.APIServer], "service-cluster-ip-range"), ",") {
-			if p, err := netip.ParsePrefix(text); err == nil { // kube-apiserver checks the flag itself
-				services = append(services, p)
-			}
-		}
-		if err := hostnet.ServiceRoutes(services, nodeIP); err != nil {
+	if len(config.NodeIPs) > 0 {
+		nodeIP = config.NodeIPs[0]
+		if err := hostnet.ServiceRoutes(config.APIServer.ServiceCIDRs, nodeIP); err != nil {
 			log.Warn("programs of this host will not reach Services", "error", err)
 		}
 	}
@@ -369,9 +362,9 @@ func runNetwork(ctx context.Context, env snapenv.Env, kubelet *args.File, words 
 		return err
 	}
 	options.Kubeconfig = os.Expand(kubeconfig, func(k string) string { v, _ := env.Lookup(k); return v })
-	options.NodeName = strings.ToLower(strings.TrimSpace(name))
+	options.NodeName = config.NodeName
 	options.NodeIP = nodeIP
-	options.ClusterCIDR = flagValue(words[daemons.Proxy], "cluster-cidr")
+	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
 	options.Env, options.Log = env, log
 	return network.Run(ctx, options)
 }
@@ -395,16 +388,4 @@ func podNetworkOptions(env snapenv.Env) (o network.Options, err error) {
 		return o, fmt.Errorf("%s: %w; the flags are --backend, --interface and --mtu", path, err)
 	}
 	return o, nil
-}
-
-// flagValue is the value of --name=value in words, the last one when it is repeated.
-func flagValue(words []string, name string) (value string) {
-	for i, w := range words {
-		if v, ok := strings.CutPrefix(w, "--"+name+"="); ok {
-			value = v
-		} else if w == "--"+name && i+1 < len(words) {
-			value = words[i+1]
-		}
-	}
-	return value
 }
