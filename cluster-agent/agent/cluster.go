@@ -2,12 +2,14 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -41,15 +43,22 @@ func (a apiServer) APIServers(ctx context.Context) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
-	var e corev1.Endpoints //nolint:staticcheck // the API servers keep it, and it is in the core group
-	if err := core.Get().Namespace("default").Resource("endpoints").Name("kubernetes").Do(ctx).Into(&e); err != nil {
+	data, err := core.Get().AbsPath("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices").
+		Param("labelSelector", discoveryv1.LabelServiceName+"=kubernetes").SetHeader("Accept", "application/json").Do(ctx).Raw()
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the API servers: %w", err)
+	}
+	var list discoveryv1.EndpointSliceList
+	if err := json.Unmarshal(data, &list); err != nil {
 		return nil, fmt.Errorf("cannot list the API servers: %w", err)
 	}
 	var out []netip.Addr
-	for _, s := range e.Subsets {
-		for _, ip := range s.Addresses {
-			if addr, err := netip.ParseAddr(ip.IP); err == nil {
-				out = append(out, addr)
+	for _, slice := range list.Items {
+		for _, e := range slice.Endpoints {
+			for _, text := range e.Addresses {
+				if addr, err := netip.ParseAddr(text); err == nil {
+					out = append(out, addr)
+				}
 			}
 		}
 	}

@@ -332,7 +332,7 @@ func (c *call) issue(csr *x509.CertificateRequest, n names, who identity, days i
 	if err != nil {
 		return failed(err)
 	}
-	c.note("subject", req.Subject.String(), "names", len(req.DNSNames)+len(req.IPs), "days", days)
+	c.note("subject", req.Subject.CommonName, "names", len(req.DNSNames)+len(req.IPs), "days", days)
 	return string(pki.EncodeCert(der)), nil
 }
 

@@ -195,7 +195,7 @@ func (c *Cluster) RenewSecrets(ctx context.Context) ([]Result, error) {
 	for _, wait := range c.renewWaits() {
 		var again []string
 		for _, r := range results {
-			if r.Err != nil && !r.away() {
+			if errors.Is(r.Err, errSecret) {
 				again = append(again, r.Name)
 			}
 		}

@@ -389,3 +389,73 @@ func FuzzDecode(f *testing.F) {
 		st.List()
 	})
 }
+
+// TestNames: which names a token is for follows from what was begun with it.
+func TestNames(t *testing.T) {
+	now := start
+	join := func(name, nonce string) Joiner { return Joiner{Name: name, Worker: true, Ours: true, Join: nonce} }
+	add := func(uses int) (*State, token.Token) {
+		st, tok := &State{}, token.New()
+		if _, err := st.Add(tok, Record{Uses: uses}, now); err != nil {
+			t.Fatal(err)
+		}
+		return st, tok
+	}
+	allow := func(Hold) error { return nil }
+
+	// A certificate binds the use to its node, whatever becomes of the reservation.
+	st, tok := add(1)
+	if _, err := st.Reserve(tok, join("a", "1"), now); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Release(tok, "a"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Reserve(tok, join("b", "2"), now); err != nil {
+		t.Fatalf("another name before there is a certificate: %v", err)
+	}
+	if _, err := st.Sign(tok, true, "b", now, allow); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Release(tok, "b"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Reserve(tok, join("a", "3"), now.Add(time.Hour)); !errors.Is(err, ErrBound) {
+		t.Errorf("another name afterwards: %v", err)
+	}
+	if _, err := st.Reserve(tok, join("b", "4"), now.Add(time.Hour)); err != nil {
+		t.Errorf("the same name: %v", err)
+	}
+
+	// The first request of a join that goes on is remembered, and the nonce of the last.
+	st, tok = add(Unlimited)
+	for i, nonce := range []string{"1", "2"} {
+		if _, err := st.Reserve(tok, join("a", nonce), now.Add(time.Duration(i)*time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h, ok, err := st.Hold(tok, "a")
+	if err != nil || !ok || h.Join != "2" || !h.Began.Equal(now) {
+		t.Errorf("%+v, %v, %v", h, ok, err)
+	}
+	// A token without a limit knows who began, until the join is confirmed; and not without end.
+	r, err := st.Check(tok, join("a", ""), now)
+	if err != nil || !r.Knows("a") {
+		t.Errorf("%v", err)
+	}
+	st.Settle("2", now)
+	if _, ok, _ := st.Hold(tok, "a"); ok || r.Knows("a") {
+		t.Error("a node that is in counts as joining")
+	}
+	for i := range 2 * maxHolds {
+		if _, err := st.Reserve(tok, join(fmt.Sprintf("n%d", i), "x"), now); err != nil && !errors.Is(err, ErrHeld) {
+			t.Fatal(err)
+		}
+		if err := st.Release(tok, fmt.Sprintf("n%d", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(r.Names) > maxHolds || !r.Knows(fmt.Sprintf("n%d", 2*maxHolds-1)) {
+		t.Errorf("%d names", len(r.Names))
+	}
+}

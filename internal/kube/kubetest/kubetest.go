@@ -78,6 +78,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
 		s.watchNodes(w, r)
+	case strings.HasSuffix(r.URL.Path, "/endpointslices"): // there is no API server but this one
+		answer(map[string]any{"kind": "EndpointSliceList", "apiVersion": "discovery.k8s.io/v1", "items": []any{}})
 	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"):
 		s.rbac(w, r, answer)
 	case strings.HasPrefix(r.URL.Path, "/api/v1/nodes/") && r.Method == http.MethodDelete:
