@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/serverargs"
 )
 
 // Paths. All of them are called with POST, except PathHealth.
@@ -70,7 +71,8 @@ const (
 	CodeMember       Code = "known-member" // the address is a datastore member already
 	CodeDatastore    Code = "datastore-incompatible"
 	CodeOldClient    Code = "client-too-old"
-	CodeAddress      Code = "no-address" // no usable address of this host for the datastore
+	CodeArguments    Code = "server-arguments" // arguments of the API server that must agree and cannot be carried
+	CodeAddress      Code = "no-address"       // no usable address of this host for the datastore
 	CodeRequest      Code = "bad-request"
 	CodeCertificate  Code = "certificate-refused"
 	CodeBusy         Code = "too-many-attempts"
@@ -112,6 +114,10 @@ type JoinRequest struct {
 	AdvertiseAddress string `json:"advertise_address,omitempty"`
 	// Secrets is 2 from clients that get their callback secret after the join. Ours.
 	Secrets int `json:"secrets,omitempty"`
+	// ServerArguments are the digests of the arguments of kube-apiserver that the joining
+	// control-plane node has now (internal/serverargs); that there are any says that it takes the
+	// cluster's over. Ours.
+	ServerArguments map[string]string `json:"server_arguments,omitempty"`
 }
 
 // Worker is the field `worker`: any JSON value, and only true and "as-worker" mean it.
@@ -164,6 +170,10 @@ type JoinResponse struct {
 	APIServers []string `json:"api_servers,omitempty"`
 	// CNI is true where the cluster has a CNI of its own (args/cni-network/cni.yaml). Ours.
 	CNI bool `json:"cni,omitempty"`
+	// ServerArguments are those of kube-apiserver that all control-plane nodes must share, with
+	// the files that they name, keys of encryption at rest among them. For control-plane nodes
+	// only. Ours.
+	ServerArguments *serverargs.Set `json:"server_arguments,omitempty"`
 }
 
 // SignRequest asks for a certificate during a worker's join: token is the join token with

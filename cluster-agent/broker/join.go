@@ -21,10 +21,12 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/defence"
+	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
@@ -59,7 +61,8 @@ type joining struct {
 	nodes   []corev1.Node
 	members []storedir.Member // nil with an external etcd
 
-	replaces string // address of the datastore's member that this node was before it was installed anew
+	arguments *serverargs.Set // of the API server, for a control-plane node
+	replaces  string          // address of the datastore's member that this node was before it was installed anew
 }
 
 func (b *Broker) join(w http.ResponseWriter, r *http.Request) {
@@ -187,6 +190,7 @@ func (c *call) problems(j *joining) (out []error) {
 	add(b.hostnameProblem(ctx, j))
 	if !req.Worker {
 		add(b.clientProblem(req))
+		add(b.argumentsProblem(j))
 	}
 	var err error
 	if !b.external() {
@@ -398,6 +402,33 @@ func (b *Broker) clientProblem(req api.JoinRequest) error {
 	return nil
 }
 
+// argumentsProblem is about the API server's arguments in which control-plane nodes must agree: all of
+// them are carried by the join, or it is refused with the list. Without its keys a joining
+// node could not read what the others have encrypted.
+func (b *Broker) argumentsProblem(j *joining) error {
+	set, problems, err := serverargs.Read(b.Env)
+	if err != nil {
+		return internal("Failed to read arguments of the API server", err)
+	}
+	if j.req.ServerArguments == nil {
+		if set.Encryption() == nil {
+			return nil // an older node, which differs as it always did
+		}
+		return fail(http.StatusNotImplemented, api.CodeOldClient,
+			"This cluster encrypts Secrets at rest (--%s), and the joining node's MicroK8s cannot take over the key. Update it, or join it with --worker", encryption.Flag)
+	}
+	if problems = set.Reconcile(problems, j.req.ServerArguments); len(problems) > 0 {
+		var list []string
+		for _, p := range problems {
+			list = append(list, p.String())
+		}
+		return fail(http.StatusConflict, api.CodeArguments, "The API server of %s has arguments that every control plane node must have and that a join cannot carry. "+
+			"Set them on the joining node as they are here, in args/kube-apiserver with the same files, and join again: %s", j.local, strings.Join(list, "; "))
+	}
+	j.arguments = set
+	return nil
+}
+
 // nameProblem keeps a name for the machine that has it. A token that is bound to the name is
 // its owner's word, once the old machine is silent.
 func (j *joining) nameProblem() error {
@@ -492,6 +523,7 @@ func (c *call) material(j *joining) (*api.JoinResponse, error) {
 		return nil, err
 	}
 	answer.CAKey = &caKey
+	answer.ServerArguments = j.arguments
 	if answer.ServiceAccountKey, err = read("Failed to retrieve service account key", b.Env.Cert("serviceaccount.key")); err != nil {
 		return nil, err
 	}

@@ -405,6 +405,38 @@ func TestOurClient(t *testing.T) {
 	}
 }
 
+// TestServerArguments shows that the API server's arguments in which nodes must agree are carried to
+// control-plane nodes and to nobody else, or the join is refused with the list.
+func TestServerArguments(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const common = "--secure-port=16443\n--kubelet-preferred-address-types=InternalIP\n--etcd-servers=unix:///var/kubernetes/backend/kine.sock:12379\n"
+	s.write(s.env.Args("kube-apiserver"), common+"--encryption-provider-config=${SNAP_DATA}/args/encryption.yaml\n--feature-gates=A=true\n")
+	s.write(s.env.Args("encryption.yaml"), "the key")
+	tok := s.add(tokenstore.Options{}).Reveal()
+	if _, status, refusal := s.join(from{}, request(tok, "n2", false)); refusal.Code != api.CodeOldClient || status != http.StatusNotImplemented || !strings.Contains(refusal.Message, "encrypts Secrets") {
+		t.Errorf("a node that cannot take over the key: %d %+v", status, refusal)
+	}
+	w, status, why := s.join(from{address: "10.0.0.40"}, request(s.add(tokenstore.Options{Worker: true}).Reveal(), "w9", true))
+	if status != http.StatusOK || w.ServerArguments != nil {
+		t.Errorf("a worker got %+v (%d %+v)", w, status, why)
+	}
+	r := request(tok, "n2", false)
+	r.ServerArguments = map[string]string{"carries": "1"}
+	a := s.joined(from{}, r)
+	if a.ServerArguments == nil || a.ServerArguments.Encryption() == nil || a.ServerArguments.Encryption().Content != "the key" || fmt.Sprint(a.ServerArguments.Flags["feature-gates"]) != "[A=true]" {
+		t.Errorf("carried: %+v", a.ServerArguments)
+	}
+
+	s.write(s.env.Args("kube-apiserver"), common+"--audit-webhook-config-file=${SNAP_DATA}/args/hook.conf\n--oidc-ca-file=/nowhere\n")
+	s.write(s.env.Args("hook.conf"), "clusters: [{cluster: {certificate-authority: /etc/ca.pem}}]")
+	r = request(s.add(tokenstore.Options{}).Reveal(), "n3", false)
+	r.ServerArguments = map[string]string{"carries": "1"}
+	if _, _, refusal := s.join(from{address: "10.0.0.30"}, r); refusal.Code != api.CodeArguments || !strings.Contains(refusal.Message, "--audit-webhook-config-file: ") || !strings.Contains(refusal.Message, "--oidc-ca-file: ") {
+		t.Errorf("what cannot be carried: %+v", refusal)
+	}
+}
+
 // TestPreflight says everything at once, and changes nothing.
 func TestPreflight(t *testing.T) {
 	t.Parallel()

@@ -279,6 +279,55 @@ func (f *File) Value(flag string, lookup func(string) (string, bool)) (string, b
 	return word, true
 }
 
+// Values is Value for a flag that may be given several times, as --service-account-issuer: every
+// value, in the order of the file.
+func (f *File) Values(flag string, lookup func(string) (string, bool)) []string {
+	var out []string
+	for _, p := range f.find(flag) {
+		if p.bare {
+			out = append(out, p.value)
+			continue
+		}
+		word := strings.Join(f.tokens[p.last].expand(lookup), " ")
+		if p.first == p.last {
+			_, word, _ = strings.Cut(word, "=")
+		}
+		out = append(out, word)
+	}
+	return out
+}
+
+// SetAll gives a flag (named without dashes) several values, one --flag=value each, at the end of
+// the file; none removes it. A value that the grammar cannot express is an error and changes
+// nothing.
+func (f *File) SetAll(flag string, values []string) error {
+	next := f
+	if found := f.find(flag); len(found) > 0 {
+		parsed, err := parse(f.without(found), f.grammar, f.path)
+		if err != nil {
+			return err
+		}
+		next = parsed
+	}
+	data := next.Bytes()
+	for _, v := range values {
+		one := &File{grammar: f.grammar, path: f.path}
+		if err := one.Set(flag, v); err != nil {
+			return err
+		}
+		if len(data) > 0 && data[len(data)-1] != '\n' {
+			data = append(data, '\n')
+		}
+		data = append(data, one.data...)
+	}
+	parsed, err := parse(data, f.grammar, f.path)
+	if err != nil {
+		return err
+	}
+	*f = *parsed
+	return nil
+}
+
 // Flags lists the names of all flags in order of first appearance.
 func (f *File) Flags() []string {
 	var names []string

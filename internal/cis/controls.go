@@ -263,7 +263,7 @@ func Controls() []Control {
 
 const (
 	pullReason   = "nodes run without internet: a pod whose image was imported could not start; whoever may start pods can use any image on the node"
-	encryptionDo = "docs/security.md says how it is switched on for a cluster in use"
+	encryptionDo = "docs/cis.md says how it is switched on for a cluster in use"
 )
 
 // The files of the API server that are looked at, as far as they are: linking the API server's

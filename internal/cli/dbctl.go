@@ -14,7 +14,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"microk8s/internal/args"
 	"microk8s/internal/datastore/backup"
+	"microk8s/internal/encryption"
+	"microk8s/internal/fileaccess"
 )
 
 // Exit codes of dbctl (cli.md 1.11).
@@ -141,10 +144,17 @@ func (a *App) dbBackup(ctx context.Context, o dbctlOptions) error {
 	if err := a.migrator(ctx, o.debug, "backup-dqlite", keys); err != nil {
 		return failed(exitDumpFailed, err)
 	}
+	secret, err := a.packKeys(keys)
+	if err != nil {
+		return failed(exitArchiveFailed, err)
+	}
 	if err := backup.Pack(ctx, keys, archive); err != nil {
 		return failed(exitArchiveFailed, err)
 	}
 	fmt.Fprintf(a.Out, "The backup is: %s\n", archive)
+	if secret {
+		fmt.Fprintln(a.Err, "The archive has the key of encryption at rest in it: keep it as you keep the Secrets.")
+	}
 	if o.keep == 0 {
 		return nil
 	}
@@ -180,6 +190,9 @@ func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
 	if set.Manifest.Revision == 0 {
 		fmt.Fprintln(a.Err, "the archive has no list of its content, as upstream's have none: that it is complete cannot be checked")
 	}
+	if err := a.unpackKeys(keys); err != nil {
+		return failed(exitRestoreFailed, err)
+	}
 	var extra []string
 	if o.prune {
 		extra = append(extra, "--prune")
@@ -190,6 +203,73 @@ func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
 	fmt.Fprintf(a.Out, "Restored %d keys\n", set.Manifest.Keys)
 	fmt.Fprintln(a.Out, "Join tokens and the secrets between nodes are those of now, not of the archive; new tokens: microk8s add-node")
 	return nil
+}
+
+// packKeys puts the keys of encryption at rest beside the dumped data, where this cluster encrypts.
+func (a *App) packKeys(dir string) (found bool, err error) {
+	data, err := os.ReadFile(a.encryptionFile())
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, os.WriteFile(filepath.Join(dir, backup.KeysName), data, 0o600)
+}
+
+// unpackKeys adds the keys of an archive to those that this cluster reads with, before the data comes.
+func (a *App) unpackKeys(dir string) error {
+	data, err := os.ReadFile(filepath.Join(dir, backup.KeysName))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	path := a.encryptionFile()
+	own, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(own, data) {
+		return nil
+	}
+	byHand := func(why error) error {
+		return fmt.Errorf("the Secrets in the archive are encrypted with keys that cannot be added to %s (%w); add them by hand: they are in the file %s of the archive", path, why, backup.KeysName)
+	}
+	if err != nil {
+		return byHand(err)
+	}
+	have, err := encryption.Parse(own)
+	if err != nil {
+		return byHand(err)
+	}
+	others, err := encryption.Parse(data)
+	if err != nil {
+		return byHand(err)
+	}
+	all, err := have.Merge(others)
+	if err != nil {
+		return byHand(err)
+	}
+	if len(all) == len(have) {
+		return nil
+	}
+	if err := fileaccess.For(a.Env).WriteSecret(path, all.Encode()); err != nil {
+		return err
+	}
+	fmt.Fprintf(a.Err, "The archive's key of encryption at rest was added to %s; the API server reads Secrets with it within a minute.\n", path)
+	fmt.Fprintln(a.Err, "Copy that file to the same place on every other control-plane node, then encrypt everything with one key: microk8s encryption rotate")
+	return nil
+}
+
+// encryptionFile is the configuration of encryption at rest that the API server of this node uses, or
+// would.
+func (a *App) encryptionFile() string {
+	if f, err := args.Load(a.Env.Args("kube-apiserver"), args.GrammarA); err == nil {
+		if path, set := f.Value(encryption.Flag, a.Env.Lookup); set {
+			return path
+		}
+		return filepath.Join(a.Env.Data, "no-encryption")
+	}
+	return encryption.Path(a.Env)
 }
 
 // migrator runs the datastore's own tool. Only its exit status counts; what it said is shown

@@ -32,10 +32,12 @@ import (
 	"microk8s/cluster-agent/client"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/encryption"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -280,6 +282,10 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 		if !q.Worker {
 			out.CAKey, out.ServiceAccountKey = &s.caKeyPEM, s.caKeyPEM
 			out.ClusterCert, out.ClusterKey, out.Voters = s.pair()
+			out.ServerArguments = &serverargs.Set{
+				Flags: map[string][]string{encryption.Flag: {encryption.Argument}, "feature-gates": {"Cluster=true"}, "audit-policy-file": {"${SNAP_DATA}/args/audit-policy.yaml"}},
+				Files: []serverargs.File{{Flag: encryption.Flag, Name: encryption.Argument, Content: "the cluster's key"}, {Flag: "audit-policy-file", Name: "${SNAP_DATA}/args/audit-policy.yaml", Content: "the cluster's policy"}},
+			}
 		}
 		server.WriteJSON(w, http.StatusOK, out)
 	case api.PathSignCert:
@@ -448,6 +454,18 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 		}
 	} else if !strings.Contains(read(t, filepath.Join(s.env.BackendLive(), "join")), "127.0.0.1:1") {
 		t.Error("the datastore was not told whom to join")
+	}
+	if !worker {
+		apiServer := read(t, s.env.Args("kube-apiserver"))
+		if !strings.Contains(apiServer, "--feature-gates=Cluster=true\n") || strings.Contains(apiServer, "--audit-log-path") {
+			t.Errorf("the API server's arguments are not the cluster's:\n%s", apiServer)
+		}
+		if read(t, encryption.Path(s.env)) != "the cluster's key" || read(t, s.env.Args("audit-policy.yaml")) != "the cluster's policy" {
+			t.Error("the files of the API server's arguments are not the cluster's")
+		}
+		if carried, _ := s.request["server_arguments"].(map[string]any); carried["carries"] == nil || carried[encryption.Flag] == nil {
+			t.Errorf("the cluster was not told what the API server has: %v", carried)
+		}
 	}
 	if read(t, ca) != s.caPEM {
 		t.Error("the cluster's CA is not there")
@@ -722,6 +740,19 @@ func TestLeaveOfASingleNode(t *testing.T) {
 	s := newSite(t)
 	if err := s.node().Leave(t.Context(), s.journal(t), LeaveOptions{}); !errors.Is(err, ErrNotMember) {
 		t.Errorf("error: %v", err)
+	}
+}
+
+// TestOlderCluster is about a cluster whose nodes do not say what their API servers have: its data is
+// not encrypted with this node's key.
+func TestOlderCluster(t *testing.T) {
+	s := newSite(t)
+	run := &joinRun{Node: &Node{Env: s.env, Say: func(string, ...any) {}}, joinParams: &joinParams{}}
+	if err := run.serverArguments(&answer{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, s.env.Args("kube-apiserver")); strings.Contains(got, "encryption") || !strings.Contains(got, "--audit-log-path") {
+		t.Errorf("%s", got)
 	}
 }
 

@@ -16,7 +16,9 @@ import (
 
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/tokenstore"
@@ -52,6 +54,9 @@ func (s *joinRun) controlPlaneArgs(context.Context) error {
 	if err := s.editArgs("kube-apiserver", api); err != nil {
 		return err
 	}
+	if err := s.serverArguments(a); err != nil {
+		return err
+	}
 	if err := s.kubeletArgs(a, map[string]string{}); err != nil {
 		return err
 	}
@@ -62,6 +67,30 @@ func (s *joinRun) controlPlaneArgs(context.Context) error {
 	}
 	return s.unlock(snapenv.LockLowMemory)
 }
+
+// serverArguments takes over the arguments in which all API servers of a cluster must agree. The
+// key of encryption at rest is written with the datastore, which has not been made yet.
+func (s *joinRun) serverArguments(a *answer) error {
+	set := a.ServerArguments
+	if set == nil { // an older release's cluster: what it has is not encrypted with this node's key
+		return s.editArgs("kube-apiserver", map[string]string{encryption.Flag: "", encryption.ReloadFlag: ""})
+	}
+	if key := set.Encryption(); key != nil && a.EtcdServers != "" && s.ownKeyFile(key) { // this node's datastore keeps its own
+		key.Name = serverargs.Folder + encryption.FileName
+		set.Flags[encryption.Flag] = []string{key.Name}
+	}
+	changed, err := set.Write(s.Env, encryption.Path(s.Env))
+	if err != nil {
+		return fmt.Errorf("cannot take over the API server's arguments: %w", err)
+	}
+	if len(changed) > 0 {
+		s.Say("Taking over the cluster's arguments of the API server: --%s", strings.Join(changed, ", --"))
+	}
+	return nil
+}
+
+// ownKeyFile reports whether the key of encryption at rest is kept in the datastore's folder.
+func (s *joinRun) ownKeyFile(f *serverargs.File) bool { return f.Name == encryption.Argument }
 
 type etcdFile struct{ file, text string }
 
@@ -159,6 +188,13 @@ func (s *joinRun) joinDatastore(ctx context.Context) error {
 		}
 		if err := files.WriteSecret(dir.File(storedir.KeyFile), []byte(a.ClusterKey)); err != nil {
 			return err
+		}
+		if a.ServerArguments != nil {
+			if key := a.ServerArguments.Encryption(); key != nil && s.ownKeyFile(key) {
+				if err := files.WriteSecret(filepath.Join(live, encryption.FileName), []byte(key.Content)); err != nil {
+					return err
+				}
+			}
 		}
 		// Last: it makes the directory one that joins.
 		if err := dir.Begin(storedir.Init{Address: own, Cluster: a.Voters}, files.WriteShared); err != nil {

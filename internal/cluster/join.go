@@ -22,6 +22,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -250,8 +251,17 @@ func (s *joinRun) connection() (*client.Client, error) {
 }
 
 func (s *joinRun) request() api.JoinRequest {
+	var digests map[string]string
+	if !s.Worker {
+		digests = map[string]string{}
+		if own, _, err := serverargs.Read(s.Env); err == nil { // a broken file is found when it is written
+			digests = own.Digests()
+		}
+		digests["carries"] = "1"
+	}
 	return api.JoinRequest{
-		Hostname: s.Self, Port: strconv.Itoa(nodeconfig.Load(s.Env).AgentPort), Worker: api.Worker(s.Worker),
+		ServerArguments: digests,
+		Hostname:        s.Self, Port: strconv.Itoa(nodeconfig.Load(s.Env).AgentPort), Worker: api.Worker(s.Worker),
 		Product: api.Product, Version: s.Version, DatastoreProtocol: api.DatastoreProtocol,
 		AdvertiseAddress: s.Advertise, Secrets: 2,
 	}
@@ -310,6 +320,11 @@ func (a *answer) check(worker bool) error {
 	}
 	if _, err := parseKubeletArgs(a.KubeletArgs); err != nil {
 		return fmt.Errorf("cannot use the cluster's answer: its kubelet arguments: %w", err)
+	}
+	if a.ServerArguments != nil {
+		if err := a.ServerArguments.Check(); err != nil {
+			return fmt.Errorf("cannot use the cluster's answer: its API server's arguments: %w", err)
+		}
 	}
 	if worker {
 		if a.CAKey != nil {

@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -328,7 +329,18 @@ func (s *leaveRun) forget(ctx context.Context) error {
 		return err
 	}
 	// The arguments that the join has changed.
-	for _, name := range []string{"kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager"} {
+	names := []string{"kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager"}
+	if carried, err := os.ReadDir(s.file(saved + "/args")); err == nil {
+		for _, f := range carried {
+			if f.Type().IsRegular() && serverargs.Carries(f.Name()) {
+				names = append(names, f.Name())
+			}
+		}
+	}
+	if err := os.RemoveAll(s.Env.Args("cluster")); err != nil { // files that came with the cluster's arguments
+		return err
+	}
+	for _, name := range names {
 		data, err := os.ReadFile(s.file(saved + "/args/" + name))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

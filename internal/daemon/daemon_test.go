@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/internal/args"
+	"microk8s/internal/encryption"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/setup"
@@ -403,6 +404,36 @@ func TestOwnAuthentication(t *testing.T) {
 				t.Errorf("said %v: %s", said, n.log.String())
 			}
 		})
+	}
+}
+
+// TestEncryptionKey shows that an API server whose arguments name the shipped place of the key finds one
+// there, that a key is never replaced, and that a file of the user's own is left to the user.
+func TestEncryptionKey(t *testing.T) {
+	n := newNode(t)
+	n.put(t, n.env.Args("kube-apiserver"), "--encryption-provider-config="+encryption.Argument+"\n")
+	if err := os.RemoveAll(encryption.Path(n.env)); err != nil { // the installation's
+		t.Fatal(err)
+	}
+	n.prepare(t, "kubelite")
+	made := read(t, encryption.Path(n.env))
+	if _, err := encryption.Parse([]byte(made)); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(n.log.String(), "a new one is made") {
+		t.Error("not said:", n.log.String())
+	}
+	n.again()
+	n.prepare(t, "kubelite")
+	if read(t, encryption.Path(n.env)) != made {
+		t.Error("the key was replaced")
+	}
+	remove(t, encryption.Path(n.env))
+	n.put(t, n.env.Args("kube-apiserver"), "--encryption-provider-config=/etc/mine.yaml\n")
+	n.again()
+	n.prepare(t, "kubelite")
+	if _, err := os.Stat(encryption.Path(n.env)); err == nil {
+		t.Error("a key was made that nothing names")
 	}
 }
 

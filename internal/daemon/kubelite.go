@@ -19,6 +19,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
@@ -73,7 +74,7 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 		return fmt.Errorf("cannot note the node's name: %w", err)
 	}
 	if !config.Worker {
-		if err := p.ownAuthentication(); err != nil {
+		if err := errors.Join(p.ownAuthentication(), p.encryptionKey()); err != nil {
 			return err
 		}
 	}
@@ -152,6 +153,28 @@ func (p *Preparer) ownAuthentication() error {
 		}
 	}
 	return nil
+}
+
+// encryptionKey makes the key of encryption at rest where the arguments name the one in the
+// datastore's folder and it is not there: the folder was replaced by one without, such as an
+// older release's. What is plain in it can be read with any key.
+func (p *Preparer) encryptionKey() error {
+	f, err := p.load("kube-apiserver")
+	if err != nil {
+		return err
+	}
+	path, set := f.Value(encryption.Flag, p.lookup)
+	if !set || path != encryption.Path(p.Env) {
+		return nil
+	}
+	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if _, err := os.Stat(p.Env.BackendLive()); errors.Is(err, fs.ErrNotExist) {
+		return nil // the API server says that it has no datastore
+	}
+	p.Log.Warn("the key of encryption at rest was missing, and a new one is made; if Secrets were encrypted with another, put its file back", "file", path)
+	return fileaccess.For(p.Env).WriteSecret(path, encryption.New())
 }
 
 // failureDomain carries the number of args/ha-conf into the datastore's directory.

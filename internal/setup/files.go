@@ -13,6 +13,7 @@ import (
 
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
@@ -325,6 +326,16 @@ func (in *Installer) datastore(context.Context) error {
 	first, err := storedir.Init{Address: storedir.FirstAddress}.Encode()
 	if err != nil {
 		return err
+	}
+	// The key of what will be in it. It is older than the first Secret, or there is none.
+	key := filepath.Join(live, encryption.FileName)
+	if _, err := os.Lstat(key); errors.Is(err, fs.ErrNotExist) {
+		if err := a.WriteSecret(key, encryption.New()); err != nil {
+			return err
+		}
+		if err := in.changed(key); err != nil {
+			return err
+		}
 	}
 	for _, f := range []struct {
 		name string

@@ -79,7 +79,7 @@ func tree(t *testing.T, root string) map[string]string {
 				return err
 			}
 			text = strings.ReplaceAll(text, root, "")
-		case d.Type().IsRegular() && !slices.Contains([]string{".crt", ".key", ".config"}, filepath.Ext(path)):
+		case d.Type().IsRegular() && d.Name() != "encryption.yaml" && !slices.Contains([]string{".crt", ".key", ".config"}, filepath.Ext(path)):
 			data, err := os.ReadFile(path)
 			if err != nil {
 				return err
@@ -117,11 +117,12 @@ func TestInstall(t *testing.T) {
 	env := in.Env
 	got := tree(t, env.Host)
 	for path, want := range map[string]string{
-		"/var/snap/microk8s/current":                                   "Lrwxrwxrwx x1",
-		"/var/snap/microk8s/x1/var/kubernetes/backend":                 "Lrwxrwxrwx /var/snap/microk8s/common/var/kubernetes/backend",
-		"/var/snap/microk8s/common/var/kubernetes/backend/init.yaml":   "-rw-rw---- Address: 127.0.0.1:19001\n",
-		"/var/snap/microk8s/common/var/kubernetes/backend/cluster.key": "-rw------- ",
-		"/var/snap/microk8s/common/var/kubernetes/backend/cluster.crt": "-rw-rw---- ",
+		"/var/snap/microk8s/current":                                       "Lrwxrwxrwx x1",
+		"/var/snap/microk8s/x1/var/kubernetes/backend":                     "Lrwxrwxrwx /var/snap/microk8s/common/var/kubernetes/backend",
+		"/var/snap/microk8s/common/var/kubernetes/backend/init.yaml":       "-rw-rw---- Address: 127.0.0.1:19001\n",
+		"/var/snap/microk8s/common/var/kubernetes/backend/cluster.key":     "-rw------- ",
+		"/var/snap/microk8s/common/var/kubernetes/backend/encryption.yaml": "-rw------- ",
+		"/var/snap/microk8s/common/var/kubernetes/backend/cluster.crt":     "-rw-rw---- ",
 		"/var/lib/kubelet": "Lrwxrwxrwx /var/snap/microk8s/common/var/lib/kubelet",
 		"/var/lib/calico":  "Lrwxrwxrwx /var/snap/microk8s/current/var/lib/calico",
 		"/etc/cni/net.d":   "Lrwxrwxrwx /var/snap/microk8s/current/args/cni-network",

@@ -17,6 +17,10 @@ import (
 // Suffix of archives.
 const Suffix = ".tar.gz"
 
+// KeysName is the file of the keys with which Secrets in the archive are encrypted, where they are:
+// without it they could be restored in the same cluster only.
+const KeysName = "encryption.yaml"
+
 // Pack writes the directory as an archive, reads the archive back, and only then gives it its
 // name. The members lie below the archive's base name, where upstream looks for them. Nothing
 // is left of an archive that failed. Others cannot read it: it holds every secret.
@@ -123,7 +127,7 @@ func Unpack(ctx context.Context, archive, dir string) (*Set, error) {
 		}
 		parent, name := path.Split(path.Clean(h.Name))
 		switch {
-		case h.Typeflag != tar.TypeReg || !pairName.MatchString(name) && name != ManifestName:
+		case h.Typeflag != tar.TypeReg || !pairName.MatchString(name) && name != ManifestName && name != KeysName:
 			return nil, fmt.Errorf("%q is no part of a backup; the archive was not made by dbctl", h.Name)
 		case folder == "":
 			folder = parent
