@@ -1,6 +1,7 @@
 # The build, for people. Every target installs what it needs by itself (see `deps`).
 # Versions: Go modules in go.mod and scripts/components/*/go.mod, C sources in
-# scripts/components/dqlite, Debian packages in scripts/deps.
+# scripts/components/dqlite, Debian packages in scripts/deps. How third-party programs are
+# built: scripts/catalog.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -52,37 +53,27 @@ programs: deps ## Build our own programs into build/bin
 	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
 
-# Programs of images; the others are in the snap itself.
-IMAGED := coredns metrics-server registry traefik
-COMPONENTS := containerd runc cni helm $(IMAGED)
 .PHONY: components
-components: $(COMPONENTS:%=build/components/%.stamp) ## Build the third-party programs from their pinned modules
+components: deps ## Build the third-party programs from their pinned modules (scripts/catalog)
+	@go run ./scripts/components
 	@scripts/components/nft/build build/components/nft
 
-build/components/%.stamp: scripts/components/build scripts/components/%/go.mod scripts/components/%/go.sum | deps
-	scripts/components/build $* build/components/bin
-	@touch $@
-
-build/components/coredns.stamp: scripts/components/coredns/main.go
-build/components/registry.stamp: scripts/components/registry/main.go scripts/components/registry/full.go
-build/components/traefik.stamp: $(wildcard scripts/components/traefik/*.txt scripts/components/traefik/*/*.go scripts/components/traefik/*/*/*.go)
-
-PEERS := etcd kine
 .PHONY: peers
-peers: $(PEERS:%=build/peers/%.stamp) build/haproxy/haproxy ## Get what we are compared with: etcd, kine on SQLite, HAProxy
+peers: deps build/haproxy/haproxy ## Get what we are compared with: etcd, kine on SQLite, HAProxy
+	@go run ./scripts/components peer
 
 build/haproxy/haproxy: scripts/components/haproxy/build | deps
 	scripts/components/haproxy/build build/haproxy
 
-build/peers/%.stamp: scripts/components/%/go.mod scripts/components/%/go.sum | deps
-	@mkdir -p build/peers
-	cd scripts/components/$* && CGO_ENABLED=1 go build -ldflags '-s -w' -o ../../../build/peers/ $$(grep -q '^tool' go.mod && echo tool || echo .)
-	@touch $@
-
-build/peers/etcd.stamp: scripts/components/etcd/main.go
+# One of them: the program itself finds out whether it is up to date.
+build/peers/%.stamp: always | deps
+	@go run ./scripts/components $*
+.PHONY: always
+always:
 
 .PHONY: images
-images: deps $(IMAGED:%=build/components/%.stamp) ## Build the container images that travel with the product, and those of the tests
+images: deps ## Build the container images that travel with the product, and those of the tests
+	@go run ./scripts/components image
 	@go run ./scripts/images --out build/images --test-out build/test-images
 
 .PHONY: clean

@@ -92,7 +92,7 @@ var images = []image{
 	},
 	{
 		archive:   "registry",
-		refs:      []string{"microk8s.io/registry:3.0.0-2"},
+		refs:      []string{"microk8s.io/registry:3.1.2-1"},
 		program:   "/registry",
 		user:      "65532:65532",
 		title:     "registry",

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"sigs.k8s.io/yaml"
+
+	"microk8s/scripts/catalog"
 )
 
 // What snapd and snapcraft accept without a word although it cannot be meant, and what the
@@ -33,19 +35,19 @@ var (
 	}
 )
 
-// Check finds mistakes in the snapcraft.yaml of the repository at root that can be found
-// without having built anything.
+// Check finds mistakes in the snapcraft.yaml and the components' modules of the repository at
+// root that can be found without having built anything.
 func Check(root, arch string) error {
 	craft, err := os.ReadFile(filepath.Join(root, "snapcraft.yaml"))
 	if err != nil {
 		return err
 	}
-	kubernetes, err := required(root, "go.mod", "k8s.io/kubernetes")
+	kubernetes, err := catalog.Required(filepath.Join(root, "go.mod"), "k8s.io/kubernetes")
 	if err != nil {
 		return err
 	}
 	_, err = SnapYAML(craft, arch)
-	return errors.Join(CheckCraft(craft, kubernetes), err)
+	return errors.Join(append(catalog.Check(root), CheckCraft(craft, kubernetes), err)...)
 }
 
 // CheckCraft finds mistakes in snapcraft.yaml itself; kubernetes is the version of Kubernetes

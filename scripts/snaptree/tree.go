@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/scripts/catalog"
 )
 
 // tree collects what belongs into the snap, path in the snap by path, then writes it.
@@ -57,11 +58,17 @@ func Assemble(root, out, arch string) (changed int, err error) {
 	t := &tree{files: map[string]file{}}
 	in := func(p string) string { return filepath.Join(root, p) }
 
-	for _, p := range []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent", "apiserver-proxy"} {
+	for _, p := range catalog.Programs {
 		t.add("bin/"+p, in("build/bin/"+p), 0o755)
 	}
-	for _, p := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "helm"} {
-		t.add("bin/"+p, in("build/components/bin/"+p), 0o755)
+	for _, c := range catalog.At(catalog.Snap) {
+		programs, err := c.Binaries(root)
+		if err != nil {
+			return 0, err
+		}
+		for _, p := range programs {
+			t.add(filepath.Join(c.Dir, p), in(filepath.Join("build/components/bin", c.Subfolder(), p)), 0o755)
+		}
 	}
 	t.add("bin/nft", in("build/components/nft/bin/nft"), 0o755)
 	t.files["bin/dqlite"] = file{link: "k8s-dqlite"}
@@ -71,13 +78,12 @@ func Assemble(root, out, arch string) (changed int, err error) {
 		t.files[l] = file{link: "bin/kubelite"}
 	}
 	for dst, src := range map[string]string{
-		"opt/cni/bin": "build/components/bin/cni",
-		"images":      "build/images",
-		"manifests":   "snap/manifests",
-		"addons":      "addons",
-		"meta/hooks":  "snap/hooks",
-		"lib/nft":     "build/components/nft/lib/nft",
-		"":            "snap/local",
+		"images":     "build/images",
+		"manifests":  "snap/manifests",
+		"addons":     "addons",
+		"meta/hooks": "snap/hooks",
+		"lib/nft":    "build/components/nft/lib/nft",
+		"":           "snap/local",
 	} {
 		if err := t.addDir(dst, in(src)); err != nil {
 			return 0, err

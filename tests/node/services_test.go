@@ -223,6 +223,17 @@ func (n *node) testHelm(t *testing.T) {
 			t.Errorf("the chart's words are %q, want %q", got, want)
 		}
 	}
+	// Without a cluster, helm is for the Kubernetes that is shipped. Charts say which they need.
+	n.runIn(t, "apiVersion: v2\nname: modern\nversion: 0.1.0\nkubeVersion: \">=1.25.0-0\"\n", "sh", "-c", "mkdir -p /modern/templates && cat > /modern/Chart.yaml")
+	n.runIn(t, "kubernetes: {{ .Capabilities.KubeVersion.Minor }}\n", "sh", "-c", "cat > /modern/templates/version.yaml")
+	kubernetes, err := n.client.Discovery().ServerVersion()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := n.run(t, "microk8s", "helm", "template", "/modern"); !strings.Contains(out, "\nkubernetes: "+kubernetes.Minor+"\n") {
+		t.Errorf("helm template is not for the Kubernetes of this node:\n%s", out)
+	}
+	n.run(t, "microk8s", "helm", "lint", "/modern")
 	n.run(t, "microk8s", "helm", "install", "mine", "/chart", "--wait")
 	words("hello")
 	n.run(t, "microk8s", "helm3", "upgrade", "mine", "/chart", "--set", "words=again")

@@ -1,6 +1,6 @@
-module microk8s/components/cni
+module microk8s/scripts/components/cni
 
-go 1.26.0
+go 1.26.4
 
 require (
 	github.com/alexflint/go-filemutex v1.3.0 // indirect

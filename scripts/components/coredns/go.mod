@@ -1,6 +1,6 @@
-module microk8s/components/coredns
+module microk8s/scripts/components/coredns
 
-go 1.26.0
+go 1.26.4
 
 require (
 	github.com/coredns/caddy v1.1.4

@@ -1,6 +1,6 @@
 module microk8s/scripts/components/etcd
 
-go 1.26
+go 1.26.4
 
 require go.etcd.io/etcd/server/v3 v3.7.0
 

@@ -1,6 +1,6 @@
-module microk8s/components/helm
+module microk8s/scripts/components/helm
 
-go 1.26.0
+go 1.26.4
 
 require (
 	dario.cat/mergo v1.0.1 // indirect

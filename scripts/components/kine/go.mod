@@ -1,6 +1,6 @@
 module microk8s/scripts/components/kine
 
-go 1.26
+go 1.26.4
 
 tool github.com/k3s-io/kine
 

@@ -1,4 +1,4 @@
-module microk8s/components/metrics-server
+module microk8s/scripts/components/metrics-server
 
 go 1.26.4
 

@@ -1,6 +1,6 @@
-module microk8s/components/runc
+module microk8s/scripts/components/runc
 
-go 1.26.0
+go 1.26.4
 
 require (
 	cyphar.com/go-pathrs v0.2.4 // indirect

@@ -1,9 +1,9 @@
 // Traefik, whole but for two things that are more than half of what it would link: the 180 DNS
 // providers for ACME challenges, and two clients of AWS that the provider for ECS uses.
-// scripts/components/build makes the folder of the first of the last replacements.
-module microk8s/components/traefik
+// The builder (scripts/components) makes the folder of the first of the last replacements.
+module microk8s/scripts/components/traefik
 
-go 1.26.0
+go 1.26.4
 
 tool github.com/traefik/traefik/v3/cmd/traefik
 

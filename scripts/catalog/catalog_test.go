@@ -1,0 +1,146 @@
+package catalog
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+const root = "../.."
+
+func TestTheTableAndTheModulesAgree(t *testing.T) {
+	for _, err := range Check(root) {
+		t.Error(err)
+	}
+	seen := map[string]bool{}
+	for _, c := range Components {
+		for _, key := range []string{c.Name, c.Title() + " as a row"} {
+			if seen[key] {
+				t.Errorf("two components are called %s", key)
+			}
+			seen[key] = true
+		}
+		for _, key := range c.Libraries {
+			if _, err := LibraryOf(key); err != nil {
+				t.Errorf("%s: %v", c.Name, err)
+			}
+		}
+		if c.Licence == "" || c.Source == "" || c.Place == "" || (c.Place == Snap) != (c.Dir != "") {
+			t.Errorf("%s: the entry is not complete", c.Name)
+		}
+	}
+}
+
+// TestRuleForModules: one name, one go line, no folder without an entry.
+func TestRuleForModules(t *testing.T) {
+	for name, tc := range map[string]struct{ folder, mod, want string }{
+		"another name":     {"helm", "module microk8s/components/helm\n\ngo " + goLine + "\n", "the module is called microk8s/components/helm"},
+		"another go line":  {"helm", "module " + ModulePrefix + "helm\n\ngo 1.26\n", "its go line is not go " + goLine},
+		"not in the table": {"other", "module " + ModulePrefix + "other\n\ngo " + goLine + "\n", `there is no component "other"`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			file := filepath.Join(dir, Folder, tc.folder, "go.mod")
+			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, []byte(tc.mod), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			var all []string
+			for _, err := range Check(dir) {
+				all = append(all, err.Error())
+			}
+			if !strings.Contains(strings.Join(all, "\n"), tc.want) {
+				t.Errorf("found %q, want %q among it", all, tc.want)
+			}
+		})
+	}
+}
+
+// TestHelmActsAsTheKubernetesThatIsShipped: without these variables it is Kubernetes 1.20 to
+// charts (pkg/chartutil, pkg/lint/rules of helm 3.22.0), since only its Makefile sets them.
+func TestHelmActsAsTheKubernetesThatIsShipped(t *testing.T) {
+	c, err := Find("helm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags, err := c.Linker(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kubernetes, err := Required(filepath.Join(root, "go.mod"), "k8s.io/kubernetes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	minor := strings.Split(kubernetes, ".")[1]
+	for _, pkg := range []string{"chartutil", "lint/rules"} {
+		for _, want := range []string{".k8sVersionMajor=1 ", ".k8sVersionMinor=" + minor + " "} {
+			if !strings.Contains(flags+" ", "-X helm.sh/helm/v3/pkg/"+pkg+want) {
+				t.Errorf("%q lacks %s of %s", flags, want, pkg)
+			}
+		}
+	}
+}
+
+var setAtLink = regexp.MustCompile(`-X[ =]'?"?([^\s='"]+)=`)
+
+// TestVariablesOfTheirOwnBuilds reads how each module builds itself: a variable that is set
+// there is set here too, or is in Unset with the reason.
+func TestVariablesOfTheirOwnBuilds(t *testing.T) {
+	for _, c := range Components {
+		t.Run(c.Name, func(t *testing.T) {
+			dir := moduleDir(t, c)
+			decided := map[string]bool{}
+			for _, v := range c.Variables {
+				decided[path.Ext(v.Name)] = true
+			}
+			for name := range c.Unset {
+				decided["."+name] = true
+			}
+			found := map[string]bool{}
+			for _, pattern := range []string{"Makefile", "*.mk", "*.sh", "scripts/*", "hack/*.sh", ".goreleaser*", ".github/workflows/*"} {
+				files, err := filepath.Glob(filepath.Join(dir, pattern))
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, file := range files {
+					data, err := os.ReadFile(file)
+					if err != nil {
+						continue // a folder
+					}
+					for _, m := range setAtLink.FindAllStringSubmatch(string(data), -1) {
+						found[path.Ext(m[1])] = true
+					}
+				}
+			}
+			for name := range found {
+				if !decided[name] {
+					t.Errorf("the build of %s sets %s at link time, and nothing here says what it is to be", c.Module, name[1:])
+				}
+			}
+		})
+	}
+}
+
+// moduleDir is the folder of the component's module in the cache of modules.
+func moduleDir(t *testing.T, c Component) string {
+	t.Helper()
+	version, err := c.Version(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("go", "mod", "download", "-json", c.Module+"@"+version)
+	cmd.Dir = t.TempDir()
+	out, err := cmd.Output()
+	var got struct{ Dir string }
+	if err != nil || json.Unmarshal(out, &got) != nil {
+		t.Fatalf("%s %s: %v %s", c.Module, version, err, out)
+	}
+	return got.Dir
+}
