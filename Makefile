@@ -7,8 +7,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Release builds carry no path of the machine and no state of the checkout.
+# Release builds carry no path of the machine, no state of the checkout, and one time: the
+# commit's (docs/supply-chain.md).
 export GOFLAGS := -trimpath -buildvcs=false
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
 BIN  := build/bin
 SNAP := build/snap
@@ -43,9 +45,23 @@ build: deps programs components images ## Build everything: build/bin and the tr
 	@go run ./scripts/snaptree --out $(SNAP)
 
 .PHONY: snap
-snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap
+snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap, with its bill of materials
 	@scripts/deps snap
 	@scripts/pack build
+	@go run ./scripts/sbom --tree $(SNAP) --out build
+
+.PHONY: sbom
+sbom: build ## Write the bill of materials: build/microk8s_<version>_<arch>.{spdx,cdx}.json
+	@go run ./scripts/sbom --tree $(SNAP) --out build
+
+RELEASE = $(wildcard build/microk8s_*.snap build/microk8s_*.spdx.json build/microk8s_*.cdx.json $(addprefix build/packs/*.,tar tar.gz tar.zst))
+.PHONY: sign
+sign: ## Sign the snap, its bill of materials and packs with a key file (KEY=FILE)
+	@go run ./scripts/sign --key "$(KEY)" $(RELEASE)
+
+.PHONY: verify
+verify: ## Verify those signatures (PUB=FILE)
+	@go run ./scripts/sign --public "$(PUB)" $(RELEASE)
 
 .PHONY: programs
 programs: deps ## Build our own programs into build/bin
@@ -107,5 +123,9 @@ lint: deps ## Linters for Go and shell; snapcraft.yaml
 	scripts/lint
 
 .PHONY: vuln
-vuln: build ## Known vulnerabilities in what is linked
-	scripts/vuln
+vuln: build ## Known vulnerabilities in every program that is shipped (DB=FOLDER without internet)
+	@go run ./scripts/vuln --db "$(DB)"
+
+.PHONY: reproducible
+reproducible: deps ## Build twice, in two clean clones, and compare every file
+	scripts/reproducible

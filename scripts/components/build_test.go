@@ -73,7 +73,9 @@ func TestBuildsWhatChanged(t *testing.T) {
 		{"first", func() {}, "1.2.3 37", true},
 		{"nothing changed", func() {}, "1.2.3 37", false},
 		{"a test file", func() { write(t, filepath.Join(root, "scripts/components/tool/main_test.go"), "package main\n") }, "1.2.3 37", false},
-		{"Kubernetes", func() { write(t, filepath.Join(root, "go.mod"), "module x\n\ngo 1.26\n\nrequire k8s.io/kubernetes v1.38.0\n") }, "1.2.3 38", true},
+		{"Kubernetes", func() {
+			write(t, filepath.Join(root, "go.mod"), "module x\n\ngo 1.26\n\nrequire k8s.io/kubernetes v1.38.0\n")
+		}, "1.2.3 38", true},
 		{"the source", func() {
 			write(t, filepath.Join(root, "scripts/components/tool/main.go"), "package main\n\nimport \"example.test/dep\"\n\nfunc main() { println(dep.Version) }\n")
 		}, "1.2.3", true},

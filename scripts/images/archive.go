@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -16,6 +17,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"microk8s/scripts/catalog"
 )
 
 // Annotations of a manifest in index.json from which containerd takes the image's name.
@@ -24,7 +27,7 @@ const (
 	annotationRefName   = "org.opencontainers.image.ref.name"
 )
 
-// pack gives the OCI archive of an image that holds the one program.
+// pack returns the OCI archive of an image that holds the one program.
 func (img image) pack(program, arch string) ([]byte, error) {
 	layer, err := programLayer(program, img.program)
 	if err != nil {
@@ -45,15 +48,39 @@ func (img image) pack(program, arch string) ([]byte, error) {
 	cfg.Config.User = img.user
 	cfg.Config.WorkingDir = "/"
 	cfg.Config.Env = []string{"PATH=/"}
-	cfg.Config.Labels = map[string]string{
-		"org.opencontainers.image.title":       img.title,
-		"org.opencontainers.image.description": img.note,
+	if cfg.Config.Labels, err = img.labels(); err != nil {
+		return nil, err
 	}
 	cfg.History = nil
 	if made, err = mutate.ConfigFile(made, cfg); err != nil {
 		return nil, err
 	}
 	return ociArchive(made, img.refs)
+}
+
+// labels are those of OCI's image specification (annotations.md). There is no revision: with the
+// commit in it, an image would be another one, and its pods would be renewed, after each
+// commit, whatever that changed. Of our own programs no source is published under an address.
+func (img image) labels() (map[string]string, error) {
+	const prefix = "org.opencontainers.image."
+	ref := img.refs[0]
+	labels := map[string]string{
+		prefix + "title":       img.title,
+		prefix + "description": img.note,
+		prefix + "version":     ref[strings.LastIndexByte(ref, ':')+1:],
+		prefix + "licenses":    cmp.Or(img.licence, "Apache-2.0"),
+		prefix + "vendor":      "MicroK8s",
+		prefix + "base.name":   "scratch",
+	}
+	if img.component != "" {
+		c, err := catalog.Find(img.component)
+		if err != nil {
+			return nil, err
+		}
+		labels[prefix+"source"] = c.Source
+		labels[prefix+"licenses"] = c.Licence
+	}
+	return labels, nil
 }
 
 // programLayer is a layer with one executable file that belongs to root, dated 1970.

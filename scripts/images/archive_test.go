@@ -6,11 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"maps"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +18,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"microk8s/scripts/catalog"
 )
 
 func testImage() image {
@@ -173,16 +175,109 @@ func TestImagesOfAddonsAreBuilt(t *testing.T) {
 			t.Errorf("%s: %d images, %d of them never pulled", path, got, want)
 		}
 	}
-	// The tag is CoreDNS' version, which go.mod pins, and a number.
-	mod, err := os.ReadFile("../components/coredns/go.mod")
+}
+
+// TestTagsAreTheComponentsVersions: the tag is the version that go.mod pins, and for images
+// with a program of ours around it a number.
+func TestTagsAreTheComponentsVersions(t *testing.T) {
+	for _, img := range images {
+		if img.component == "" {
+			continue
+		}
+		c, err := catalog.Find(img.component)
+		if err != nil {
+			t.Fatal(err)
+		}
+		version, err := c.Version("../..")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := "microk8s.io/" + img.component + ":" + strings.TrimPrefix(version, "v")
+		if rest, ok := strings.CutPrefix(img.refs[0], want); !ok || !regexp.MustCompile(`^(-[0-9]+)?$`).MatchString(rest) {
+			t.Errorf("image %s holds version %s", img.refs[0], version)
+		}
+	}
+}
+
+// TestLabels wants those of OCI's specification on every image.
+func TestLabels(t *testing.T) {
+	for _, img := range images {
+		labels, err := img.labels()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"title", "description", "version", "licenses", "vendor", "base.name"} {
+			if labels["org.opencontainers.image."+name] == "" {
+				t.Errorf("image %s has no %s", img.archive, name)
+			}
+		}
+		if _, has := labels["org.opencontainers.image.source"]; has != (img.component != "") {
+			t.Errorf("image %s: label of the source is there: %v", img.archive, has)
+		}
+	}
+}
+
+// TestBuiltInTwoFolders builds one image of C code and one of Go code in two folders, with the
+// sources copied there, and wants the same archives: a sample of scripts/reproducible.
+func TestBuiltInTwoFolders(t *testing.T) {
+	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
 	}
-	version := regexp.MustCompile(`github.com/coredns/coredns v(\S+)`).FindSubmatch(mod)
-	if version == nil {
-		t.Fatal("no version of CoreDNS in its go.mod")
+	var made [2]map[string][]byte
+	for i, folder := range []string{"a", "another/folder with a longer name"} {
+		dir := filepath.Join(t.TempDir(), folder)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		copySources(t, root, dir)
+		t.Chdir(dir)
+		made[i] = map[string][]byte{}
+		for _, img := range images {
+			if img.archive != "pause" && img.archive != "host-access" {
+				continue
+			}
+			out := filepath.Join(t.TempDir(), "program")
+			if err := img.build(builder{runtime.GOARCH}, out); err != nil {
+				t.Fatal(err)
+			}
+			if made[i][img.archive], err = img.pack(out, runtime.GOARCH); err != nil {
+				t.Fatal(err)
+			}
+		}
+		t.Chdir(root)
 	}
-	if want := "microk8s.io/coredns:" + string(version[1]) + "-"; !slices.ContainsFunc(slices.Collect(maps.Keys(built)), func(ref string) bool { return strings.HasPrefix(ref, want) }) {
-		t.Errorf("no image %s…", want)
+	if len(made[0]) != 2 {
+		t.Fatalf("%d images were made", len(made[0]))
+	}
+	for name, data := range made[0] {
+		if !bytes.Equal(data, made[1][name]) {
+			t.Errorf("image %s depends on the folder in which it was built", name)
+		}
+	}
+}
+
+// copySources copies what the two images need.
+func copySources(t *testing.T, root, dir string) {
+	t.Helper()
+	for _, part := range []string{"go.mod", "go.sum", "cmd/host-access", "scripts/images"} {
+		err := filepath.WalkDir(filepath.Join(root, part), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() {
+				return err
+			}
+			rel, err := filepath.Rel(root, path)
+			if err != nil {
+				return err
+			}
+			data, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			to := filepath.Join(dir, rel)
+			return errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, data, 0o644))
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -33,6 +33,7 @@ type image struct {
 	user    string   // uid:gid it runs as
 	title   string   // org.opencontainers.image.title
 	note    string   // org.opencontainers.image.description
+	licence string   // org.opencontainers.image.licenses; "" is that of the component, or the product's
 	test    bool     // for the tests only: goes to --test-out
 	// component is the program of scripts/components that the image holds; where there is none,
 	// build makes the program.
@@ -50,6 +51,7 @@ var images = []image{
 		user:    "65535:65535",
 		title:   "pause",
 		note:    "Pod sandbox program of MicroK8s, built from its own source; not the image of that name published by the Kubernetes project.",
+		licence: "Apache-2.0 AND LGPL-2.1-or-later", // with the C library
 		build:   func(b builder, out string) error { return b.c("pause/pause.c", out) },
 	},
 	{
