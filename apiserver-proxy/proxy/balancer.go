@@ -252,7 +252,7 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 		select {
 		case slots <- struct{}{}:
 		default:
-			b.seldom("there are as many connections as are allowed; others wait", "limit", limit)
+			b.seldom("connection limit reached; new connections are queued", "limit", limit)
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():

@@ -220,7 +220,7 @@ func (p *Program) fromCluster(list []string) {
 	}
 	p.Log.Info("updating endpoints", "endpoints", good)
 	if err := config.WriteProvider(p.provider, good); err != nil {
-		p.Log.Error("the list of API servers is used, but not kept", "err", err)
+		p.Log.Error("using the new list of API servers, but cannot save it", "err", err)
 	} else {
 		p.damaged = false
 	}

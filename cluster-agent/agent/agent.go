@@ -111,7 +111,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		CertFile: f.CertFile, KeyFile: f.KeyFile, MinTLS: f.MinTLS, Timeout: f.Timeout, Metrics: f.Metrics, Log: log,
 	})
 	if err != nil {
-		return fmt.Errorf("%w; make it anew with: sudo microk8s refresh-certs -e server.crt", err)
+		return fmt.Errorf("%w; issue it again with: sudo microk8s refresh-certs -e server.crt", err)
 	}
 	limiter := &limit.Limiter{}
 	core := (&kube.File{Path: env.AdminKubeconfig()}).Core

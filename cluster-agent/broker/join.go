@@ -317,7 +317,7 @@ func (b *Broker) memberProblem(ctx context.Context, j *joining) error {
 		default:
 			text := fmt.Sprintf("Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address)
 			if j.joiner.Ours && !m.Online {
-				text += fmt.Sprintf(". If it was installed anew, make a token for it with: microk8s add-node --name %s", j.req.Hostname)
+				text += fmt.Sprintf(". If it was reinstalled, make a token for it with: microk8s add-node --name %s", j.req.Hostname)
 			}
 			return fail(http.StatusInternalServerError, api.CodeMember, "%s", text)
 		}
@@ -446,7 +446,7 @@ func (j *joining) nameProblem() error {
 		if kube.Ready(&n) {
 			how = "give the joining machine another host name"
 		}
-		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already. If this is another machine, or the same one installed anew, %s", n.Name, how)
+		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already. If this is another machine, or the same one reinstalled, %s", n.Name, how)
 	}
 	return nil
 }

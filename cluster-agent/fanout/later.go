@@ -59,7 +59,7 @@ func (c *Cluster) late(ctx context.Context) (map[string]late, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("cannot read what nodes are still to be told: %w", err)
+		return nil, fmt.Errorf("cannot read the queue of pending node changes: %w", err)
 	}
 	return decodeLate(secret), nil
 }
@@ -80,7 +80,7 @@ func (c *Cluster) changeLate(ctx context.Context, node string, change func(late)
 			err = nil
 		}
 		if err != nil {
-			return fmt.Errorf("cannot read what nodes are still to be told: %w", err)
+			return fmt.Errorf("cannot read the queue of pending node changes: %w", err)
 		}
 		have := decodeLate(secret)[node]
 		want := change(have)
@@ -104,7 +104,7 @@ func (c *Cluster) changeLate(ctx context.Context, node string, change func(late)
 		case err == nil:
 			return nil
 		case !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) && !apierrors.IsNotFound(err):
-			return fmt.Errorf("cannot note what nodes are still to be told: %w", err)
+			return fmt.Errorf("cannot record the pending node changes: %w", err)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		}
@@ -204,7 +204,7 @@ type Keeper struct {
 func (k *Keeper) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if err := k.follow(ctx); err != nil && ctx.Err() == nil {
-			k.Log.Debug("what nodes are still to be told cannot be watched now", "err", err)
+			k.Log.Debug("cannot watch the queue of pending node changes now", "err", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -98,7 +98,7 @@ func loadState(env snapenv.Env, data []byte) (*state, error) {
 		err = json.Unmarshal(text, s)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("cannot read what was applied before: %w; remove %s to begin anew", err, s.path)
+		return nil, fmt.Errorf("cannot read what was applied before: %w; remove %s to start over", err, s.path)
 	}
 	return s, nil
 }

@@ -219,7 +219,7 @@ func TestInstalledAnew(t *testing.T) {
 		text        string
 		removed     []string
 	}{
-		{"a token for anybody", "", false, known + ". If it was installed anew, make a token for it with: microk8s add-node --name n2", nil},
+		{"a token for anybody", "", false, known + ". If it was reinstalled, make a token for it with: microk8s add-node --name n2", nil},
 		{"the old member lives", "n2", true, known, nil},
 		{"a token for it", "n2", false, "", []string{there + ":19001"}},
 	} {

@@ -123,7 +123,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 	parsed, err := daemons.Parse(words)
 	if err != nil {
-		return fmt.Errorf("cannot use the arguments in %s: %w; mend that file and run: microk8s start", env.ArgsDir(), err)
+		return fmt.Errorf("invalid arguments in %s: %w; fix the file and run: microk8s start", env.ArgsDir(), err)
 	}
 
 	group := daemons.NewGroup(ctx, log)

@@ -104,7 +104,7 @@ func (s *Set) restartDNS(ctx context.Context, servers []string) error {
 		return nil
 	}
 	if err == nil {
-		s.Log.Info("the host has other name servers: CoreDNS starts anew", "servers", strings.Join(servers, " "))
+		s.Log.Info("the host has other name servers: restarting CoreDNS", "servers", strings.Join(servers, " "))
 	}
 	return err
 }

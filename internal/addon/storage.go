@@ -47,7 +47,7 @@ func readStorage(words []string) (storageValues, error) {
 		case !plainPath.MatchString(dir) || filepath.Clean(dir) != dir:
 			return v, &ArgumentError{fmt.Sprintf("--pv-dir wants the whole path of a directory, without spaces or .., and got %q", dir)}
 		case slices.ContainsFunc(noVolumes, func(top string) bool { return dir == top || strings.HasPrefix(dir, top+"/") }):
-			return v, &ArgumentError{fmt.Sprintf("volumes do not belong into %s: the system is there", dir)}
+			return v, &ArgumentError{fmt.Sprintf("volumes do not belong in %s: the system is there", dir)}
 		}
 	}
 	return v, nil

@@ -24,8 +24,8 @@ func TestReadStorage(t *testing.T) {
 		{args: "--pv-dir /mnt/../etc", err: "whole path"},
 		{args: "--pv-dir /mnt/{{.}}", err: "whole path"},
 		{args: "--pv-dir /", err: "whole path"},
-		{args: "--pv-dir /etc", err: "volumes do not belong into /etc"},
-		{args: "--pv-dir /usr/share/x", err: "volumes do not belong into"},
+		{args: "--pv-dir /etc", err: "volumes do not belong in /etc"},
+		{args: "--pv-dir /usr/share/x", err: "volumes do not belong in"},
 		{args: "--pv-dir /usrx", policy: "Delete", class: true, dirs: "/usrx"},
 	} {
 		v, err := readStorage(strings.Fields(tc.args))

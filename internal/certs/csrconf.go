@@ -105,7 +105,7 @@ func parseCSR(text []byte) (csr, error) {
 }
 
 func csrError(line int, what string) error {
-	return fmt.Errorf("line %d: %s; mend the line, or delete the file to start from the shipped one", line, what)
+	return fmt.Errorf("line %d: %s; fix the line, or delete the file to start from the shipped one", line, what)
 }
 
 func (c *csr) setSubject(key, value string) {

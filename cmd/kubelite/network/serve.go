@@ -308,7 +308,7 @@ func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g groun
 		case err != nil:
 			return fmt.Errorf("%w: it lost %w", errRestart, err)
 		case !slices.Equal(now.subnets, g.subnets):
-			return fmt.Errorf("%w: the node's pod subnets are now %v; pods that run keep their addresses until they are made anew", errRestart, now.subnets)
+			return fmt.Errorf("%w: the node's pod subnets are now %v; pods that run keep their addresses until they are recreated", errRestart, now.subnets)
 		case !now.external.ExtAddr.Equal(g.external.ExtAddr) || !now.external.ExtV6Addr.Equal(g.external.ExtV6Addr) || now.external.Iface.Index != g.external.Iface.Index:
 			return fmt.Errorf("%w: the node's address is now %v", errRestart, now.external.ExtAddr)
 		}

@@ -310,7 +310,7 @@ func TestNodeThatCannotVote(t *testing.T) {
 	case <-testContext(t).Done():
 		t.Fatal("nobody noticed")
 	}
-	if text, _ := os.ReadFile(m.log); !strings.Contains(string(text), "does not take part any more") {
+	if text, _ := os.ReadFile(m.log); !strings.Contains(string(text), "has dropped out of Raft") {
 		t.Error("it did not say why it ended")
 	}
 	if err := os.Remove(second); err != nil {

@@ -17,8 +17,8 @@ func newReseed() *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{
 		Use:   "reseed",
-		Short: "Make a stopped member with damaged files get all data anew from the other members",
-		Long: `Make a stopped member with damaged files get all data anew from the other members.
+		Short: "Make a stopped member with damaged files fetch all data from the other members again",
+		Long: `Make a stopped member with damaged files fetch all data from the other members again.
 
 The member is removed from the cluster and its directory becomes that of a node that joins it:
 start the node afterwards (microk8s start). The other members need a leader. The old files are

@@ -272,7 +272,7 @@ func (e *Engine) Confirm(ctx context.Context, round func(context.Context) error)
 		return err
 	}
 	if e.epoch.Load() != epoch || e.term.Load() != t {
-		return fmt.Errorf("%w: leadership began anew", ErrNotLeading)
+		return fmt.Errorf("%w: leadership started over", ErrNotLeading)
 	}
 	return nil
 }
@@ -543,7 +543,7 @@ func (e *Engine) settle(ctx context.Context, t *term, j *job) error {
 		return fmt.Errorf("%w: %w", ErrNotLeading, err)
 	}
 	if j.epoch&1 != 0 || e.epoch.Load() != j.epoch || e.term.Load() != t {
-		return fmt.Errorf("%w: leadership began anew", ErrNotLeading)
+		return fmt.Errorf("%w: leadership started over", ErrNotLeading)
 	}
 	return j.err
 }

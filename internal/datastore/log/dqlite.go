@@ -90,7 +90,7 @@ func (l *Dqlite) Reopen(ctx context.Context) error {
 	l.drop()
 	term, leads := l.leading()
 	if !leads {
-		return errors.New("cannot open the database: the own node does not lead")
+		return errors.New("cannot open the database: the local node does not lead")
 	}
 	store := client.NewInmemNodeStore()
 	if err := store.Set(ctx, []client.NodeInfo{{Address: l.address}}); err != nil {
@@ -107,14 +107,14 @@ func (l *Dqlite) Reopen(ctx context.Context) error {
 	}
 	conn, err := connector.Connect(ctx)
 	if err != nil {
-		return fmt.Errorf("cannot open the database on the own node: %w", err)
+		return fmt.Errorf("cannot open the database on the local node: %w", err)
 	}
 	l.conn, l.stmts = conn.(*dqdriver.Conn), map[int]driver.Stmt{}
 	// The connection was made in this term: dqlite opens a database on a leader only, and forgets it
 	// when leadership ends.
 	if err := l.leading.check(term); err != nil {
 		l.drop()
-		return fmt.Errorf("cannot open the database on the own node: %w", err)
+		return fmt.Errorf("cannot open the database on the local node: %w", err)
 	}
 	l.term.Store(term)
 	return nil

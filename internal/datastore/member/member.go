@@ -342,7 +342,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 			}
 			local, err := m.DialOwn(ctx)
 			if err != nil {
-				m.opt.Logger.Warn("cannot reach the own dqlite node", "error", err)
+				m.opt.Logger.Warn("cannot reach the local dqlite node", "error", err)
 				return
 			}
 			m.join(ctx, remote, local)

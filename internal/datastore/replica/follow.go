@@ -59,7 +59,7 @@ func (r *Replica) addPeer(address string) {
 	}
 }
 
-var errDiverged = errors.New("this member's data is not that of the leader; it is read anew at the next start")
+var errDiverged = errors.New("this member's data is not that of the leader; it is read again at the next start")
 
 func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn *grpc.ClientConn, address string) error {
 	q := &followRequest{ID: r.m.Node().ID}

@@ -179,7 +179,7 @@ func (r *Replica) watchNode() {
 		if !r.leftOut() {
 			looks = 0
 		} else if looks++; looks == deadAfter {
-			r.fail(errors.New("the own dqlite node does not take part any more, and has to be started again; most likely it could not write to its disk"))
+			r.fail(errors.New("the local dqlite node has dropped out of Raft and must be restarted; most likely it could not write to its disk"))
 		}
 	}
 }

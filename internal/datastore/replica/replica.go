@@ -419,7 +419,7 @@ func (r *Replica) learn(nodes []member.Node) {
 	}
 }
 
-var errRemoved = errors.New("this node was removed from the cluster's datastore; run microk8s leave on it, and join again if it shall be a member")
+var errRemoved = errors.New("this node was removed from the cluster's datastore; run microk8s leave on it, then join again to add it back")
 
 func nodesOf(infos []client.NodeInfo) []member.Node {
 	out := make([]member.Node, len(infos))
