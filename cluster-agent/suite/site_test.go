@@ -39,6 +39,7 @@ import (
 	"microk8s/internal/certs"
 	"microk8s/internal/connlimit"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/images"
 	"microk8s/internal/kube/kubetest"
 	"microk8s/internal/noderegistry"
@@ -297,7 +298,7 @@ func (s *site) members(list ...any) {
 	var text strings.Builder
 	s.store = nil
 	for i := 0; i < len(list); i += 2 {
-		s.store = append(s.store, peers.Member{ID: 1, Address: list[i].(string), Role: peers.Role(list[i+1].(int)), Online: true})
+		s.store = append(s.store, peers.Member{ID: 1, Address: list[i].(string), Role: storedir.Role(list[i+1].(int)), Online: true})
 		text.WriteString("- Address: " + list[i].(string) + "\n  ID: 1\n  Role: " + string(rune('0'+list[i+1].(int))) + "\n")
 	}
 	s.write(filepath.Join(s.env.Backend(), "cluster.yaml"), text.String())

@@ -32,6 +32,7 @@ import (
 	"microk8s/cluster-agent/client"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/encryption"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
@@ -108,7 +109,7 @@ func (f *fakeServices) startStore() {
 	check(os.WriteFile(filepath.Join(dir, "cluster.yaml"), []byte("- {Address: 127.0.0.1:1, ID: 1, Role: 0}\n- {Address: \""+own+"\", ID: 7, Role: 2}\n"), 0o600))
 	ctx, cancel := context.WithCancel(context.Background())
 	wait, err := peers.Serve(ctx, dir, slog.New(slog.DiscardHandler), func() []peers.Member {
-		return []peers.Member{{ID: 1, Address: "127.0.0.1:1", Online: true, Leader: true}, {ID: 7, Address: own, Role: peers.Spare, Online: true, Self: true}}
+		return []peers.Member{{ID: 1, Address: "127.0.0.1:1", Online: true, Leader: true}, {ID: 7, Address: own, Role: storedir.Spare, Online: true, Self: true}}
 	})
 	check(err)
 	l, err := net.Listen("unix", filepath.Join(dir, "kine.sock:12379"))

@@ -13,6 +13,7 @@ import (
 	"unicode/utf8"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
@@ -196,11 +197,11 @@ func TestConfigIsRefusedAsAWhole(t *testing.T) {
 
 func TestPreRefreshKeepsTheQuorum(t *testing.T) {
 	voter := func(online, self bool) peers.Member {
-		return peers.Member{Address: "10.0.0.9:19001", Role: peers.Voter, Online: online || self, Self: self}
+		return peers.Member{Address: "10.0.0.9:19001", Role: storedir.Voter, Online: online || self, Self: self}
 	}
 	me, up, down := voter(true, true), voter(true, false), voter(false, false)
-	spare := peers.Member{Role: peers.Spare, Online: true}
-	selfSpare := peers.Member{Role: peers.Spare, Online: true, Self: true}
+	spare := peers.Member{Role: storedir.Spare, Online: true}
+	selfSpare := peers.Member{Role: storedir.Spare, Online: true, Self: true}
 	for _, tc := range []struct {
 		name    string
 		members []peers.Member

@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -287,15 +288,15 @@ func TestOldReportsDoNotCount(t *testing.T) {
 
 // TestHighAvailability asks a datastore that says who lives.
 func TestHighAvailability(t *testing.T) {
-	member := func(n int, role peers.Role, online bool) peers.Member {
+	member := func(n int, role storedir.Role, online bool) peers.Member {
 		return peers.Member{ID: uint64(n), Address: fmt.Sprintf("10.0.0.%d:19001", n), Role: role, Online: online}
 	}
 	full := func(n int) peers.Member {
-		m := member(n, peers.Voter, true)
+		m := member(n, storedir.Voter, true)
 		m.DiskFull = true
 		return m
 	}
-	v, s, sp := peers.Voter, peers.StandBy, peers.Spare
+	v, s, sp := storedir.Voter, storedir.StandBy, storedir.Spare
 	for _, tc := range []struct {
 		name           string
 		members        []peers.Member

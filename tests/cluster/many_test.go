@@ -10,7 +10,7 @@ import (
 	"time"
 
 	membership "microk8s/internal/cluster"
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
 )
 
@@ -168,11 +168,11 @@ func (c *cluster) wantRoles(t *testing.T, host string, voters, standBys, spares 
 		if err != nil {
 			return err
 		}
-		count := map[peers.Role]int{}
+		count := map[storedir.Role]int{}
 		for _, m := range list {
 			count[m.Role]++
 		}
-		if count[peers.Voter] != voters || count[peers.StandBy] != standBys || count[peers.Spare] != spares {
+		if count[storedir.Voter] != voters || count[storedir.StandBy] != standBys || count[storedir.Spare] != spares {
 			return fmt.Errorf("members: %v", list)
 		}
 		return nil
@@ -191,7 +191,7 @@ func (c *cluster) wantLiveVoters(t *testing.T, host, dead string) {
 		}
 		n := 0
 		for _, m := range list {
-			if m.Role == peers.Voter && m.Online && m.Address != c.ip(t, dead)+":19001" {
+			if m.Role == storedir.Voter && m.Online && m.Address != c.ip(t, dead)+":19001" {
 				n++
 			}
 		}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	"go.etcd.io/etcd/client/v3/kubernetes"
 	"k8s.io/apimachinery/pkg/api/apitesting"
@@ -145,7 +146,7 @@ func follower(t *testing.T) *process {
 	leader := start(t, newDir(t))
 	leader.client.Close()
 	dir := t.TempDir()
-	for _, f := range []string{peers.CertFile, peers.KeyFile} {
+	for _, f := range []string{storedir.CertFile, storedir.KeyFile} {
 		data, err := os.ReadFile(filepath.Join(leader.cfg.StorageDir, f))
 		if err != nil {
 			t.Fatal(err)

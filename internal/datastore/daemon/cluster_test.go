@@ -16,6 +16,7 @@ import (
 
 	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -76,7 +77,7 @@ func (c *testCluster) prepare(args ...string) *testMember {
 	if n == 0 {
 		writeKeyPair(c.t, m.dir, "node")
 	} else {
-		for _, f := range []string{peers.CertFile, peers.KeyFile} {
+		for _, f := range []string{storedir.CertFile, storedir.KeyFile} {
 			data, err := os.ReadFile(filepath.Join(c.members[0].dir, f))
 			if err != nil {
 				c.t.Fatal(err)
@@ -197,7 +198,7 @@ func (m *testMember) list(t *testing.T) []peers.Member {
 // tool runs a command of the program dqlite on a member's directory.
 func (c *testCluster) tool(m *testMember, command string) (string, error) {
 	file := func(name string) string { return filepath.Join(m.dir, name) }
-	cmd := exec.Command(os.Args[0], "-s", "file://"+file("cluster.yaml"), "-c", file(peers.CertFile), "-k", file(peers.KeyFile), "k8s", command)
+	cmd := exec.Command(os.Args[0], "-s", "file://"+file("cluster.yaml"), "-c", file(storedir.CertFile), "-k", file(storedir.KeyFile), "k8s", command)
 	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=tool")
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -218,7 +219,7 @@ func (c *testCluster) waitRoles(voters int) {
 			}
 			n, lead := 0, 0
 			for _, p := range m.list(c.t) {
-				if p.Role == peers.Voter && p.Online {
+				if p.Role == storedir.Voter && p.Online {
 					n++
 				}
 				if p.Leader {
@@ -387,7 +388,7 @@ func TestFrozenLeaderAnswersNothingOld(t *testing.T) {
 }
 
 // roleOf gives what a member says of itself.
-func (m *testMember) roleOf(t *testing.T) (role peers.Role, ok bool) {
+func (m *testMember) roleOf(t *testing.T) (role storedir.Role, ok bool) {
 	for _, p := range m.list(t) {
 		if p.Self {
 			return p.Role, true
@@ -401,7 +402,7 @@ func (m *testMember) roleOf(t *testing.T) (role peers.Role, ok bool) {
 func TestFiveMembers(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 5)
-	count := func(role peers.Role) (n int) {
+	count := func(role storedir.Role) (n int) {
 		for _, p := range c.leader().list(t) {
 			if p.Role == role && p.Online {
 				n++
@@ -409,28 +410,28 @@ func TestFiveMembers(t *testing.T) {
 		}
 		return n
 	}
-	within(t, "two members stand by", func() bool { return count(peers.StandBy) == 2 })
+	within(t, "two members stand by", func() bool { return count(storedir.StandBy) == 2 })
 	leader := c.leader()
 	var voter *testMember
 	for _, m := range c.members {
-		if r, _ := m.roleOf(t); r == peers.Voter && m != leader {
+		if r, _ := m.roleOf(t); r == storedir.Voter && m != leader {
 			voter = m
 		}
 	}
 	replaced := func(m *testMember) bool {
 		for _, p := range c.leader().list(t) {
-			if p.Address == m.address && p.Role == peers.Voter {
+			if p.Address == m.address && p.Role == storedir.Voter {
 				return false
 			}
 		}
-		return count(peers.Voter) == 3
+		return count(storedir.Voter) == 3
 	}
 	voter.kill(t)
 	begin := time.Now()
 	within(t, "the voter is replaced", func() bool { return replaced(voter) })
 	t.Logf("a dead voter was replaced after %v", time.Since(begin))
 	c.start(voter)
-	within(t, "it stands by", func() bool { r, ok := voter.roleOf(t); return ok && r == peers.StandBy })
+	within(t, "it stands by", func() bool { r, ok := voter.roleOf(t); return ok && r == storedir.StandBy })
 
 	leader.kill(t)
 	begin = time.Now()
@@ -475,7 +476,7 @@ func TestFailureDomains(t *testing.T) {
 		members = map[string]*testMember{}
 		var list []string
 		for _, p := range c.leader().list(t) {
-			if p.Role != peers.Voter {
+			if p.Role != storedir.Voter {
 				continue
 			}
 			list = append(list, domains[p.Address])
@@ -540,7 +541,7 @@ func TestTwoMembers(t *testing.T) {
 	c := newCluster(t, 2)
 	a := c.leader()
 	b := c.other(a)
-	if r, _ := b.roleOf(t); r != peers.Spare {
+	if r, _ := b.roleOf(t); r != storedir.Spare {
 		t.Errorf("the second member is a %s", r)
 	}
 	b.put(t, "/k", "1")
@@ -550,7 +551,7 @@ func TestTwoMembers(t *testing.T) {
 	if got := a.get(t, "/k"); got != "2" {
 		t.Errorf("the member that came back reads %q", got)
 	}
-	within(t, "it does not vote", func() bool { r, ok := a.roleOf(t); return ok && r == peers.Spare })
+	within(t, "it does not vote", func() bool { r, ok := a.roleOf(t); return ok && r == storedir.Spare })
 	// The only voter leaves, while it leads.
 	if err := peers.Remove(testContext(t), a.dir, b.address); err != nil {
 		t.Fatal(err)
@@ -562,7 +563,7 @@ func TestTwoMembers(t *testing.T) {
 	}
 	within(t, "one member is left, and votes", func() bool {
 		l := a.list(t)
-		return len(l) == 1 && l[0].Role == peers.Voter && l[0].Leader
+		return len(l) == 1 && l[0].Role == storedir.Voter && l[0].Leader
 	})
 }
 
@@ -582,7 +583,7 @@ func TestHandover(t *testing.T) {
 	// The stand-by took the place of the voter before that one ended, and not after a time.
 	voters := 0
 	for _, p := range other.list(t) {
-		if p.Role == peers.Voter && p.Address != old.address {
+		if p.Role == storedir.Voter && p.Address != old.address {
 			voters++
 		}
 	}

@@ -17,7 +17,7 @@ import (
 	"testing"
 	"time"
 
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/anishathalye/porcupine"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -535,8 +535,8 @@ func (tr *trial) nft(args ...string) {
 
 // tool runs the dqlite tool on the directory of a member.
 func (tr *trial) tool(m *testMember, command string) error {
-	cmd := exec.Command(os.Args[0], "-s", "file://"+filepath.Join(m.dir, "cluster.yaml"), "-c", filepath.Join(m.dir, peers.CertFile),
-		"-k", filepath.Join(m.dir, peers.KeyFile), "k8s", command)
+	cmd := exec.Command(os.Args[0], "-s", "file://"+filepath.Join(m.dir, "cluster.yaml"), "-c", filepath.Join(m.dir, storedir.CertFile),
+		"-k", filepath.Join(m.dir, storedir.KeyFile), "k8s", command)
 	cmd.Env = append(os.Environ(), "TEST_K8S_DQLITE=tool")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
@@ -664,7 +664,7 @@ func (tr *trial) wipe(m *testMember) {
 	}
 	entries, _ := os.ReadDir(m.dir)
 	for _, e := range entries {
-		if n := e.Name(); n != peers.CertFile && n != peers.KeyFile && n != "tuning.yaml" {
+		if n := e.Name(); n != storedir.CertFile && n != storedir.KeyFile && n != "tuning.yaml" {
 			os.RemoveAll(filepath.Join(m.dir, n))
 		}
 	}

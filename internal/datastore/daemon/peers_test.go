@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 )
 
 func TestMembersOfOne(t *testing.T) {
@@ -18,7 +19,7 @@ func TestMembersOfOne(t *testing.T) {
 	if err != nil || len(got) != 1 {
 		t.Fatal(got, err)
 	}
-	if m := got[0]; !m.Self || !m.Online || !m.Leader || m.Role != peers.Voter || m.Address == "" || m.LastSeen.IsZero() {
+	if m := got[0]; !m.Self || !m.Online || !m.Leader || m.Role != storedir.Voter || m.Address == "" || m.LastSeen.IsZero() {
 		t.Errorf("the only member: %+v", m)
 	}
 	if err := peers.Remove(testContext(t), dir, got[0].Address); !errors.Is(err, peers.ErrOnlyMember) {

@@ -1,58 +1,23 @@
 package member
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
-	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
 
 	"microk8s/internal/atomicfile"
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	"sigs.k8s.io/yaml"
 )
 
-// Names of the files of a storage directory. Raft's own are dqlite's business.
-const (
-	initFile          = "init.yaml"
-	updateFile        = "update.yaml"
-	infoFile          = "info.yaml"
-	clusterFile       = "cluster.yaml"
-	joinFile          = "join"
-	failureDomainFile = "failure-domain"
-	tuningFile        = "tuning.yaml"
-)
-
 // BootstrapID is the fixed id of a cluster's first member.
 const BootstrapID uint64 = 3297041220608546238
-
-// Node is a member as info.yaml and cluster.yaml name it.
-type Node struct {
-	ID      uint64 `json:"ID"`
-	Address string `json:"Address"`
-	Role    int    `json:"Role"` // 0 voter, 1 stand-by, 2 spare
-}
-
-func (n Node) yaml(indent string) string {
-	address := n.Address
-	if strings.HasPrefix(address, "[") { // IPv6, which would begin a list
-		address = "'" + address + "'"
-	}
-	return fmt.Sprintf("Address: %s\n%sID: %d\n%sRole: %d\n", address, indent, n.ID, indent, n.Role)
-}
-
-// initConfig is init.yaml: what a node without data shall become.
-type initConfig struct {
-	Address string   `json:"Address"`
-	Cluster []string `json:"Cluster"`
-}
 
 // Tuning is tuning.yaml, with defaults for what it does not say.
 type Tuning struct {
@@ -120,72 +85,6 @@ func parseTuning(data []byte) (t Tuning, warnings []string, err error) {
 	return t, warnings, nil
 }
 
-func parseInit(data []byte) (c initConfig, err error) {
-	if err := yaml.Unmarshal(data, &c); err != nil {
-		return c, err
-	}
-	if err := checkAddress(c.Address); err != nil {
-		return c, err
-	}
-	for _, a := range c.Cluster {
-		if err := checkAddress(a); err != nil {
-			return c, fmt.Errorf("in Cluster: %w", err)
-		}
-	}
-	return c, nil
-}
-
-func checkAddress(a string) error {
-	if a == "" {
-		return errors.New("Address is empty; it must be host:port, such as 127.0.0.1:19001") //nolint:staticcheck // a key of the file, as it is written
-	}
-	host, port, err := net.SplitHostPort(a)
-	if err != nil {
-		return fmt.Errorf("the address %q is not host:port", a)
-	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || n == 0 || host == "" || strings.ContainsAny(host, " \n\t#'\"{}") {
-		return fmt.Errorf("the address %q is not host:port", a)
-	}
-	return nil
-}
-
-func parseInfo(data []byte) (n Node, err error) {
-	if err := yaml.Unmarshal(data, &n); err != nil {
-		return n, err
-	}
-	// It is the last line. A file that ends within the one before has another node's ID.
-	if !bytes.Contains(data, []byte("Role:")) {
-		return n, errors.New("Role is missing") //nolint:staticcheck // a key of the file, as it is written
-	}
-	return n, checkNode(n)
-}
-
-func parseCluster(data []byte) (nodes []Node, err error) {
-	if err := yaml.Unmarshal(data, &nodes); err != nil {
-		return nil, err
-	}
-	if len(nodes) == 0 {
-		return nil, errors.New("it lists no member")
-	}
-	for _, n := range nodes {
-		if err := checkAddress(n.Address); err != nil {
-			return nil, err
-		}
-	}
-	return nodes, nil
-}
-
-func checkNode(n Node) error {
-	if n.ID == 0 {
-		return errors.New("ID is missing or 0")
-	}
-	if n.Role < 0 || n.Role > 2 {
-		return fmt.Errorf("Role is %d; it must be 0, 1 or 2", n.Role) //nolint:staticcheck // a key of the file, as it is written
-	}
-	return checkAddress(n.Address)
-}
-
 func parseFailureDomain(data []byte) (uint64, error) {
 	text := strings.TrimSpace(string(data))
 	n, err := strconv.ParseUint(text, 10, 64)
@@ -195,85 +94,74 @@ func parseFailureDomain(data []byte) (uint64, error) {
 	return n, nil
 }
 
-// directory is a storage directory.
-type directory struct{ path string }
+// directory is a storage directory, as the daemon uses it.
+type directory struct{ storedir.Dir }
 
-func (d directory) file(name string) string { return filepath.Join(d.path, name) }
+func at(path string) directory { return directory{storedir.Dir(path)} }
 
-func (d directory) has(name string) bool {
-	_, err := os.Lstat(d.file(name))
-	return err == nil
-}
-
-// read gives a file's content decoded; ok is false when there is no such file.
+// read returns a file's content decoded; ok is false when there is no such file.
 func read[T any](d directory, name string, decode func([]byte) (T, error)) (v T, ok bool, err error) {
-	data, err := os.ReadFile(d.file(name))
+	v, err = storedir.Read(d.Dir, name, decode)
 	if errors.Is(err, fs.ErrNotExist) {
 		return v, false, nil
 	}
-	if err == nil {
-		v, err = decode(data)
-	}
-	if err != nil {
-		return v, true, fmt.Errorf("cannot read %s: %w; correct the file or restore it from a backup", d.file(name), err)
-	}
-	return v, true, nil
+	return v, true, err
 }
 
 func (d directory) write(name, content string) error {
-	return atomicfile.Write(d.file(name), []byte(content), 0o660, nil)
+	return atomicfile.Write(d.File(name), []byte(content), 0o660, nil)
 }
 
 // prepare reads the files that say who this node is, carries out init.yaml and update.yaml,
 // and gives the node. reconfigure rewrites Raft's membership to the node alone.
-func (d directory) prepare(reconfigure func(Node) error) (Node, error) {
-	ini, hasInit, err := read(d, initFile, parseInit)
+func (d directory) prepare(reconfigure func(storedir.Member) error) (storedir.Member, error) {
+	ini, hasInit, err := read(d, storedir.InitFile, storedir.ParseInit)
 	if err != nil {
-		return Node{}, err
+		return storedir.Member{}, err
 	}
 	if hasInit {
 		if err := d.initialize(ini); err != nil {
-			return Node{}, err
+			return storedir.Member{}, err
 		}
 	}
-	info, hasInfo, err := read(d, infoFile, parseInfo)
+	info, hasInfo, err := read(d, storedir.InfoFile, storedir.ParseSelf)
 	if err != nil {
-		return Node{}, err
+		return storedir.Member{}, err
 	}
-	cluster, hasCluster, err := read(d, clusterFile, parseCluster)
+	cluster, hasCluster, err := read(d, storedir.ClusterFile, storedir.ParseMembers)
 	if err != nil {
-		return Node{}, err
+		return storedir.Member{}, err
 	}
 	switch {
 	case !hasInfo && !hasCluster:
-		return Node{}, fmt.Errorf("%s has neither %s nor %s: nothing says which node this is; run: microk8s start (on a new node), or restore the directory from a backup", d.path, initFile, infoFile)
+		return storedir.Member{}, fmt.Errorf("%s has neither %s nor %s: nothing says which node this is; run: microk8s start (on a new node), or restore the directory from a backup", string(d.Dir), storedir.InitFile, storedir.InfoFile)
 	case hasInfo != hasCluster:
-		return Node{}, fmt.Errorf("inconsistent %s and %s in %s: one of them is missing; restore it from a backup", infoFile, clusterFile, d.path)
+		return storedir.Member{}, fmt.Errorf("inconsistent %s and %s in %s: one of them is missing; restore it from a backup", storedir.InfoFile, storedir.ClusterFile, string(d.Dir))
 	}
-	if !d.has(joinFile) && len(cluster) == 1 && (cluster[0].Address != info.Address || cluster[0].ID != 0 && cluster[0].ID != info.ID) {
-		if !d.has(updateFile) { // an address change that was interrupted half-way is completed below
-			return Node{}, fmt.Errorf("%s and %s disagree about this node (%s and %s); correct the wrong one", d.file(infoFile), d.file(clusterFile), info.Address, cluster[0].Address)
+	if !d.Has(storedir.JoinFile) && len(cluster) == 1 && (cluster[0].Address != info.Address || cluster[0].ID != 0 && cluster[0].ID != info.ID) {
+		if !d.Has(storedir.UpdateFile) { // an address change that was interrupted half-way is completed below
+			return storedir.Member{}, fmt.Errorf("%s and %s disagree about this node (%s and %s); correct the wrong one", d.File(storedir.InfoFile), d.File(storedir.ClusterFile), info.Address, cluster[0].Address)
 		}
 	}
-	update, hasUpdate, err := read(d, updateFile, parseInit)
+	update, hasUpdate, err := read(d, storedir.UpdateFile, storedir.ParseInit)
 	if err != nil {
-		return Node{}, err
+		return storedir.Member{}, err
 	}
-	if hasUpdate && (len(cluster) > 1 || d.has(joinFile)) {
-		return Node{}, fmt.Errorf("%s asks for another address, but %s lists %d members: this node would leave them and go on alone; remove %s, and change the address by leaving the cluster and joining it again",
-			d.file(updateFile), d.file(clusterFile), len(cluster), d.file(updateFile))
+	if hasUpdate && (len(cluster) > 1 || d.Has(storedir.JoinFile)) {
+		return storedir.Member{}, fmt.Errorf("%s asks for another address, but %s lists %d members: this node would leave them and go on alone; remove %s, and change the address by leaving the cluster and joining it again",
+			d.File(storedir.UpdateFile), d.File(storedir.ClusterFile), len(cluster), d.File(storedir.UpdateFile))
 	}
 	if hasUpdate {
 		// Each step can be repeated; the request goes last.
 		info.Address, info.Role = update.Address, 0
 		if err := reconfigure(info); err != nil {
-			return Node{}, fmt.Errorf("cannot change this node's address to %s: %w", update.Address, err)
+			return storedir.Member{}, fmt.Errorf("cannot change this node's address to %s: %w", update.Address, err)
 		}
 		if err := d.identify(info); err != nil {
-			return Node{}, err
+			return storedir.Member{}, err
 		}
-		if err := os.Remove(d.file(updateFile)); err != nil {
-			return Node{}, fmt.Errorf("cannot remove %s: %w", d.file(updateFile), err)
+		if err := os.Remove(d.File(storedir.UpdateFile)); err != nil {
+			return storedir.Member{}, fmt.Errorf("cannot remove %s: %w", d.File(storedir.UpdateFile), err)
 		}
 	}
 	return info, nil
@@ -281,12 +169,12 @@ func (d directory) prepare(reconfigure func(Node) error) (Node, error) {
 
 // initialize turns a directory with init.yaml into that of a first member, or of a node that
 // is to join a cluster. The file goes last, so that an interrupted start is repeated.
-func (d directory) initialize(ini initConfig) error {
-	node := Node{ID: BootstrapID, Address: ini.Address}
+func (d directory) initialize(ini storedir.Init) error {
+	node := storedir.Member{ID: BootstrapID, Address: ini.Address}
 	if len(ini.Cluster) > 0 {
-		node = Node{ID: newID(), Address: ini.Address, Role: int(peers.Spare)}
+		node = storedir.Member{ID: newID(), Address: ini.Address, Role: storedir.Spare}
 		// The id of an interrupted start may be known to the cluster already.
-		if old, ok, err := read(d, infoFile, parseInfo); err == nil && ok && old.Address == ini.Address && d.has(joinFile) {
+		if old, ok, err := read(d, storedir.InfoFile, storedir.ParseSelf); err == nil && ok && old.Address == ini.Address && d.Has(storedir.JoinFile) {
 			node.ID = old.ID
 		}
 	}
@@ -294,21 +182,21 @@ func (d directory) initialize(ini initConfig) error {
 	// They may be there from an interrupted start, if they say the same.
 	interrupted := true
 	for _, f := range files {
-		data, err := os.ReadFile(d.file(f.name))
+		data, err := os.ReadFile(d.File(f.name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("cannot read %s: %w", d.file(f.name), err)
+			return fmt.Errorf("cannot read %s: %w", d.File(f.name), err)
 		}
 		interrupted = interrupted && (err != nil || string(data) == f.content)
 	}
-	entries, err := os.ReadDir(d.path)
+	entries, err := os.ReadDir(string(d.Dir))
 	if err != nil {
-		return fmt.Errorf("cannot list %s: %w", d.path, err)
+		return fmt.Errorf("cannot list %s: %w", string(d.Dir), err)
 	}
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case initFile, peers.CertFile, peers.KeyFile, failureDomainFile, tuningFile:
+		case storedir.InitFile, storedir.CertFile, storedir.KeyFile, storedir.FailureDomainFile, storedir.TuningFile:
 			continue
-		case infoFile, clusterFile, joinFile:
+		case storedir.InfoFile, storedir.ClusterFile, storedir.JoinFile:
 			if interrupted {
 				continue
 			}
@@ -325,14 +213,14 @@ func (d directory) initialize(ini initConfig) error {
 			return err
 		}
 	}
-	if err := os.Remove(d.file(initFile)); err != nil {
-		return fmt.Errorf("cannot remove %s: %w", d.file(initFile), err)
+	if err := os.Remove(d.File(storedir.InitFile)); err != nil {
+		return fmt.Errorf("cannot remove %s: %w", d.File(storedir.InitFile), err)
 	}
 	return nil
 }
 
 func foreign(d directory, name string) error {
-	return fmt.Errorf("%s asks for a new node, but %s already has %s: if its data is wanted remove %s, otherwise move the other files away", d.file(initFile), d.path, name, initFile)
+	return fmt.Errorf("%s asks for a new node, but %s already has %s: if its data is wanted remove %s, otherwise move the other files away", d.File(storedir.InitFile), string(d.Dir), name, storedir.InitFile)
 }
 
 // newID makes the id of a node that joins. A node that leaves and joins again is another one,
@@ -349,19 +237,20 @@ type identityFile struct{ name, content string }
 
 // identity gives the files of a single member, or of one that joins the members with these
 // addresses, in the order in which they are written.
-func (d directory) identity(n Node, cluster []string) []identityFile {
+func (d directory) identity(n storedir.Member, cluster []string) []identityFile {
+	self := string(storedir.EncodeSelf(n))
 	if len(cluster) == 0 {
-		return []identityFile{{infoFile, n.yaml("")}, {clusterFile, "- " + n.yaml("  ")}}
+		return []identityFile{{storedir.InfoFile, self}, {storedir.ClusterFile, string(storedir.EncodeMembers([]storedir.Member{n}))}}
 	}
-	var list strings.Builder
+	var list []storedir.Member
 	for _, a := range cluster {
-		list.WriteString("- " + Node{Address: a}.yaml("  "))
+		list = append(list, storedir.Member{Address: a})
 	}
-	return []identityFile{{joinFile, ""}, {infoFile, n.yaml("")}, {clusterFile, list.String()}}
+	return []identityFile{{storedir.JoinFile, ""}, {storedir.InfoFile, self}, {storedir.ClusterFile, string(storedir.EncodeMembers(list))}}
 }
 
 // identify writes info.yaml and cluster.yaml of a single member.
-func (d directory) identify(n Node) error {
+func (d directory) identify(n storedir.Member) error {
 	for _, f := range d.identity(n, nil) {
 		if err := d.write(f.name, f.content); err != nil {
 			return err

@@ -19,6 +19,7 @@ import (
 
 	dslog "microk8s/internal/datastore/log"
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	dqlite "github.com/canonical/go-dqlite/v3"
 	"github.com/canonical/go-dqlite/v3/client"
@@ -28,7 +29,7 @@ import (
 // PeerProtocol is the ALPN name under which datastore daemons talk to each other on the port
 // that they share with dqlite. Connections without it are dqlite's. Without TLS, what speaks
 // HTTP/2 is theirs.
-const PeerProtocol = "microk8s-datastore-1"
+const PeerProtocol = storedir.Protocol
 
 const (
 	handshakeTimeout = 10 * time.Second
@@ -59,7 +60,7 @@ type Options struct {
 // Member is a running dqlite node. Its methods may be called from any goroutine.
 type Member struct {
 	opt    Options
-	node   Node
+	node   storedir.Member
 	dir    directory
 	dqlite *dqlite.Node
 	listen net.Listener
@@ -88,7 +89,7 @@ func Start(opt Options) (_ *Member, err error) {
 	if opt.MinTLSVersion == 0 {
 		opt.MinTLSVersion = tls.VersionTLS12
 	}
-	d := directory{opt.Dir}
+	d := at(opt.Dir)
 	if fi, err := os.Stat(opt.Dir); err != nil || !fi.IsDir() {
 		return nil, fmt.Errorf("the storage directory %s is missing; run: microk8s start, or give the right --storage-dir", opt.Dir)
 	}
@@ -97,9 +98,9 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 	for _, w := range warnings {
-		opt.Logger.Warn(w, "file", d.file(tuningFile))
+		opt.Logger.Warn(w, "file", d.File(storedir.TuningFile))
 	}
-	domain, _, err := read(d, failureDomainFile, parseFailureDomain)
+	domain, _, err := read(d, storedir.FailureDomainFile, parseFailureDomain)
 	if err != nil {
 		return nil, err
 	}
@@ -109,12 +110,12 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 	marks := markers{file: opt.Marker, dir: opt.Dir, revision: opt.SnapRevision, log: opt.Logger}
-	if d.has(initFile) {
+	if d.Has(storedir.InitFile) {
 		if err := marks.forget(); err != nil {
 			return nil, err
 		}
 	}
-	node, err := d.prepare(func(n Node) error {
+	node, err := d.prepare(func(n storedir.Member) error {
 		if err := errors.Join(forgetTerm(opt.Dir), marks.forget()); err != nil {
 			return err
 		}
@@ -159,7 +160,7 @@ func Start(opt Options) (_ *Member, err error) {
 	// The port first: dqlite would start writing, only to be stopped again.
 	m.listen, err = net.Listen("tcp", node.Address)
 	if err != nil {
-		return nil, fmt.Errorf("cannot listen on this member's address %s (from %s): %w; is another datastore running?", node.Address, d.file(infoFile), err)
+		return nil, fmt.Errorf("cannot listen on this member's address %s (from %s): %w; is another datastore running?", node.Address, d.File(storedir.InfoFile), err)
 	}
 	defer func() {
 		if err != nil {
@@ -214,7 +215,7 @@ func Reconfigure(dir string, members []client.NodeInfo) error {
 
 func (d directory) tuning() (Tuning, []string, error) {
 	var warnings []string
-	t, ok, err := read(d, tuningFile, func(data []byte) (t Tuning, err error) {
+	t, ok, err := read(d, storedir.TuningFile, func(data []byte) (t Tuning, err error) {
 		t, warnings, err = parseTuning(data)
 		return t, err
 	})
@@ -224,8 +225,8 @@ func (d directory) tuning() (Tuning, []string, error) {
 	return t, warnings, err
 }
 
-// Node is who this member is.
-func (m *Member) Node() Node { return m.node }
+// Node returns this member's ID, address and role at its start.
+func (m *Member) Node() storedir.Member { return m.node }
 
 // DialOwn connects to the own node. Only this process can.
 func (m *Member) DialOwn(ctx context.Context) (net.Conn, error) {

@@ -8,9 +8,10 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
 	"sync"
 	"time"
+
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/canonical/go-dqlite/v3/client"
 )
@@ -185,11 +186,11 @@ func peek(conn net.Conn) (net.Conn, bool) {
 }
 
 // Joining says whether this node has still to be added to the cluster.
-func (m *Member) Joining() bool { return m.dir.has(joinFile) }
+func (m *Member) Joining() bool { return m.dir.Has(storedir.JoinFile) }
 
 // Known gives the members of cluster.yaml. Of a node that is joining only the addresses are known.
-func (m *Member) Known() []Node {
-	nodes, _, err := read(m.dir, clusterFile, parseCluster)
+func (m *Member) Known() []storedir.Member {
+	nodes, _, err := read(m.dir, storedir.ClusterFile, storedir.ParseMembers)
 	if err != nil {
 		m.opt.Logger.Warn("cannot read the list of members", "error", err)
 	}
@@ -198,37 +199,35 @@ func (m *Member) Known() []Node {
 
 // Remember writes the list of members, and this node's role, where tools and the next start
 // find them. The list must come from a leader.
-func (m *Member) Remember(members []Node) error {
+func (m *Member) Remember(members []storedir.Member) error {
 	if len(members) == 0 {
 		return errors.New("a list without members")
 	}
-	var list strings.Builder
 	for _, n := range members {
-		list.WriteString("- " + n.yaml("  "))
 		if n.ID == m.node.ID {
 			own := m.node
 			own.Role = n.Role
-			if err := m.dir.writeChanged(infoFile, own.yaml("")); err != nil {
+			if err := m.dir.writeChanged(storedir.InfoFile, string(storedir.EncodeSelf(own))); err != nil {
 				return err
 			}
 		}
 	}
-	return m.dir.writeChanged(clusterFile, list.String())
+	return m.dir.writeChanged(storedir.ClusterFile, string(storedir.EncodeMembers(members)))
 }
 
 // Joined ends the joining: the node is one of these members.
-func (m *Member) Joined(members []Node) error {
+func (m *Member) Joined(members []storedir.Member) error {
 	if err := m.Remember(members); err != nil {
 		return err
 	}
-	if err := os.Remove(m.dir.file(joinFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("cannot remove %s: %w", m.dir.file(joinFile), err)
+	if err := os.Remove(m.dir.File(storedir.JoinFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("cannot remove %s: %w", m.dir.File(storedir.JoinFile), err)
 	}
 	return nil
 }
 
 func (d directory) writeChanged(name, content string) error {
-	if old, err := os.ReadFile(d.file(name)); err == nil && string(old) == content {
+	if old, err := os.ReadFile(d.File(name)); err == nil && string(old) == content {
 		return nil
 	}
 	return d.write(name, content)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	dqlite "github.com/canonical/go-dqlite/v3"
 	"github.com/canonical/go-dqlite/v3/client"
@@ -26,25 +27,25 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 	if err := notRunning(dir); err != nil {
 		return "", err
 	}
-	d := directory{dir}
-	ini, begun, err := read(d, initFile, parseInit)
+	d := at(dir)
+	ini, begun, err := read(d, storedir.InitFile, storedir.ParseInit)
 	if err != nil {
 		return "", err
 	}
 	if begun && len(ini.Cluster) == 0 {
-		return "", fmt.Errorf("%s makes a new cluster, not a member of one; there is nothing to get from others", d.file(initFile))
+		return "", fmt.Errorf("%s makes a new cluster, not a member of one; there is nothing to get from others", d.File(storedir.InitFile))
 	}
 	if !begun {
-		info, ok, err := read(d, infoFile, parseInfo)
+		info, ok, err := read(d, storedir.InfoFile, storedir.ParseSelf)
 		if err == nil && !ok {
-			err = fmt.Errorf("%s is missing, so nothing says which member this is", d.file(infoFile))
+			err = fmt.Errorf("%s is missing, so nothing says which member this is", d.File(storedir.InfoFile))
 		}
 		if err != nil {
 			return "", fmt.Errorf("%w; remove the member on another node (microk8s remove-node --force) and join again with microk8s join", err)
 		}
-		members, ok, err := read(d, clusterFile, parseCluster)
+		members, ok, err := read(d, storedir.ClusterFile, storedir.ParseMembers)
 		if err == nil && !ok {
-			err = fmt.Errorf("%s is missing, so nothing says who the others are", d.file(clusterFile))
+			err = fmt.Errorf("%s is missing, so nothing says who the others are", d.File(storedir.ClusterFile))
 		}
 		if err != nil {
 			return "", fmt.Errorf("%w; copy the file from another member", err)
@@ -62,7 +63,7 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 			return "", fmt.Errorf("the others go on with the old member, and nothing was changed: %w", err)
 		}
 		// From here on the directory is not one that starts with its old files.
-		if err := d.write(initFile, fmt.Sprintf("Address: %q\nCluster: [\"%s\"]\n", ini.Address, strings.Join(ini.Cluster, `", "`))); err != nil {
+		if err := d.Begin(ini, func(_ string, data []byte) error { return d.write(storedir.InitFile, string(data)) }); err != nil {
 			return "", err
 		}
 	}
@@ -76,7 +77,7 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 	}
 	for _, e := range entries {
 		switch name := e.Name(); {
-		case name == initFile, name == peers.CertFile, name == peers.KeyFile, name == failureDomainFile, name == tuningFile,
+		case name == storedir.InitFile, name == storedir.CertFile, name == storedir.KeyFile, name == storedir.FailureDomainFile, name == storedir.TuningFile,
 			strings.HasPrefix(name, "."), e.Type()&fs.ModeSocket != 0:
 		default:
 			if err := os.Rename(filepath.Join(dir, name), filepath.Join(kept, name)); err != nil {
@@ -89,7 +90,7 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 
 // notRunning refuses a directory on which a daemon runs.
 func notRunning(dir string) error {
-	info, ok, err := read(directory{dir}, infoFile, parseInfo)
+	info, ok, err := read(at(dir), storedir.InfoFile, storedir.ParseSelf)
 	if err != nil || !ok {
 		return nil //nolint:nilerr // it is judged where it is needed
 	}
@@ -143,10 +144,10 @@ func Recover(dir string, others []string, saved string) error {
 	if err := notRunning(dir); err != nil {
 		return err
 	}
-	d := directory{dir}
-	info, ok, err := read(d, infoFile, parseInfo)
+	d := at(dir)
+	info, ok, err := read(d, storedir.InfoFile, storedir.ParseSelf)
 	if err == nil && !ok {
-		err = fmt.Errorf("%s is missing", d.file(infoFile))
+		err = fmt.Errorf("%s is missing", d.File(storedir.InfoFile))
 	}
 	if err != nil {
 		return err
@@ -167,14 +168,14 @@ func Recover(dir string, others []string, saved string) error {
 	if err := copyFiles(dir, saved); err != nil {
 		return fmt.Errorf("cannot save the directory: %w", err)
 	}
-	info.Role = int(client.Voter)
+	info.Role = storedir.Voter
 	if err := Reconfigure(dir, []client.NodeInfo{{ID: info.ID, Address: info.Address, Role: client.Voter}}); err != nil {
 		return fmt.Errorf("cannot rewrite the membership: %w; the directory is saved in %s", err, saved)
 	}
 	if err := d.identify(info); err != nil {
 		return err
 	}
-	if err := os.Remove(d.file(joinFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(d.File(storedir.JoinFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/storedir"
 )
 
 // termFile is our copy of Raft's term and vote, with a checksum: dqlite's metadata files have
@@ -120,13 +121,13 @@ func unborn(dir string) (bool, error) {
 }
 
 // beginAgain makes the first start of a first member anew, where it was interrupted.
-func (d directory) beginAgain(node Node) error {
+func (d directory) beginAgain(node storedir.Member) error {
 	if node.ID != BootstrapID {
 		return nil
 	}
-	again, err := unborn(d.path)
+	again, err := unborn(string(d.Dir))
 	if err == nil && again {
-		err = os.Remove(d.file("metadata1"))
+		err = os.Remove(d.File("metadata1"))
 	}
 	if err != nil {
 		return fmt.Errorf("cannot finish the interrupted first start: %w", err)

@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"microk8s/internal/datastore/storedir"
 )
 
 func TestTermAndVoteAreCompared(t *testing.T) {
@@ -54,7 +56,7 @@ func TestUnborn(t *testing.T) {
 		files map[string][]byte
 		want  bool
 	}{
-		{"an interrupted first start", map[string][]byte{"metadata1": first, infoFile: nil, "dqlite-lock": nil}, true},
+		{"an interrupted first start", map[string][]byte{"metadata1": first, storedir.InfoFile: nil, "dqlite-lock": nil}, true},
 		{"nothing yet", nil, false},
 		{"a finished one", map[string][]byte{"metadata1": first, "0000000000000001-0000000000000001": nil}, false},
 		{"a segment in use", map[string][]byte{"metadata1": first, "open-1": nil}, false},

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"unsafe"
 
+	"microk8s/internal/datastore/storedir"
+
 	"github.com/canonical/go-dqlite/v3/client"
 	"golang.org/x/sys/unix"
 )
@@ -28,7 +30,7 @@ type View struct {
 
 	// Leader is who leads as far as this node knows; the zero value is nobody. A node that has no
 	// vote never knows, and one that gives leadership away says nobody.
-	Leader Node
+	Leader storedir.Member
 }
 
 // View reads what the own node knows, now. It neither waits for the node's thread nor for the
@@ -41,14 +43,14 @@ func (m *Member) View() View {
 	}
 	out := View{Term: uint64(v.term), Configuration: uint64(v.configuration), Leads: bool(v.leads)}
 	if v.leader_id != 0 {
-		out.Leader = Node{ID: uint64(v.leader_id), Address: C.GoString(&v.leader_address[0])}
+		out.Leader = storedir.Member{ID: uint64(v.leader_id), Address: C.GoString(&v.leader_address[0])}
 	}
 	return out
 }
 
 // Leader is who leads as far as the own node knows, the zero value if it knows of nobody. A spare never
 // knows: the leader sends it nothing.
-func (m *Member) Leader() Node { return m.View().Leader }
+func (m *Member) Leader() storedir.Member { return m.View().Leader }
 
 // Leads says whether the own node leads and does not give leadership away.
 func (m *Member) Leads() bool { return m.Leader().ID == m.node.ID }

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"microk8s/internal/datastore/storedir"
 )
 
 // The view follows the node: who leads is known when it is said to have changed, and nothing is known
@@ -20,7 +22,7 @@ func TestView(t *testing.T) {
 	address := l.Addr().String()
 	l.Close()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, initFile), []byte(fmt.Sprintf("Address: %s\n", address)), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, storedir.InitFile), []byte(fmt.Sprintf("Address: %s\n", address)), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	m, err := Start(Options{Dir: dir, Logger: slog.New(slog.DiscardHandler), DisableTLS: true})

@@ -23,26 +23,16 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Role is what a member does.
-type Role = storedir.Role
-
-// The roles.
-const (
-	Voter   = storedir.Voter
-	StandBy = storedir.StandBy
-	Spare   = storedir.Spare
-)
-
 // Member is a member of the cluster as one daemon sees it.
 type Member struct {
-	ID       uint64    `json:"id"`
-	Address  string    `json:"address"` // host:port
-	Role     Role      `json:"role"`
-	Online   bool      `json:"online"`             // it answered within the last 3 seconds
-	Leader   bool      `json:"leader"`             // it leads
-	Self     bool      `json:"self"`               // it is the daemon that was asked
-	DiskFull bool      `json:"diskFull,omitempty"` // it has no space for more data, as it said last
-	LastSeen time.Time `json:"lastSeen"`           // when it answered last; zero: not since that daemon's start
+	ID       uint64        `json:"id"`
+	Address  string        `json:"address"` // host:port
+	Role     storedir.Role `json:"role"`
+	Online   bool          `json:"online"`             // it answered within the last 3 seconds
+	Leader   bool          `json:"leader"`             // it leads
+	Self     bool          `json:"self"`               // it is the daemon that was asked
+	DiskFull bool          `json:"diskFull,omitempty"` // it has no space for more data, as it said last
+	LastSeen time.Time     `json:"lastSeen"`           // when it answered last; zero: not since that daemon's start
 }
 
 // ErrNotRunning says that no daemon runs on the storage directory.

@@ -5,21 +5,14 @@ import (
 	"crypto/x509"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"microk8s/internal/datastore/storedir"
-)
-
-// Names of the key pair that all members share, in a storage directory.
-const (
-	CertFile = storedir.CertFile
-	KeyFile  = storedir.KeyFile
 )
 
 // KeyPair loads the pair that all members share and gives the TLS configurations for
 // accepting and for dialling. cache is the size of the session cache for dialling, 0 for none.
 func KeyPair(dir string, minVersion uint16, cache int) (listen, dial *tls.Config, err error) {
-	certFile, keyFile := filepath.Join(dir, CertFile), filepath.Join(dir, KeyFile)
+	certFile, keyFile := storedir.Dir(dir).File(storedir.CertFile), storedir.Dir(dir).File(storedir.KeyFile)
 	const next = "run: microk8s start (it makes a new pair on a node that has none), or copy the pair from another member of the cluster"
 	certPEM, err := os.ReadFile(certFile)
 	if err != nil {

@@ -4,7 +4,7 @@ import (
 	"context"
 	"time"
 
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 )
 
 // wantFree is the space below which a disk counts as full. libdqlite allocates its log ahead, in
@@ -58,7 +58,7 @@ func (r *Replica) tooManyFull(own bool) bool {
 	defer r.mu.Unlock()
 	voters, full := 0, 0
 	for _, n := range r.members {
-		if peers.Role(n.Role) != peers.Voter {
+		if n.Role != storedir.Voter {
 			continue
 		}
 		voters++

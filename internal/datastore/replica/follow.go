@@ -7,8 +7,8 @@ import (
 	"io"
 	"time"
 
-	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/datastore/watch"
 
 	"google.golang.org/grpc"
@@ -282,7 +282,7 @@ func (r *Replica) isMember(id uint64) bool {
 	return containsID(r.members, id)
 }
 
-func containsID(nodes []member.Node, id uint64) bool {
+func containsID(nodes []storedir.Member, id uint64) bool {
 	for _, n := range nodes {
 		if n.ID == id {
 			return true

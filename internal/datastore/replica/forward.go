@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/engine"
-	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -267,7 +267,7 @@ func (r *Replica) confirmedWith(q *barrierRequest) bool {
 func (r *Replica) ownVote() *barrierRequest {
 	own := r.m.Node().ID
 	r.mu.Lock()
-	votes := slices.ContainsFunc(r.members, func(n member.Node) bool { return n.ID == own && n.Role == int(client.Voter) })
+	votes := slices.ContainsFunc(r.members, func(n storedir.Member) bool { return n.ID == own && n.Role == storedir.Voter })
 	r.mu.Unlock()
 	if votes {
 		if l := r.m.Leader(); l.ID != 0 {

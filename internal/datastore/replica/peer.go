@@ -7,9 +7,8 @@ import (
 	"slices"
 	"time"
 
-	"microk8s/internal/datastore/member"
+	"microk8s/internal/datastore/storedir"
 
-	"github.com/canonical/go-dqlite/v3/client"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -195,7 +194,7 @@ func (r *Replica) leftOut() bool {
 	defer r.mu.Unlock()
 	for _, p := range r.peers {
 		if p.online(onlineFor) && p.last.Leads && time.Since(r.pinged[p.last.ID]) < onlineFor {
-			return slices.ContainsFunc(p.last.Members, func(n member.Node) bool { return n.ID == own && n.Role == int(client.Voter) })
+			return slices.ContainsFunc(p.last.Members, func(n storedir.Member) bool { return n.ID == own && n.Role == storedir.Voter })
 		}
 	}
 	return false

@@ -3,7 +3,7 @@ package replica
 import (
 	"sort"
 
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 )
 
 // How many members have each role, where there are enough.
@@ -15,7 +15,7 @@ const (
 // candidate is a member as the choice of roles sees it.
 type candidate struct {
 	ID     uint64
-	Role   peers.Role
+	Role   storedir.Role
 	Online bool
 	Lost   bool // it has been offline long enough to be replaced
 	Domain uint64
@@ -25,7 +25,7 @@ type candidate struct {
 // change is one change of a role.
 type change struct {
 	ID   uint64
-	Role peers.Role
+	Role storedir.Role
 }
 
 // plan gives the next change of a role that brings the cluster closer to its targets, if
@@ -40,20 +40,20 @@ func plan(self uint64, members []candidate) (change, bool) {
 	}
 	if len(members) == 2 {
 		for _, m := range members {
-			if m.ID != self && m.Role != peers.Spare {
-				return change{m.ID, peers.Spare}, true
+			if m.ID != self && m.Role != storedir.Spare {
+				return change{m.ID, storedir.Spare}, true
 			}
 		}
 		return change{}, false
 	}
-	if c, ok := fill(self, members, peers.Voter, wantVoters); ok {
+	if c, ok := fill(self, members, storedir.Voter, wantVoters); ok {
 		return c, true
 	}
-	return fill(self, members, peers.StandBy, wantStandBys)
+	return fill(self, members, storedir.StandBy, wantStandBys)
 }
 
 // fill brings the number of members of a role to want.
-func fill(self uint64, members []candidate, role peers.Role, want int) (change, bool) {
+func fill(self uint64, members []candidate, role storedir.Role, want int) (change, bool) {
 	var online, lost []candidate // of the role
 	perDomain := map[uint64]int{}
 	all := 0
@@ -75,12 +75,12 @@ func fill(self uint64, members []candidate, role peers.Role, want int) (change, 
 	case len(online) < want && len(from) > 0:
 		return change{from[0].ID, role}, true
 	case len(online) > want:
-		return change{surplus(self, online, perDomain).ID, peers.Spare}, true
+		return change{surplus(self, online, perDomain).ID, storedir.Spare}, true
 	case len(online) == want && len(lost) > 0:
-		return change{lost[0].ID, peers.Spare}, true
+		return change{lost[0].ID, storedir.Spare}, true
 	case len(online) == want && len(from) > 0 && perDomain[from[0].Domain] == 0 && crowded(perDomain):
 		// One more for now: the crowded domain gives one up next.
-		if role == peers.Voter || from[0].Role == peers.Spare {
+		if role == storedir.Voter || from[0].Role == storedir.Spare {
 			return change{from[0].ID, role}, true
 		}
 	}
@@ -98,7 +98,7 @@ func crowded(perDomain map[uint64]int) bool {
 
 // candidates gives who could take a role, the best first: from a domain that has nobody in
 // the role, who holds the data already, the lower weight, the lower id.
-func candidates(self uint64, members []candidate, role peers.Role, perDomain map[uint64]int) []candidate {
+func candidates(self uint64, members []candidate, role storedir.Role, perDomain map[uint64]int) []candidate {
 	var out []candidate
 	for _, m := range members {
 		if m.Online && !m.Lost && m.Role > role && m.ID != self {

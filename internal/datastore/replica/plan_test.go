@@ -6,14 +6,14 @@ import (
 	"strings"
 	"testing"
 
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 )
 
 // cluster makes members from words such as "v", "v/2" (failure domain 2), "s-" (offline for a
 // moment), "p!" (lost): v voter, s stand-by, p spare. The first leads.
 func cluster(words string) (out []candidate) {
 	for i, w := range strings.Fields(words) {
-		c := candidate{ID: uint64(i + 1), Online: true, Role: map[byte]peers.Role{'v': peers.Voter, 's': peers.StandBy, 'p': peers.Spare}[w[0]]}
+		c := candidate{ID: uint64(i + 1), Online: true, Role: map[byte]storedir.Role{'v': storedir.Voter, 's': storedir.StandBy, 'p': storedir.Spare}[w[0]]}
 		if _, d, ok := strings.Cut(w, "/"); ok {
 			fmt.Sscan(d, &c.Domain)
 		}
@@ -28,7 +28,7 @@ func cluster(words string) (out []candidate) {
 func roles(members []candidate) string {
 	var out []string
 	for _, m := range members {
-		out = append(out, map[peers.Role]string{peers.Voter: "v", peers.StandBy: "s", peers.Spare: "p"}[m.Role])
+		out = append(out, map[storedir.Role]string{storedir.Voter: "v", storedir.StandBy: "s", storedir.Spare: "p"}[m.Role])
 	}
 	return strings.Join(out, " ")
 }
@@ -93,24 +93,24 @@ func TestPlanSettles(t *testing.T) {
 	for range 20000 {
 		members := make([]candidate, 1+rnd.IntN(9))
 		for i := range members {
-			members[i] = candidate{ID: uint64(i + 1), Role: peers.Role(rnd.IntN(3)), Online: rnd.IntN(4) > 0, Domain: uint64(rnd.IntN(4)), Weight: uint64(rnd.IntN(2))}
+			members[i] = candidate{ID: uint64(i + 1), Role: storedir.Role(rnd.IntN(3)), Online: rnd.IntN(4) > 0, Domain: uint64(rnd.IntN(4)), Weight: uint64(rnd.IntN(2))}
 			members[i].Lost = !members[i].Online && rnd.IntN(2) == 0
 		}
-		members[0] = candidate{ID: 1, Role: peers.Voter, Online: true}
+		members[0] = candidate{ID: 1, Role: storedir.Voter, Online: true}
 		before := 0
 		for _, m := range members {
-			if m.Role == peers.Voter && !m.Lost {
+			if m.Role == storedir.Voter && !m.Lost {
 				before++
 			}
 		}
 		settle(t, members)
 		after := 0
 		for _, m := range members {
-			if m.Role == peers.Voter && !m.Lost {
+			if m.Role == storedir.Voter && !m.Lost {
 				after++
 			}
 		}
-		if members[0].Role != peers.Voter || len(members) > 2 && after < min(before, 3) {
+		if members[0].Role != storedir.Voter || len(members) > 2 && after < min(before, 3) {
 			t.Fatalf("%v", members)
 		}
 	}

@@ -33,6 +33,7 @@ import (
 	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/server"
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -92,7 +93,7 @@ type Replica struct {
 	kick      chan struct{}
 
 	mu      sync.Mutex
-	members []member.Node        // as the last leader named them
+	members []storedir.Member    // as the last leader named them
 	peers   map[string]*peer     // by address, without this one
 	turn    chan struct{}        // closed when who leads changes
 	why     string               // nothing can be served yet
@@ -357,7 +358,7 @@ func (r *Replica) Members() []peers.Member {
 	defer r.mu.Unlock()
 	var out []peers.Member
 	for _, n := range r.members {
-		m := peers.Member{ID: n.ID, Address: n.Address, Role: peers.Role(n.Role)}
+		m := peers.Member{ID: n.ID, Address: n.Address, Role: n.Role}
 		if n.Address == own.Address {
 			m.ID, m.Self, m.Online, m.LastSeen = own.ID, true, true, time.Now()
 			m.Leader, m.DiskFull = leads, r.full.Load()
@@ -372,7 +373,7 @@ func (r *Replica) Members() []peers.Member {
 }
 
 // setMembers takes over a list of members.
-func (r *Replica) setMembers(nodes []member.Node) {
+func (r *Replica) setMembers(nodes []storedir.Member) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.members = nodes
@@ -393,7 +394,7 @@ func (r *Replica) setMembers(nodes []member.Node) {
 }
 
 // learn takes over the list of a leader, and writes it down.
-func (r *Replica) learn(nodes []member.Node) {
+func (r *Replica) learn(nodes []storedir.Member) {
 	if len(nodes) == 0 || r.m.Joining() {
 		return
 	}
@@ -404,7 +405,7 @@ func (r *Replica) learn(nodes []member.Node) {
 		return
 	}
 	own := r.m.Node()
-	if !slices.ContainsFunc(nodes, func(n member.Node) bool { return n.ID == own.ID }) {
+	if !slices.ContainsFunc(nodes, func(n storedir.Member) bool { return n.ID == own.ID }) {
 		// The list is kept: with it this node can ask to join again, or be put right.
 		r.because(errRemoved)
 		if !r.removed.Swap(true) {
@@ -421,10 +422,10 @@ func (r *Replica) learn(nodes []member.Node) {
 
 var errRemoved = errors.New("this node was removed from the cluster's datastore; run microk8s leave on it, then join again to add it back")
 
-func nodesOf(infos []client.NodeInfo) []member.Node {
-	out := make([]member.Node, len(infos))
+func nodesOf(infos []client.NodeInfo) []storedir.Member {
+	out := make([]storedir.Member, len(infos))
 	for i, n := range infos {
-		out[i] = member.Node{ID: n.ID, Address: n.Address, Role: int(n.Role)}
+		out[i] = storedir.Member{ID: n.ID, Address: n.Address, Role: storedir.Role(n.Role)}
 	}
 	return out
 }

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	"google.golang.org/grpc/codes"
@@ -114,7 +114,7 @@ func (r *Replica) candidates(began time.Time) []candidate {
 	defer r.mu.Unlock()
 	var out []candidate
 	for _, n := range r.members {
-		c := candidate{ID: n.ID, Role: peers.Role(n.Role)}
+		c := candidate{ID: n.ID, Role: n.Role}
 		if n.ID == own.ID {
 			c.Online, c.Domain, c.Weight = true, r.m.FailureDomain(), r.weight
 		} else if p := r.peers[n.Address]; p != nil {
@@ -265,7 +265,7 @@ func (r *Replica) transfer(ctx context.Context, promote bool) error {
 	all := r.candidates(time.Now())
 	for _, c := range all {
 		switch {
-		case c.ID == own.ID || !c.Online || c.Lost || c.Role != peers.Voter || full[c.ID]:
+		case c.ID == own.ID || !c.Online || c.Lost || c.Role != storedir.Voter || full[c.ID]:
 		case low[c.ID]:
 			lowToo = append(lowToo, c)
 		default:
@@ -276,8 +276,8 @@ func (r *Replica) transfer(ctx context.Context, promote bool) error {
 		to = append(to, lowToo...)
 	}
 	if len(to) == 0 && promote {
-		if from := candidates(own.ID, all, peers.Voter, map[uint64]int{}); len(from) > 0 {
-			if err := r.assign(ctx, change{from[0].ID, peers.Voter}); err != nil {
+		if from := candidates(own.ID, all, storedir.Voter, map[uint64]int{}); len(from) > 0 {
+			if err := r.assign(ctx, change{from[0].ID, storedir.Voter}); err != nil {
 				return fmt.Errorf("cannot make another member a voter: %w", err)
 			}
 			to = from[:1]

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	dslog "microk8s/internal/datastore/log"
-	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
+	"microk8s/internal/datastore/storedir"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -46,11 +46,11 @@ type pingAnswer struct {
 	ID            uint64
 	LeaderID      uint64 // who leads as far as its node knows, 0: nobody
 	LeaderAddress string
-	Leads         bool          // its daemon leads and takes writes
-	Members       []member.Node // if it leads
-	Stopping      bool          // it is about to stop
-	LowDisk       bool          // its disk is nearly full
-	Full          bool          // its disk has no space for the log to grow
+	Leads         bool              // its daemon leads and takes writes
+	Members       []storedir.Member // if it leads
+	Stopping      bool              // it is about to stop
+	LowDisk       bool              // its disk is nearly full
+	Full          bool              // its disk has no space for the log to grow
 	Domain        uint64
 	Weight        uint64
 	Size, InUse   int64 // of the database, if it leads
@@ -76,7 +76,7 @@ type joinRequest struct {
 	Forwarded bool
 }
 
-type joinAnswer struct{ Members []member.Node }
+type joinAnswer struct{ Members []storedir.Member }
 
 type handoverRequest struct {
 	ID uint64
