@@ -9,11 +9,13 @@
 package callback
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"time"
 
@@ -122,47 +124,41 @@ func (k Keys) change(ctx context.Context, change func(map[string][]byte)) (Key, 
 	if err != nil {
 		return Key{}, err
 	}
-	for {
+	var key Key
+	err = kube.RetryConflict(ctx, func() error {
 		secret, err := core.Secret(ctx, SecretName)
 		fresh := apierrors.IsNotFound(err)
 		if err != nil && !fresh {
-			return Key{}, fmt.Errorf("cannot read the salt of callback secrets: %w", err)
+			return fmt.Errorf("cannot read the salt of callback secrets: %w", err)
 		}
 		if fresh {
 			secret = &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: SecretName}, Type: "microk8s.io/cluster-agent"}
 		}
-		before := len(secret.Data)
-		data := map[string][]byte{}
-		for name, value := range secret.Data {
-			data[name] = value
+		data := maps.Clone(secret.Data)
+		if data == nil {
+			data = map[string][]byte{}
 		}
 		if len(data[saltName]) != token.CallbackKeySize {
 			data[saltName] = token.NewCallbackKey()
 		}
 		change(data)
-		same := !fresh && len(data) == before
-		for name, value := range data {
-			same = same && string(secret.Data[name]) == string(value)
-		}
+		same := !fresh && maps.EqualFunc(data, secret.Data, bytes.Equal)
 		secret.Data = data
 		switch {
 		case same:
+			err = nil
 		case fresh:
 			_, err = core.CreateSecret(ctx, secret)
 		default:
 			_, err = core.UpdateSecret(ctx, secret)
 		}
-		if same || err == nil {
-			key, _, err := k.decode(data)
-			return key, err
+		if err != nil {
+			return fmt.Errorf("cannot write the salt of callback secrets: %w", err)
 		}
-		if !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) {
-			return Key{}, fmt.Errorf("cannot write the salt of callback secrets: %w", err)
-		}
-		if ctx.Err() != nil {
-			return Key{}, ctx.Err()
-		}
-	}
+		key, _, err = k.decode(data)
+		return err
+	})
+	return key, err
 }
 
 // Store writes a node's own secret.

@@ -72,7 +72,7 @@ func (c *Cluster) changeLate(ctx context.Context, node string, change func(late)
 	if err != nil {
 		return err
 	}
-	for {
+	return kube.RetryConflict(ctx, func() error {
 		secret, err := core.Secret(ctx, LaterName)
 		create := apierrors.IsNotFound(err)
 		if create {
@@ -100,15 +100,11 @@ func (c *Cluster) changeLate(ctx context.Context, node string, change func(late)
 		} else {
 			_, err = core.UpdateSecret(ctx, secret)
 		}
-		switch {
-		case err == nil:
-			return nil
-		case !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) && !apierrors.IsNotFound(err):
+		if err != nil {
 			return fmt.Errorf("cannot record the pending node changes: %w", err)
-		case ctx.Err() != nil:
-			return ctx.Err()
 		}
-	}
+		return nil
+	})
 }
 
 // unreached is the error of a call that the node may not have seen.

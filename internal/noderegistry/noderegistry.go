@@ -21,7 +21,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/util/retry"
 
 	"microk8s/internal/kube"
 )
@@ -147,7 +146,7 @@ func (g Registry) Put(ctx context.Context, r Record) error {
 	}
 	// Where the node has a record of an earlier join it is deleted, so that the new one is another
 	// object: who decides by its UID does not take one for the other.
-	err := retry.OnError(retry.DefaultBackoff, again, func() error {
+	err := kube.RetryConflict(ctx, func() error {
 		err := g.write(ctx, "POST", bindings, encode(r))
 		if !apierrors.IsAlreadyExists(err) {
 			return err
@@ -188,7 +187,7 @@ func (g Registry) Add(ctx context.Context, r Record) (bool, error) {
 // change may be called more than once; an error of it ends the call and is returned.
 func (g Registry) Change(ctx context.Context, name string, change func(*Record) error) error {
 	var refused error
-	err := retry.OnError(retry.DefaultBackoff, again, func() error {
+	err := kube.RetryConflict(ctx, func() error {
 		old, err := g.binding(ctx, name)
 		if err != nil {
 			return err
@@ -302,7 +301,7 @@ func (g Registry) role(ctx context.Context, complete bool) error {
 		ObjectMeta: metav1.ObjectMeta{Name: Role, Annotations: map[string]string{}},
 		Rules:      []rbacv1.PolicyRule{{APIGroups: []string{"microk8s.io"}, Resources: []string{"nodes"}, Verbs: []string{"register"}}},
 	}
-	err := retry.OnError(retry.DefaultBackoff, again, func() error {
+	err := kube.RetryConflict(ctx, func() error {
 		var have rbacv1.ClusterRole
 		err := g.get(ctx, roles+"/"+Role, nil, &have)
 		switch {
@@ -323,8 +322,6 @@ func (g Registry) role(ctx context.Context, complete bool) error {
 	}
 	return nil
 }
-
-func again(err error) bool { return apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) }
 
 func wrote(name string, err error) error {
 	if err != nil {

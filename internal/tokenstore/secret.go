@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -51,17 +49,11 @@ func (s Secret) Update(ctx context.Context, change func(*State) error) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	for {
-		err := s.try(ctx, core, change)
-		if !apierrors.IsConflict(err) && !apierrors.IsAlreadyExists(err) {
-			return err
-		}
-		select { // somebody else changed it in between
-		case <-ctx.Done():
-			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
-		case <-time.After(time.Duration(10+rand.IntN(40)) * time.Millisecond):
-		}
+	err = kube.RetryConflict(ctx, func() error { return s.try(ctx, core, change) })
+	if apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
+	return err
 }
 
 func (s Secret) try(ctx context.Context, core *kube.Core, change func(*State) error) error {
