@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/traefik/traefik/v2/pkg/config/dynamic"
 	"github.com/traefik/traefik/v2/pkg/provider/file"
 
 	"microk8s/apiserver-proxy/config"
+	"microk8s/internal/filewatch"
 )
 
 // loadProvider reads the list of servers from a file in the format of traefik's file provider.
@@ -65,33 +64,17 @@ const settle = 50 * time.Millisecond
 // watchFile calls changed after each change of a file, until ctx ends. It watches the directory,
 // so that the file may be missing, replaced and removed.
 func watchFile(ctx context.Context, path string, changed func()) error {
-	watcher, err := fsnotify.NewWatcher()
+	match, folders := filewatch.Files(path)
+	files, err := filewatch.Watch(ctx, filewatch.Options{Settle: settle, Match: match}, folders...)
 	if err != nil {
 		return err
 	}
-	defer watcher.Close()
-	if err := watcher.Add(filepath.Dir(path)); err != nil {
-		return err
-	}
 	changed() // what happened before the watch
-	timer := time.NewTimer(0)
-	timer.Stop()
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case e := <-watcher.Events:
-			if filepath.Base(e.Name) == filepath.Base(path) && e.Op != fsnotify.Chmod {
-				timer.Reset(settle)
-			}
-		case err := <-watcher.Errors:
-			if !errors.Is(err, fsnotify.ErrEventOverflow) {
-				return err
-			}
-			timer.Reset(settle)
-		case <-timer.C:
-			changed()
-		}
+	for range files {
+		changed()
 	}
+	if ctx.Err() == nil {
+		return fmt.Errorf("watching %s has ended", path)
+	}
+	return nil
 }

@@ -9,9 +9,8 @@ import (
 	"path/filepath"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
-
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/filewatch"
 	"microk8s/internal/snapenv"
 )
 
@@ -40,12 +39,10 @@ func (a *Applier) Watch(ctx context.Context) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("cannot watch for launch configurations: %w", err)
 	}
-	watcher, err := fsnotify.NewWatcher()
+	files, err := filewatch.Watch(ctx, filewatch.Options{
+		Settle: settle, Written: true, Match: func(path string) bool { return filepath.Ext(path) == ".yaml" },
+	}, dir)
 	if err != nil {
-		return fmt.Errorf("cannot watch for launch configurations: %w", err)
-	}
-	defer watcher.Close()
-	if err := watcher.Add(dir); err != nil {
 		return fmt.Errorf("cannot watch for launch configurations: %w", err)
 	}
 	timer := time.NewTimer(0)
@@ -55,14 +52,15 @@ func (a *Applier) Watch(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case e := <-watcher.Events:
-			if filepath.Ext(e.Name) == ".yaml" && !e.Has(fsnotify.Remove) && !e.Has(fsnotify.Rename) && !e.Has(fsnotify.Chmod) {
-				wait = firstWait
-				timer.Reset(settle)
+		case _, open := <-files:
+			if !open {
+				if ctx.Err() == nil {
+					return errors.New("watching for launch configurations has ended")
+				}
+				return nil
 			}
-		case err := <-watcher.Errors:
-			a.Log.Warn("a launch configuration may have been missed", "err", err)
-			timer.Reset(settle)
+			wait = firstWait
+			timer.Reset(0)
 		case <-timer.C:
 			if a.Look(ctx) {
 				timer.Reset(wait)

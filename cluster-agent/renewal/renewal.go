@@ -13,10 +13,10 @@ import (
 	"slices"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/vishvananda/netlink"
 
 	"microk8s/internal/certs"
+	"microk8s/internal/filewatch"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -59,15 +59,9 @@ func (k *Keeper) Run(ctx context.Context) error {
 	if k.Retry == 0 {
 		k.Retry = time.Minute
 	}
-	watcher, err := fsnotify.NewWatcher()
+	files, err := filewatch.Watch(ctx, filewatch.Options{Settle: k.Settle, Match: interesting}, k.Env.CertsDir(), k.Env.CredentialsDir())
 	if err != nil {
 		return fmt.Errorf("cannot watch the certificates: %w", err)
-	}
-	defer watcher.Close()
-	for _, dir := range []string{k.Env.CertsDir(), k.Env.CredentialsDir()} {
-		if err := watcher.Add(dir); err != nil {
-			return fmt.Errorf("cannot watch the certificates: %w", err)
-		}
 	}
 	addresses, err := k.Addresses(ctx)
 	if err != nil {
@@ -86,13 +80,14 @@ func (k *Keeper) Run(ctx context.Context) error {
 				k.Log.Warn("changes of addresses are noticed late from now on")
 			}
 			timer.Reset(k.Settle)
-		case e := <-watcher.Events:
-			if interesting(e) {
-				timer.Reset(k.Settle)
+		case _, open := <-files:
+			if !open {
+				files = nil
+				if ctx.Err() == nil {
+					k.Log.Warn("changes of certificates are noticed late from now on")
+				}
 			}
-		case err := <-watcher.Errors:
-			k.Log.Warn("a change of a certificate may have been missed", "err", err)
-			timer.Reset(k.Settle)
+			timer.Reset(0)
 		case <-timer.C:
 			timer.Reset(k.look(ctx, &pending))
 			if k.Done != nil {
@@ -102,10 +97,10 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 }
 
-// interesting leaves out temporary files and what is only read.
-func interesting(e fsnotify.Event) bool {
-	name := filepath.Base(e.Name)
-	return name[0] != '.' && name != "csr.conf" && name != "csr.conf.rendered" && !e.Op.Has(fsnotify.Chmod)
+// interesting leaves out temporary files, and those that only this program writes.
+func interesting(path string) bool {
+	name := filepath.Base(path)
+	return name[0] != '.' && name != "csr.conf" && name != "csr.conf.rendered"
 }
 
 // look puts things in order and says when to look again.

@@ -3,6 +3,7 @@ package addon
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
+	"microk8s/internal/filewatch"
+
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -27,11 +29,6 @@ const resolverPause = time.Second
 // FollowResolvers starts the DNS servers anew when the name servers in one of the files change,
 // until ctx ends. Where `enable dns` was given name servers, the host's do not matter.
 func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
-	w, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("cannot watch the host's name servers: %w", err)
-	}
-	defer w.Close()
 	var real []string
 	for _, f := range files { // the folders: the files are replaced by others of their names
 		real = append(real, f)
@@ -39,20 +36,24 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 			real = append(real, target)
 		}
 	}
-	for _, f := range real {
-		_ = w.Add(filepath.Dir(f)) // one that is not there has no name servers either
+	match, folders := filewatch.Files(real...)
+	// A folder that is not there has no name servers either.
+	changed, err := filewatch.Watch(ctx, filewatch.Options{Settle: resolverPause, Match: match, Missing: true}, folders...)
+	if err != nil {
+		return fmt.Errorf("cannot watch the host's name servers: %w", err)
 	}
 	now := nameServers(files)
 	var due <-chan time.Time
 	for {
 		select {
-		case e := <-w.Events:
-			if slices.Contains(real, e.Name) {
-				due = time.After(resolverPause)
+		case _, open := <-changed:
+			if !open {
+				if ctx.Err() == nil {
+					return errors.New("watching the host's name servers has ended")
+				}
+				return nil
 			}
-		case err := <-w.Errors:
-			s.Log.Warn("watching the host's name servers", "error", err)
-			due = time.After(resolverPause)
+			due = time.After(0)
 		case <-due:
 			due = nil
 			fresh := nameServers(files)

@@ -7,14 +7,16 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 
-	"github.com/fsnotify/fsnotify"
 	"github.com/spf13/cobra"
 
+	"microk8s/internal/filewatch"
 	"microk8s/internal/service"
 )
 
@@ -130,12 +132,12 @@ func tail(path string, n int) ([]byte, int64, error) {
 
 // follow shows what is added to the files until ctx ends; it survives their rotation.
 func (a *App) follow(ctx context.Context, offsets map[string]int64) error {
-	w, err := fsnotify.NewWatcher()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	paths := slices.Sorted(maps.Keys(offsets))
+	match, _ := filewatch.Files(paths...)
+	changed, err := filewatch.Watch(ctx, filewatch.Options{Match: match}, a.Env.LogDir())
 	if err != nil {
-		return fmt.Errorf("cannot follow the logs: %w", err)
-	}
-	defer w.Close()
-	if err := w.Add(a.Env.LogDir()); err != nil {
 		return fmt.Errorf("cannot follow the logs: %w", err)
 	}
 	last := ""
@@ -163,25 +165,26 @@ func (a *App) follow(ctx context.Context, offsets map[string]int64) error {
 		offsets[path] += n
 		return err
 	}
-	for path := range offsets { // written between the first look and the watch
-		if err := show(path); err != nil {
+	all := func() error {
+		for _, path := range paths {
+			if err := show(path); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := all(); err != nil { // written between the first look and the watch
+		return err
+	}
+	for range changed {
+		if err := all(); err != nil {
 			return err
 		}
 	}
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case err := <-w.Errors:
-			return fmt.Errorf("cannot follow the logs: %w", err)
-		case e := <-w.Events:
-			if _, ok := offsets[e.Name]; ok {
-				if err := show(e.Name); err != nil {
-					return err
-				}
-			}
-		}
+	if ctx.Err() == nil {
+		return errors.New("cannot follow the logs: watching their folder has ended")
 	}
+	return nil
 }
 
 func trimLog(path string) string {

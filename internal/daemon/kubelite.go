@@ -14,13 +14,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/fsnotify/fsnotify"
-
 	"microk8s/internal/args"
 	"microk8s/internal/certs"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/filewatch"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -262,21 +261,20 @@ func (p *Preparer) waitForSocket(ctx context.Context, path string, limit time.Du
 	if there() {
 		return nil
 	}
-	watcher, err := fsnotify.NewWatcher()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	changed, err := filewatch.Watch(ctx, filewatch.Options{}, filepath.Dir(path))
 	if err != nil {
-		return fmt.Errorf("cannot wait for containerd: %w", err)
-	}
-	defer watcher.Close()
-	if err := watcher.Add(filepath.Dir(path)); err != nil {
 		return fmt.Errorf("cannot wait for containerd: %w", err)
 	}
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	for !there() {
 		select {
-		case <-watcher.Events:
-		case err := <-watcher.Errors:
-			return fmt.Errorf("cannot wait for containerd: %w", err)
+		case _, open := <-changed:
+			if !open && ctx.Err() == nil {
+				return errors.New("cannot wait for containerd: watching its folder has ended")
+			}
 		case <-timer.C:
 			p.Log.Warn("containerd is not running yet; if this lasts, see its log", "socket", path, "waited", limit)
 			return nil
