@@ -196,7 +196,7 @@ func portNumber(port string) (int, error) {
 	return int(n), nil
 }
 
-// isName says whether a string can be a host's name.
+// isName reports whether a string can be a host's name.
 func isName(s string) bool {
 	if s == "" || len(s) > 253 {
 		return false
@@ -255,7 +255,7 @@ type server struct {
 	Address string `json:"address"`
 }
 
-// Encode gives the text of provider.yaml for servers; an empty list, or one without any address
+// Encode returns the text of provider.yaml for servers; an empty list, or one without any address
 // that can be used, is an error.
 func Encode(addresses []string) ([]byte, error) {
 	good, bad := Addresses(addresses)

@@ -14,7 +14,7 @@ import (
 // portName is the API server's port in the endpoints of the Service "kubernetes".
 const portName = "https"
 
-// FromSlices gives the addresses of EndpointSlices, host:port, each once and sorted. Endpoints
+// FromSlices returns the addresses of EndpointSlices, host:port, each once and sorted. Endpoints
 // that are not ready are left out unless all are; names instead of IP addresses always are.
 func FromSlices(list []discoveryv1.EndpointSlice) []string {
 	var ready, all []string

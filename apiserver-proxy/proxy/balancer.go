@@ -155,7 +155,7 @@ func (b *Balancer) retire(s *server) {
 	})
 }
 
-// rebuild gives new connections to the servers that are well, or to all if none is. mu is held.
+// rebuild gives new connections to the healthy servers, or to all if none is. mu is held.
 func (b *Balancer) rebuild() {
 	var well, rest []*server
 	for _, s := range b.servers {
@@ -182,7 +182,7 @@ func (b *Balancer) rebuild() {
 	b.switcher.Switch(next)
 }
 
-// verdict takes in what is now known of a server and says whether another one is well.
+// verdict takes in what is now known of a server and reports whether another one is healthy.
 func (b *Balancer) verdict(s *server, v Verdict) (another bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -252,7 +252,7 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 		select {
 		case slots <- struct{}{}:
 		default:
-			b.seldom("connection limit reached; new connections are queued", "limit", limit)
+			b.logRateLimited("connection limit reached; new connections are queued", "limit", limit)
 			select {
 			case slots <- struct{}{}:
 			case <-ctx.Done():
@@ -293,8 +293,8 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 	}
 }
 
-// seldom logs what clients may cause as often as they like, at most once in ten seconds.
-func (b *Balancer) seldom(msg string, args ...any) {
+// logRateLimited logs what clients may cause as often as they like, at most once in ten seconds.
+func (b *Balancer) logRateLimited(msg string, args ...any) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if now := time.Now(); now.Sub(b.told[msg]) > 10*time.Second {

@@ -48,7 +48,7 @@ func (b *Balancer) forward(client tcp.WriteCloser, servers []*server) {
 		servers, patience, wait = b.usableFirst(slow), 10*patience, true
 	}
 	if b.ctx.Err() == nil {
-		b.seldom("no API server can be reached", "err", last)
+		b.logRateLimited("no API server can be reached", "err", last)
 	}
 }
 
@@ -298,7 +298,7 @@ func readGreeting(client net.Conn, limit time.Duration) (greeting []byte, comple
 	}
 }
 
-// isGreeting says whether data is one whole record with a whole ClientHello and nothing more;
+// isGreeting reports whether data is one whole record with a whole ClientHello and nothing more;
 // with decided false it is too short to tell.
 func isGreeting(data []byte) (whole, decided bool) {
 	if len(data) > 0 && data[0] != handshakeRecord {

@@ -176,7 +176,7 @@ func (s *standIn) signal(sig syscall.Signal) {
 	}
 }
 
-// stopped says whether every thread of the process has taken SIGSTOP in.
+// stopped reports whether every thread of the process has taken SIGSTOP in.
 func (s *standIn) stopped() bool {
 	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", s.cmd.Process.Pid))
 	for _, f := range files {
@@ -228,7 +228,7 @@ var quick = Times{
 	Failing: 300 * time.Millisecond, Drain: 600 * time.Millisecond, Removed: 300 * time.Millisecond,
 }
 
-// pickAddresses gives free addresses on loopback for servers in other processes.
+// pickAddresses returns free addresses on loopback for servers in other processes.
 func pickAddresses(t *testing.T, n int) []string {
 	t.Helper()
 	var out []string

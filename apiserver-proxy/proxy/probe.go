@@ -115,7 +115,7 @@ func NewReadyProber(kubeconfig string, complain func(error)) *ReadyProber {
 	return &ReadyProber{kubeconfig: kubeconfig, complain: complain}
 }
 
-// tls gives the configuration of now: the same pointer as long as the file is the same, that of
+// tls returns the configuration of now: the same pointer as long as the file is the same, that of
 // before when the file cannot be used, nil when there was none.
 func (p *ReadyProber) tls() *tls.Config {
 	p.mu.Lock()

@@ -33,7 +33,7 @@ type Flags struct {
 // minRefresh is the shortest refresh interval.
 const minRefresh = 15 * time.Second
 
-// Parse reads the command line. Help goes to out, and gives pflag.ErrHelp.
+// Parse reads the command line. Help goes to out, with the error pflag.ErrHelp.
 func Parse(env snapenv.Env, argv []string, out io.Writer) (Flags, error) {
 	var f Flags
 	set := pflag.NewFlagSet("apiserver-proxy", pflag.ContinueOnError)
@@ -257,7 +257,7 @@ func (p *Program) others(list []string, bad []error) ([]string, []error, error) 
 	return out, bad, nil
 }
 
-// self says whether connections to address reach the listener.
+// self reports whether connections to address reach the listener.
 func self(listener netip.AddrPort, address string) bool {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil || port != strconv.Itoa(int(listener.Port())) {

@@ -67,7 +67,7 @@ func (s *server) dial(ctx context.Context, limit time.Duration) (*net.TCPConn, e
 	return conn.(*net.TCPConn), nil
 }
 
-// failed takes in that a client could not be connected: the server gets no more until a check
+// failed records that a client could not be connected: the server receives no more until a check
 // has found it well.
 func (s *server) failed(err error) {
 	if s.ctx.Err() == nil {

@@ -47,7 +47,7 @@ type Flags struct {
 	Launch                  bool // watch for launch configurations
 }
 
-// Parse reads the command line. Help goes to out, and gives pflag.ErrHelp.
+// Parse reads the command line. Help goes to out, with the error pflag.ErrHelp.
 func Parse(argv []string, out io.Writer) (Flags, error) {
 	var f Flags
 	var seconds int

@@ -197,7 +197,7 @@ type SignResponse struct {
 // ConfirmRequest is the body of PathConfirm and of PathRelease. Both may be repeated.
 //
 // Confirm says that the node is in: the token is spent. Release says that the join was undone:
-// what the server noted for it is taken back, and the token is free for another node at once.
+// what the server noted for it is removed, and the token is free for another node at once.
 type ConfirmRequest struct {
 	Token    string `json:"token"`
 	Hostname string `json:"hostname"`

@@ -4,7 +4,7 @@
 // For tokens that this product makes, the server proves on the very connection that it knows
 // the token; for others the fingerprint in the connection string decides. Both are done again on
 // each new connection. Requests go over one connection, one after the other, in HTTP/1.1; a
-// connection that broke is made anew, with the same checks.
+// connection that broke is replaced, with the same checks.
 //
 // What is asked, and what is done with the answers, is up to internal/cluster.
 package client
@@ -82,7 +82,7 @@ type Client struct {
 	warned map[string]bool
 }
 
-// New gives a client that connects when it is first used.
+// New returns a client that connects when it is first used.
 func New(t Target) *Client { return &Client{target: t, warned: map[string]bool{}} }
 
 // Close ends the connection, if there is one.

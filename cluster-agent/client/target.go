@@ -12,7 +12,7 @@ import (
 )
 
 // Lengths of the fingerprint in a connection string, in hex digits (cluster-agent.md 3.1). What
-// is shorter than safeCheck can be ground out by who wants to pass for the server.
+// is shorter than safeCheck can be ground out by somebody who wants to pass for the server.
 const (
 	minCheck  = 12
 	safeCheck = 32
@@ -92,7 +92,7 @@ func (t Target) Address() string { return net.JoinHostPort(t.Host, strconv.Itoa(
 // String does not show the token.
 func (t Target) String() string { return t.Address() }
 
-// Reveal gives the connection string, with the token.
+// Reveal returns the connection string, with the token.
 func (t Target) Reveal() string {
 	s := t.Address() + "/" + t.Token.Reveal()
 	if t.Check != "" {

@@ -57,14 +57,14 @@ type Target struct {
 type Result struct {
 	Target
 	Err error // nil when the node did what it was asked
-	// Later says that the node was not reached, and is told when it is back.
+	// Later the node was not reached; it is called again once it is reachable.
 	Later bool
 	// Imported is what [Cluster.ImportImage] brought to the node, as it says; an agent of
 	// another product says nothing.
 	Imported api.ImportResponse
 }
 
-// Failed gives one error for all nodes that failed, or nil.
+// Failed returns one error for all nodes that failed, or nil.
 func Failed(results []Result) error {
 	var errs []error
 	for _, r := range results {
@@ -176,7 +176,7 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 	return results, err
 }
 
-// restarts says whether a request restarts a service.
+// restarts reports whether a request restarts a service.
 func restarts(req api.ConfigureRequest) bool {
 	return slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })
 }

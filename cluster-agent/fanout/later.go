@@ -27,10 +27,10 @@ import (
 // be told, by node. It is a Secret because arguments may be confidential.
 const LaterName = "microk8s-configure-later"
 
-// late is what one node is still to be told.
+// late holds the pending changes of one node.
 type late struct {
 	Request api.ConfigureRequest `json:"request"` // without a callback secret
-	// NotBefore is when it may be told: until then an agent is at it, or has just failed.
+	// NotBefore is when it may be called: until then an agent is at it, or has just failed.
 	NotBefore time.Time `json:"not_before,omitzero"`
 }
 
@@ -48,7 +48,7 @@ func decodeLate(s *corev1.Secret) map[string]late {
 	return out
 }
 
-// late reads what nodes are still to be told.
+// late reads the pending changes of all nodes.
 func (c *Cluster) late(ctx context.Context) (map[string]late, error) {
 	core, err := c.core()
 	if err != nil {
@@ -64,7 +64,7 @@ func (c *Cluster) late(ctx context.Context) (map[string]late, error) {
 	return decodeLate(secret), nil
 }
 
-// changeLate replaces what one node is still to be told by what change gives; an empty one is
+// changeLate replaces the pending changes of one node by what change gives; an empty one is
 // removed. change is called again when somebody else was faster. Nothing is written where it
 // changes nothing.
 func (c *Cluster) changeLate(ctx context.Context, node string, change func(late) late) error {
@@ -115,7 +115,7 @@ func (u unreached) Unwrap() error { return u.error }
 func (r Result) away() bool { return errors.As(r.Err, new(unreached)) }
 
 // told notes how a call to one node ended that was asked for req, with before in front of it.
-// A node that was not reached is told later; the result says so.
+// A node that was not reached is called later; the result says so.
 func (c *Cluster) told(ctx context.Context, r *Result, before late, req api.ConfigureRequest) {
 	switch {
 	case r.Err == nil && before.empty(), r.Err != nil && !r.away(), ctx.Err() != nil:

@@ -326,7 +326,7 @@ func (d *Document) check() (errs []error) {
 	return errs
 }
 
-// plainName says whether a name is that of a file in the folder itself.
+// plainName reports whether a name is that of a file in the folder itself.
 func plainName(name string) bool {
 	return name != "" && name != "." && name != ".." && len(name) < 200 && !strings.HasPrefix(name, ".") &&
 		!strings.ContainsAny(name, "/\\\x00\n")

@@ -64,7 +64,7 @@ func (l *Limiter) Busy(from netip.Addr) bool {
 	return s != nil && s.waiting >= Waiting
 }
 
-// Failed notes a wrong token and waits before its sender is told.
+// Failed notes a wrong token and waits before it is answered.
 func (l *Limiter) Failed(ctx context.Context, from netip.Addr) {
 	if !defence.On(defence.Delay) {
 		return

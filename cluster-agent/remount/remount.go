@@ -3,7 +3,7 @@
 // for those that live on, and the old one goes with its revision. Networks that users bring
 // (args/cni-network/cni.yaml) mount such paths; nothing of the product's own does.
 //
-// That there was a refresh is told by a lock, which the hook post-refresh writes and this
+// That there was a refresh is known from a lock, which the hook post-refresh writes and this
 // package removes when it is done. Whether a pod comes back is its owner's affair: pods without
 // one are left alone.
 package remount
@@ -93,7 +93,7 @@ func (k *Keeper) once(ctx context.Context) error {
 	return os.Remove(k.Env.Lock(snapenv.LockRemount))
 }
 
-// stale says whether a pod that somebody will make anew was started before the refresh and
+// stale reports whether a pod that something will recreate was started before the refresh and
 // mounts a directory that belongs to a revision.
 func (k *Keeper) stale(pod *corev1.Pod, refreshed time.Time) bool {
 	owner := metav1.GetControllerOf(pod)

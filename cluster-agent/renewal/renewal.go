@@ -37,7 +37,7 @@ type Keeper struct {
 	Restart func(ctx context.Context, names ...string) error
 	Log     *slog.Logger
 
-	// Addresses gives a channel that is sent to when an address of the host changes; it is
+	// Addresses returns a channel that is sent to when an address of the host changes; it is
 	// closed when watching ends. nil means the kernel's.
 	Addresses func(ctx context.Context) (<-chan struct{}, error)
 	Settle    time.Duration // quiet time after an event before acting; 2 s by default

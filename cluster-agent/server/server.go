@@ -158,7 +158,7 @@ func health(w http.ResponseWriter, _ *http.Request) {
 // DefaultBodyTime is how long the body of a request may take, except of streams.
 const DefaultBodyTime = 10 * time.Second
 
-// timed gives up a body that trickles.
+// timed abandons a body that trickles.
 type timed struct {
 	io.ReadCloser
 	control *http.ResponseController

@@ -36,7 +36,7 @@ const (
 	GrammarB
 )
 
-// GrammarFor gives the grammar of args/<name>.
+// GrammarFor returns the grammar of args/<name>.
 func GrammarFor(name string) Grammar {
 	switch name {
 	case "kubelet", "kube-apiserver", "kube-proxy", "kube-scheduler", "kube-controller-manager":
@@ -104,7 +104,7 @@ func parse(data []byte, g Grammar, path string) (*File, error) {
 	return f, nil
 }
 
-// Load reads the file at path. A missing file gives an error that wraps fs.ErrNotExist; one
+// Load reads the file at path. For a missing file the error wraps fs.ErrNotExist; one
 // that cannot be understood a [*SyntaxError] with the line and the next step.
 func Load(path string, g Grammar) (*File, error) {
 	data, err := readFile(path)
@@ -195,7 +195,7 @@ func splitFlag(word string) (name, value string, hasValue bool) {
 	return name, value, hasValue
 }
 
-// valueFollows says whether the word after flag i is its value.
+// valueFollows reports whether the word after flag i is its value.
 func (f *File) valueFollows(i int) bool {
 	if i+1 >= len(f.tokens) {
 		return false
@@ -240,7 +240,7 @@ func (f *File) find(flag string) []place {
 	return found
 }
 
-// Words gives the arguments for the program. lookup resolves variables; a name it does not
+// Words returns the arguments for the program. lookup resolves variables; a name it does not
 // know becomes empty, as in a shell. In grammar B an unquoted variable may become several
 // words or none.
 func (f *File) Words(lookup func(string) (string, bool)) []string {
@@ -251,7 +251,7 @@ func (f *File) Words(lookup func(string) (string, bool)) []string {
 	return words
 }
 
-// Get gives the value of a flag (named without dashes) as it is written, quotes removed and
+// Get returns the value of a flag (named without dashes) as it is written, quotes removed and
 // variables unexpanded; the last one counts, as it does for the programs. A bare flag has the
 // value "true".
 func (f *File) Get(flag string) (string, bool) {
@@ -297,7 +297,7 @@ func (f *File) Values(flag string, lookup func(string) (string, bool)) []string 
 	return out
 }
 
-// SetAll gives a flag (named without dashes) several values, one --flag=value each, at the end of
+// SetAll sets several values of a flag (named without dashes), one --flag=value each, at the end of
 // the file; none removes it. A value that the grammar cannot express is an error and changes
 // nothing.
 func (f *File) SetAll(flag string, values []string) error {
@@ -345,10 +345,10 @@ func (f *File) Flags() []string {
 	return names
 }
 
-// Empty says whether the file has no flag at all.
+// Empty reports whether the file has no flag at all.
 func (f *File) Empty() bool { return len(f.tokens) == 0 }
 
-// Set gives a flag (named without dashes) one value, written as --flag=value in the place of
+// Set sets one value of a flag (named without dashes), written as --flag=value in the place of
 // its first occurrence or at the end; further occurrences go. Variables in the value stay
 // variables. A value that the grammar cannot express is an error and changes nothing.
 func (f *File) Set(flag, value string) error {
@@ -386,7 +386,7 @@ func (f *File) Set(flag, value string) error {
 	return nil
 }
 
-// Unset removes a flag (named without dashes) and says whether it was there.
+// Unset removes a flag (named without dashes) and reports whether it was there.
 func (f *File) Unset(flag string) bool {
 	found := f.find(flag)
 	if len(found) == 0 {
@@ -400,7 +400,7 @@ func (f *File) Unset(flag string) bool {
 	return true
 }
 
-// without gives the text with these places cut out, and the lines that become empty.
+// without returns the text with these places cut out, and the lines that become empty.
 func (f *File) without(places []place) []byte {
 	data := bytes.Clone(f.data)
 	for i := len(places) - 1; i >= 0; i-- {

@@ -47,7 +47,7 @@ func tokensA(data []byte) ([]token, error) {
 
 func isBlank(c byte) bool { return c == ' ' || c == '\t' || c == '\r' || c == '\n' }
 
-// quote gives the written form of a value.
+// quote returns the written form of a value.
 func (f *File) quote(value string) (string, error) {
 	if strings.ContainsAny(value, "\n\r") {
 		return "", fmt.Errorf("a value may not have several lines")

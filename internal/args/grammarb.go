@@ -48,7 +48,7 @@ func wordConfig(lookup func(string) (string, bool)) *expand.Config {
 	})}
 }
 
-// shellError gives the lexer's complaint the form of ours.
+// shellError converts the lexer's error to ours.
 func shellError(err error) error {
 	if err == nil {
 		return nil

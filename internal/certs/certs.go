@@ -96,7 +96,7 @@ type Store struct {
 	opts Options
 }
 
-// New gives the Store of env.
+// New returns the Store of env.
 func New(env snapenv.Env, opts Options) *Store {
 	if opts.Hostname == nil {
 		opts.Hostname = hostinfo.Hostname
@@ -339,7 +339,7 @@ func (s *Store) Renew(ctx context.Context) (Change, error) {
 	return change, s.writeChanged(s.env.Cert("csr.conf"), want[Server].rendered)
 }
 
-// writeChanged leaves a file alone that has this text, so that who watches it is not woken.
+// writeChanged writes only if the content differs, so that watchers do not fire.
 func (s *Store) writeChanged(path string, data []byte) error {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
 		return nil
@@ -347,7 +347,7 @@ func (s *Store) writeChanged(path string, data []byte) error {
 	return fileaccess.For(s.env).WriteShared(path, data)
 }
 
-// wanted is the subject, names and addresses that a serving certificate shall have.
+// wanted is the subject, names and addresses that a serving certificate must have.
 type wanted struct {
 	csr
 	rendered []byte

@@ -143,7 +143,7 @@ func (s *Store) ReplaceCA(ctx context.Context, dir string) (Change, error) {
 		return Change{}, err
 	}
 	for _, sp := range specs(hostname) {
-		if sp.issuer == CA && !sp.server { // who leaves takes no credential along that still counts
+		if sp.issuer == CA && !sp.server { // nodes that left must not keep valid credentials
 			if err := os.Remove(s.key(sp.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return Change{}, fmt.Errorf("cannot replace the key: %w", err)
 			}

@@ -221,7 +221,7 @@ func (u tokenUse) describe() string {
 	return fmt.Sprintf("The token is good for %s, %s. List and revoke tokens with: microk8s add-node --list", who, end)
 }
 
-// fingerprint gives the digits of the agent's certificate that go into a connection string:
+// fingerprint returns the digits of the agent's certificate that go into a connection string:
 // 12 for a generated token, all 64 for chosen ones, which machines of another version cannot prove.
 func (a *App) fingerprint(tok token.Token) (string, error) {
 	data, err := os.ReadFile(a.Env.Cert("server.crt"))

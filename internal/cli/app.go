@@ -131,7 +131,7 @@ func (a *App) Main(ctx context.Context, argv []string) int {
 // exitInterrupted is what a shell reports of a program that SIGINT ended.
 const exitInterrupted = 130
 
-// words gives the arguments, with the command first also where the program was called as
+// words returns the arguments, with the command first also where the program was called as
 // microk8s.<command>.
 func words(argv []string) []string {
 	if len(argv) == 0 {
@@ -152,7 +152,7 @@ func (a *App) getenv(key string) string {
 	return ""
 }
 
-// log gives the logger of commands that other packages write into.
+// log returns the logger of commands that other packages write into.
 func (a *App) log() *slog.Logger {
 	level := slog.LevelWarn
 	if a.getenv("MICROK8S_DEBUG") != "" {
@@ -161,7 +161,7 @@ func (a *App) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(a.Err, &slog.HandlerOptions{Level: level}))
 }
 
-// daemonLog gives the logger of hidden commands that run as services.
+// daemonLog returns the logger of hidden commands that run as services.
 func (a *App) daemonLog() *slog.Logger {
 	return slog.New(slog.NewTextHandler(a.Err, nil))
 }

@@ -149,7 +149,7 @@ func TestTree(t *testing.T) {
 	}
 }
 
-// TestHelpAndStrayArguments gives every command --help and, where it takes none, an argument.
+// TestHelpAndStrayArguments passes every command --help and, where it takes none, an argument.
 func TestHelpAndStrayArguments(t *testing.T) {
 	anyArgs := []string{"version", "find-resolv-conf"} // upstream ignores them; files
 	for _, c := range newApp(t).commands() {

@@ -51,7 +51,7 @@ func (a *App) config(loopback bool) error {
 	return nil
 }
 
-// defaultAddress gives the address of the interface that has the default route, IPv4 before
+// defaultAddress returns the address of the interface that has the default route, IPv4 before
 // IPv6; where there is no such route the first address that is neither loopback nor
 // link-local nor on a bridge of containers; the zero Addr where there is none.
 func defaultAddress() netip.Addr {
@@ -90,7 +90,7 @@ func defaultAddress() netip.Addr {
 	return netip.Addr{}
 }
 
-// ours says whether an interface belongs to containers.
+// ours reports whether an interface belongs to containers.
 func ours(name string) bool {
 	for _, prefix := range []string{"lo", "cni", "flannel", "veth", "docker", "cali", "vxlan", "br-", "kube-"} {
 		if strings.HasPrefix(name, prefix) {

@@ -495,7 +495,7 @@ func destroyStorage(words []string) (destroy bool, err error) {
 	return destroy, nil
 }
 
-// askDestroy finds out whether the data of volumes on this node shall be deleted: by the
+// askDestroy finds out whether the data of volumes on this node is to be deleted: by the
 // arguments, or by a question, to which anything but y is no.
 func (a *App) askDestroy(on bool, words []string) (bool, error) {
 	destroy, err := destroyStorage(words)

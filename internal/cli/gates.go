@@ -24,7 +24,7 @@ func errNotSetUp() error {
 // state is what the locks say about this node now.
 func (a *App) state() nodeconfig.State { return nodeconfig.ReadState(a.Env) }
 
-// perm refuses who may not read the administrator's kubeconfig.
+// perm rejects callers who cannot read the administrator's kubeconfig.
 func (a *App) perm(w io.Writer) gate {
 	return func() error {
 		f, err := os.Open(a.Env.AdminKubeconfig())
@@ -67,7 +67,7 @@ func (a *App) permUnlessNew() error {
 	return a.perm(a.Err)()
 }
 
-// rootOnly refuses who is not root.
+// rootOnly rejects callers other than root.
 func (a *App) rootOnly() error {
 	if a.UID == 0 {
 		return nil

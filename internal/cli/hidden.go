@@ -103,7 +103,7 @@ func (a *App) newFindResolvConf() *cobra.Command {
 	}
 }
 
-// usableInPods says whether a resolv.conf names servers and none of them is on the loopback,
+// usableInPods reports whether a resolv.conf names servers and none of them is on the loopback,
 // which inside a pod would be the pod itself.
 func usableInPods(text string) bool {
 	found := false

@@ -129,7 +129,7 @@ func (a *App) importImages(ctx context.Context, file string) error {
 	return nil
 }
 
-// spool gives a file that can be read several times; what comes from standard input is put
+// spool returns a file that can be read several times; what comes from standard input is put
 // into one of our own first.
 func (a *App) spool(file string) (path string, done func(), err error) {
 	if file != "-" {

@@ -97,7 +97,7 @@ func (a *App) logs(ctx context.Context, o logsOptions) error {
 	return a.follow(ctx, offsets)
 }
 
-// tail gives the last n lines of a file and its length. Only complete lines count, except at
+// tail returns the last n lines of a file and its length. Only complete lines count, except at
 // the end.
 func tail(path string, n int) ([]byte, int64, error) {
 	f, err := os.Open(path)

@@ -57,7 +57,7 @@ func (a *App) permUnlessOwn(user []string) error {
 	return a.perm(a.Err)()
 }
 
-// kubectlCommand gives the program and its arguments, those of args/kubectl in front.
+// kubectlCommand returns the program and its arguments, those of args/kubectl in front.
 func (a *App) kubectlCommand(user []string) (string, []string, error) {
 	path := filepath.Join(a.Env.Snap, "kubectl")
 	argv := []string{path}
@@ -184,7 +184,7 @@ func (a *App) ctr(user []string) error {
 	return a.replace(path, append(argv, a.withHostsDir(user)...), append(a.environWithout(vars), vars...))
 }
 
-// snapshotter gives the name of containerd's snapshotter for a directory: overlayfs, except on
+// snapshotter returns the name of containerd's snapshotter for a directory: overlayfs, except on
 // ZFS, which cannot carry it.
 func snapshotter(dir string) string {
 	const zfsMagic = 0x2fc12fc1

@@ -226,7 +226,7 @@ func (a *App) plugins() []string {
 	return out
 }
 
-// plugin gives the path of the executable plugin of that name, or "".
+// plugin returns the path of the executable plugin of that name, or "".
 func (a *App) plugin(name string) string {
 	if name != filepath.Base(name) || strings.HasPrefix(name, ".") {
 		return ""

@@ -188,7 +188,7 @@ func (a *App) checkPorts(ctx context.Context) error {
 	return failf(busy[0].Do, "cannot start: %s", busy[0].What)
 }
 
-// explain adds the next step to errors of the operating system that a person can mend.
+// explain adds the next step to errors of the operating system that a person can fix.
 func explain(what string, err error) error {
 	hint := ""
 	switch {

@@ -115,7 +115,7 @@ func printStatus(w io.Writer, r status.Report, o statusOptions) error {
 	return printPretty(w, r)
 }
 
-// addons gives the addons with the enabled ones first, each part by repository and name.
+// addons returns the addons with the enabled ones first, each part by repository and name.
 func addons(r status.Report) []status.Addon {
 	return slices.SortedFunc(slices.Values(r.Addons), func(x, y status.Addon) int {
 		switch {

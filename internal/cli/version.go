@@ -64,7 +64,7 @@ func (a *App) version(format string) error {
 	return nil
 }
 
-// Version gives version and revision of the package: as snapd says, else from the package's
+// Version returns version and revision of the package: as snapd says, else from the package's
 // meta/snap.yaml, whose revision counts as x1, else "(unknown)".
 func Version(env snapenv.Env) (version, revision string) {
 	const unknown = "(unknown)"

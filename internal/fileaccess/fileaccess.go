@@ -58,7 +58,7 @@ func GroupID(path, name string) (gid int, found bool, err error) {
 	return 0, false, nil
 }
 
-// RootOnly says whether the lock cis-hardening keeps everything from the group.
+// RootOnly reports whether the lock cis-hardening keeps everything from the group.
 func (a Access) RootOnly() bool { return a.cis }
 
 // WriteShared replaces a file that group members may read and change.
@@ -74,7 +74,7 @@ func (a Access) WriteSecret(path string, data []byte) error {
 	return atomicfile.Write(path, data, 0o600, a.owner(0))
 }
 
-// SharedDir makes a directory, parents included, that group members may use, and mends its
+// SharedDir makes a directory, parents included, that group members may use, and corrects its
 // mode and owner if it was there.
 func (a Access) SharedDir(path string) error {
 	mode, gid := fs.FileMode(0o770), a.gid

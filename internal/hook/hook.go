@@ -55,7 +55,7 @@ type Runner struct {
 	Health func(ctx context.Context) (state, message string)
 }
 
-// ErrUnknown is wrapped by the error for the name of a hook that there is not.
+// ErrUnknown is wrapped when no hook has that name.
 var ErrUnknown = errors.New("no such hook")
 
 // Run runs the hook of that name.
@@ -276,7 +276,7 @@ func quorum(members []peers.Member) error {
 		}
 	}
 	need := voters/2 + 1
-	// With one or two voters no node can ever be missed, and they shall be refreshed too. A
+	// With one or two voters no node can ever be missed, and they have to be refreshed too. A
 	// cluster that has lost its quorum loses nothing more.
 	if !self || voters < 3 || alive >= need || alive+1 < need {
 		return nil

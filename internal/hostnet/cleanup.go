@@ -239,7 +239,7 @@ func removeHostPorts(subnets []netip.Prefix) error {
 	return removeTables(func(t *nftables.Table) bool { return t.Name == "cni_hostport" })
 }
 
-// forwardsElsewhere says whether a rule rewrites destinations to one outside of subnets.
+// forwardsElsewhere reports whether a rule rewrites destinations to one outside of subnets.
 func forwardsElsewhere(r *nftables.Rule, subnets []netip.Prefix) bool {
 	register := map[uint32][]byte{}
 	for _, e := range r.Exprs {

@@ -60,7 +60,7 @@ func (f *Firewall) Ensure() (changed []string, err error) {
 	return changed, errors.Join(errs...)
 }
 
-// wanted gives the accept rules that pods need in a chain, if it is one that filters them.
+// wanted returns the accept rules that pods need in a chain, if it is one that filters them.
 func (f *Firewall) wanted(c *nftables.Chain) [][]expr.Any {
 	if c.Hooknum == nil || c.Type != nftables.ChainTypeFilter || otherOwner(c.Table.Name) {
 		return nil
@@ -254,7 +254,7 @@ func (h *host) end(c *nftables.Chain, depth int) (index int, closed bool) {
 	return 0, false
 }
 
-// unconditional gives what a rule does in the end, if it does so to every packet.
+// unconditional returns what a rule does in the end, if it does so to every packet.
 func unconditional(exprs []expr.Any) (final expr.Any, ok bool) {
 	for _, e := range exprs {
 		switch e := e.(type) {
@@ -300,7 +300,7 @@ func ruleComment(data []byte) string {
 	return ""
 }
 
-// sameMatch compares a rule as the kernel gives it with one of ours.
+// sameMatch compares a rule as the kernel returns it with one of ours.
 func sameMatch(have, want []expr.Any) bool {
 	if len(have) != len(want) {
 		return false

@@ -84,7 +84,7 @@ func Forwarding(cidrs []netip.Prefix) error {
 	return errors.Join(errs...)
 }
 
-// BridgeFiltered makes frames that stay on the bridge pass the firewall, and says whether
+// BridgeFiltered makes frames that stay on the bridge pass the firewall, and reports whether
 // they do. It needs the module br_netfilter, which a container may not have. Without it the
 // answer of a pod to another pod of the same node, reached through a Service, would not be
 // translated back; see [Rules].

@@ -39,7 +39,7 @@ const (
 	machineAddr = "192.0.2.1"
 )
 
-// enter gives the test a network namespace of its own.
+// enter puts the test into a network namespace of its own.
 func enter(t *testing.T) netns.NsHandle {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -140,7 +140,7 @@ func (w *world) in(ns netns.NsHandle, f func()) {
 	f()
 }
 
-// reaches says whether a datagram from one namespace arrives at addr in another, and from
+// reaches reports whether a datagram from one namespace arrives at addr in another, and from
 // which address it seems to come. It gives up late; drops, for the other answer, does so
 // early: a packet that was dropped does not come later either.
 func (w *world) reaches(from, to netns.NsHandle, addr string) (seen string, ok bool) {

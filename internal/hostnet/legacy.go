@@ -21,7 +21,7 @@ var errNoLegacyTool = errors.New("the host filters with legacy iptables, but ipt
 // legacyChains are the chains that may drop the packets of pods.
 var legacyChains = []string{"FORWARD", "INPUT"}
 
-// legacyTool gives the program for the family of p, or "" when the kernel holds no legacy
+// legacyTool returns the program for the family of p, or "" when the kernel holds no legacy
 // filter table for it.
 func legacyTool(v4 bool) (string, error) {
 	names, tool := "ip_tables_names", "iptables-legacy"
@@ -40,7 +40,7 @@ func legacyTool(v4 bool) (string, error) {
 	return path, nil
 }
 
-// legacyRules gives the accept rules of a chain as iptables-save writes them.
+// legacyRules returns the accept rules of a chain as iptables-save writes them.
 func legacyRules(chain string, cluster netip.Prefix) []string {
 	tail := ` -m comment --comment "` + Comment + `" -j ACCEPT`
 	if chain == "INPUT" {
@@ -75,7 +75,7 @@ func ensureLegacy(cluster netip.Prefix) (changed []string, err error) {
 	return changed, nil
 }
 
-// planLegacy gives the argument lists that bring a chain, listed with -S, to hold the wanted
+// planLegacy returns the argument lists that bring a chain, listed with -S, to hold the wanted
 // rules before the point where it drops everything; none when it lets pods through.
 func planLegacy(chain string, listing, wanted []string) [][]string {
 	drops, end := false, 0 // end: number of the first rule that takes everything, from 1
@@ -114,7 +114,7 @@ func planLegacy(chain string, listing, wanted []string) [][]string {
 	return edits
 }
 
-// legacySpec gives the words of a rule behind the chain's name.
+// legacySpec returns the words of a rule behind the chain's name.
 func legacySpec(rule string) []string {
 	quoted := `"` + Comment + `"`
 	words := strings.Fields(strings.Replace(rule, quoted, "\x00", 1))[2:]

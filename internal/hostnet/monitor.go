@@ -121,10 +121,10 @@ func subscribe(ctx context.Context, changes chan<- struct{}, log *slog.Logger) <
 	return done
 }
 
-// overrun says whether a socket only lost events because nobody read them fast enough.
+// overrun reports whether a socket only lost events because nobody read them fast enough.
 func overrun(err error) bool { return errors.Is(err, unix.ENOBUFS) }
 
-// concerns says whether one of the messages tells of a change in a table that others own.
+// concerns reports whether one of the messages tells of a change in a table that others own.
 // kube-proxy writes its own very often, mostly set elements, which are not even decoded.
 func concerns(messages []netlink.Message) bool {
 	const tableAttribute = 1 // NFTA_TABLE_NAME, NFTA_CHAIN_TABLE and NFTA_RULE_TABLE are all 1

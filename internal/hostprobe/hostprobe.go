@@ -203,7 +203,7 @@ type Override struct {
 	Why         string
 }
 
-// Overrides gives the arguments that the host makes necessary, by argument file. They count only
+// Overrides returns the arguments that the host makes necessary, by argument file. They count only
 // where the user has not set the flag: see [Host.Apply].
 func (h Host) Overrides() map[string][]Override {
 	var kubelet, proxy []Override

@@ -207,7 +207,7 @@ func put(ctx context.Context, store images.Store, img images.Image) error {
 	return err
 }
 
-// present says whether an image is there, complete, and pinned under its name and its id;
+// present reports whether an image is there, complete, and pinned under its name and its id;
 // then ids is the name of the latter.
 func present(ctx context.Context, c *client.Client, name string, want ocispec.Descriptor, snapshotter string) (ids []string, ok bool, err error) {
 	have, err := c.GetImage(ctx, name)
@@ -292,7 +292,7 @@ func configuredSnapshotter(env snapenv.Env) string {
 	return "overlayfs" // containerd's default
 }
 
-// List gives the images of the node that have a name, sorted by it.
+// List returns the images of the node that have a name, sorted by it.
 func List(ctx context.Context, env snapenv.Env) ([]Image, error) {
 	c, err := connect(env)
 	if err != nil {

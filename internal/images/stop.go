@@ -164,7 +164,7 @@ func eachContainer(ctx context.Context, c *client.Client, do func(context.Contex
 	for i, container := range containers {
 		group.Go(func() error {
 			errs[i] = do(ctx, container)
-			return nil // the others shall not be given up
+			return nil // go on with the others
 		})
 	}
 	_ = group.Wait() // the errors are collected above
@@ -291,7 +291,7 @@ func cgroupDirs(controllers, path string) []string {
 }
 
 // shims lists the processes that are shims of this installation's containerd, by their
-// command line. Only those of the own process namespace can be seen.
+// command line. Only those of this process namespace can be seen.
 func shims(env snapenv.Env) []int {
 	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	var pids []int

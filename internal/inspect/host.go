@@ -73,7 +73,7 @@ func hostFindings(root string, c nodeconfig.Config) (found []string) {
 	return found
 }
 
-// insecureRegistry says whether a configuration of Docker allows the registry addon.
+// insecureRegistry reports whether a configuration of Docker allows the registry addon.
 func insecureRegistry(config string) bool {
 	var c struct {
 		Insecure []string `json:"insecure-registries"`

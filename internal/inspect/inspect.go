@@ -32,7 +32,7 @@ type Inspector struct {
 	Out     io.Writer
 	Now     func() time.Time
 
-	// Run gives the output of a program, standard error included; nil runs it for real.
+	// Run returns the output of a program, standard error included; nil runs it for real.
 	Run func(ctx context.Context, argv ...string) ([]byte, error)
 
 	redact *Redactor

@@ -66,7 +66,7 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// unpack gives the files of a report.
+// unpack returns the files of a report.
 func unpack(t *testing.T, path string) map[string]string {
 	t.Helper()
 	f, err := os.Open(path)

@@ -305,7 +305,7 @@ func TestWhatIsNoJSONIsLeftOut(t *testing.T) {
 	}
 }
 
-// FuzzRedact gives the redactor any text around a secret that is a flag's value, on a line of its
+// FuzzRedact feeds the redactor any text around a secret that is a flag's value, on a line of its
 // own: it neither fails nor lets the secret through.
 func FuzzRedact(f *testing.F) {
 	f.Add("password: |\n  x\n", "key=\"\"\"", true)

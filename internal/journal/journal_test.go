@@ -103,7 +103,7 @@ func TestRun(t *testing.T) {
 // killed is what At panics with where a process would be killed.
 type killed struct{ at Point }
 
-// runUntil carries out f until the n-th point and says whether there was one.
+// runUntil carries out f until the n-th point and reports whether there was one.
 func runUntil(j *Journal, n int, f func() error) (died bool, err error) {
 	count := 0
 	j.At = func(p Point) {

@@ -98,7 +98,7 @@ func (c *Core) Nodes(ctx context.Context) ([]corev1.Node, error) {
 	return list.Items, nil
 }
 
-// Ready says whether a node's kubelet calls it ready.
+// Ready reports whether a node's kubelet calls it ready.
 func Ready(n *corev1.Node) bool {
 	for _, c := range n.Status.Conditions {
 		if c.Type == corev1.NodeReady {

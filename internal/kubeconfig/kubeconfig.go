@@ -30,7 +30,7 @@ func LocalServer(port int) string {
 	return "https://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
 }
 
-// Encode gives the file's text.
+// Encode returns the file's text.
 func (c Config) Encode() ([]byte, error) {
 	cfg := clientcmdapi.NewConfig()
 	cfg.Clusters[Cluster] = &clientcmdapi.Cluster{Server: c.Server, CertificateAuthorityData: c.CA}

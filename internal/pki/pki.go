@@ -50,7 +50,7 @@ func (m Maker) Time() time.Time {
 	return time.Now()
 }
 
-// Request is what a certificate shall say.
+// Request is what a certificate is to contain.
 type Request struct {
 	Subject  pkix.Name
 	DNSNames []string
@@ -126,7 +126,7 @@ func (m Maker) Issue(req Request, pub crypto.PublicKey, ca *x509.Certificate, ca
 	return der, nil
 }
 
-// Matches says whether the certificate is for this public key.
+// Matches reports whether the certificate is for this public key.
 func Matches(cert *x509.Certificate, pub crypto.PublicKey) error {
 	k, ok := cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
 	if !ok || !k.Equal(pub) {
@@ -157,12 +157,12 @@ func RenewalTime(cert *x509.Certificate) time.Time {
 	return at
 }
 
-// EncodeCert gives the PEM of a certificate in DER.
+// EncodeCert returns the PEM of a certificate in DER.
 func EncodeCert(der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
-// EncodeKey gives the PEM of a private key, in the PKCS #1 form that every older tool reads.
+// EncodeKey returns the PEM of a private key, in the PKCS #1 form that every older tool reads.
 func EncodeKey(key *rsa.PrivateKey) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})
 }

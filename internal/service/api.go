@@ -140,7 +140,7 @@ func (c *Client) Stop(ctx context.Context, names ...string) error {
 	return err
 }
 
-// leftovers says whether a supervisor that was killed left something to clear up.
+// leftovers reports whether a supervisor that was killed left something to clear up.
 func (c *Client) leftovers() bool {
 	if len(Enabled(c.env)) > 0 {
 		return true
@@ -178,7 +178,7 @@ func (c *Client) Status(ctx context.Context) ([]State, error) {
 	return states, err
 }
 
-// absent says whether err means that no supervisor listens, or not for long any more. One
+// absent reports whether err means that no supervisor listens, or not for long any more. One
 // that was killed still takes connections for a moment and closes them without an answer;
 // asking a new one again is right, since every request may be repeated.
 func absent(err error) bool {

@@ -14,7 +14,7 @@ const lastLineWindow = 64 << 10
 // klogLine is how a line of Kubernetes' own logging begins.
 var klogLine = regexp.MustCompile(`^[IWEF]\d{4} \d{2}:`)
 
-// LastLine gives the last line that a service itself wrote to a log file, "" where there is
+// LastLine returns the last line that a service itself wrote to a log file, "" where there is
 // none. Where those are what Kubernetes says while it goes down, the error before that made
 // it do so counts more.
 func LastLine(path string) string {

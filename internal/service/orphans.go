@@ -26,7 +26,7 @@ type record struct {
 	Boot  string `json:"boot"`  // boot id and pid namespace in which pid and start mean anything
 }
 
-// alive says whether the process still runs.
+// alive reports whether the process still runs.
 func (r record) alive() bool {
 	if r.PID <= 1 || r.Boot != bootID() {
 		return false
@@ -159,7 +159,7 @@ func (s *Supervisor) remains() []int {
 	return out
 }
 
-// isShim says whether a process is a containerd shim of this installation, in our pid
+// isShim reports whether a process is a containerd shim of this installation, in our pid
 // namespace: other installations on the machine (the lab's hosts) are not ours to touch.
 func (s *Supervisor) isShim(pid int) bool {
 	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))

@@ -76,7 +76,7 @@ type Manager interface {
 	// Restart stops and starts what is enabled. Containers survive a restart of containerd.
 	Restart(ctx context.Context, names ...string) error
 
-	// Status gives the state of all services in start order.
+	// Status returns the state of all services in start order.
 	Status(ctx context.Context) ([]State, error)
 }
 
@@ -119,7 +119,7 @@ func resolveAll(names []string) ([]string, error) {
 	return slices.DeleteFunc(Names(), func(n string) bool { return !want[n] }), nil
 }
 
-// New gives the manager of this machine: snapctl's where snapd started the process, otherwise
+// New returns the manager of this machine: snapctl's where snapd started the process, otherwise
 // the client of our supervisor.
 func New(env snapenv.Env) Manager {
 	if env.Snapd {

@@ -134,7 +134,7 @@ func unitState(name string, p map[string]string) State {
 	return st
 }
 
-// lastWords gives the last line of a service that systemd had to restart, "" where it has none
+// lastWords returns the last line of a service that systemd had to restart, "" where it has none
 // or the caller may not read the journal.
 func (s *Snapctl) lastWords(ctx context.Context, name string) string {
 	out, err := s.Run(ctx, "journalctl", "--quiet", "--no-pager", "--output=cat", "--boot", "--lines=200", "--identifier="+s.Snap+".daemon-"+name)

@@ -36,7 +36,7 @@ type Supervisor struct {
 	Env snapenv.Env
 	Log *slog.Logger
 
-	// Argv gives the command of a service. nil means `$SNAP/bin/microk8s daemon <name>`.
+	// Argv returns the command of a service. nil means `$SNAP/bin/microk8s daemon <name>`.
 	Argv func(name string) []string
 
 	// Environ is the environment of the services, in the form of os.Environ.
@@ -196,7 +196,7 @@ func (s *Supervisor) listen() (net.Listener, error) {
 	return l, nil
 }
 
-// own gives a file to the group of the product, if there is such a group, and sets its mode.
+// own assigns a file to the group of the product, if there is such a group, and sets its mode.
 func own(path string, mode os.FileMode) {
 	if g, err := user.LookupGroup(snapenv.Group); err == nil {
 		if gid, err := strconv.Atoi(g.Gid); err == nil {

@@ -196,7 +196,7 @@ func (h *harness) readFile(path string) string {
 	return string(data)
 }
 
-// supervisor gives the pid of the running supervisor.
+// supervisor returns the pid of the running supervisor.
 func (h *harness) supervisor() int {
 	h.Helper()
 	st, err := readStat(h.state(Containerd).PID)

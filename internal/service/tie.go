@@ -17,7 +17,7 @@ const supervisorVar = "MICROK8S_SUPERVISOR"
 // too, and must be started again. (Under snapd 0 is what says it.)
 const ExitIdle = 80
 
-// Supervised says whether our supervisor started this process.
+// Supervised reports whether our supervisor started this process.
 func Supervised(getenv func(string) string) bool { return getenv(supervisorVar) != "" }
 
 // TieToSupervisor makes this process end when the supervisor that started it dies, also after

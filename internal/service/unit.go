@@ -94,14 +94,14 @@ func (u *unit) note(format string, a ...any) {
 const NotePrefix = "-- microk8s: "
 
 // start runs the service unless it does already, and returns when its process exists. One that
-// waits after a failure is started at once: whoever asks has mended something.
+// waits after a failure is started at once: the caller has fixed something.
 func (u *unit) start() error {
 	if u.current().Phase == Backoff {
 		u.stop()
 	}
 	if u.cancel != nil {
 		select {
-		case <-u.done: // idle or failed: start anew
+		case <-u.done: // idle or failed: start again
 		default:
 			return nil
 		}

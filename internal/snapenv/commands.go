@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// CommandEnviron gives base (in the form of os.Environ) as the programs see it that a person
+// CommandEnviron returns base (in the form of os.Environ) as the programs see it that a person
 // runs through us: kubectl, helm, ctr, plugins and the hooks of addons (cli.md 0.5). Besides
 // the variables of [Env.Environ]
 //
@@ -74,7 +74,7 @@ func (e Env) searchPath(path string) string {
 	return strings.Join(dirs, string(filepath.ListSeparator))
 }
 
-// utf8Locale gives the first of the usual UTF-8 locales that the host has, "" if it has none.
+// utf8Locale returns the first of the usual UTF-8 locales that the host has, "" if it has none.
 func (e Env) utf8Locale() string {
 	for _, l := range []struct{ name, dir string }{
 		{"C.UTF-8", "C.utf8"}, {"C.UTF-8", "C.UTF-8"}, {"en_US.UTF-8", "en_US.utf8"}, {"en_US.UTF-8", "en_US.UTF-8"},

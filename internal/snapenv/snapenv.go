@@ -45,7 +45,7 @@ const (
 )
 
 // FromEnviron makes an Env from SNAP, SNAP_DATA and the other variables of cli.md 0.5, as
-// getenv gives them (os.Getenv in main). Missing ones get the documented defaults.
+// getenv returns them (os.Getenv in main). Missing ones get the documented defaults.
 func FromEnviron(getenv func(string) string) Env {
 	or := func(key, def string) string {
 		if v := getenv(key); v != "" {
@@ -66,7 +66,7 @@ func FromEnviron(getenv func(string) string) Env {
 	}
 }
 
-// Under gives an Env whose every path, those of the host included, lies below root. For tests.
+// Under returns an Env whose every path, those of the host included, lies below root. For tests.
 func Under(root string) Env {
 	return Env{
 		Snap:       filepath.Join(root, DefaultSnap),
@@ -83,7 +83,7 @@ func Under(root string) Env {
 // Group is the Unix group whose members may use the command line without sudo (cli.md 0.6).
 const Group = "microk8s"
 
-// Lookup gives the value of the variables that argument files may use (SNAP, SNAP_DATA,
+// Lookup returns the value of the variables that argument files may use (SNAP, SNAP_DATA,
 // SNAP_COMMON, SNAP_NAME …); ok is false for any other name, the caller then asks its own
 // environment or treats it as empty.
 func (e Env) Lookup(name string) (value string, ok bool) {
@@ -104,7 +104,7 @@ func (e Env) Lookup(name string) (value string, ok bool) {
 	return "", false
 }
 
-// Environ gives base (in the form of os.Environ) with the variables of this Env set, for
+// Environ returns base (in the form of os.Environ) with the variables of this Env set, for
 // starting a program of the product.
 func (e Env) Environ(base []string) []string {
 	set := map[string]string{
@@ -185,7 +185,7 @@ func (e Env) LocksDir() string { return filepath.Join(e.Data, "var/lock") }
 // Lock is one lock file (cli.md 6.6), $SNAP_DATA/var/lock/<name>.
 func (e Env) Lock(name string) string { return filepath.Join(e.Data, "var/lock", name) }
 
-// Locked says whether the lock exists.
+// Locked reports whether the lock exists.
 func (e Env) Locked(name string) bool {
 	_, err := os.Lstat(e.Lock(name))
 	return err == nil

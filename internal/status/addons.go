@@ -14,7 +14,7 @@ import (
 // recordsPath lists what is written down about the addons that are on.
 var recordsPath = "/api/v1/namespaces/kube-system/configmaps?labelSelector=" + url.QueryEscape(addon.RecordLabel)
 
-// enabledAddons gives the names of the addons that the records say are on.
+// enabledAddons returns the names of the addons that the records say are on.
 func enabledAddons(records []corev1.ConfigMap) map[string]bool {
 	on := map[string]bool{}
 	for _, r := range records {

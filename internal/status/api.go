@@ -148,7 +148,7 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 	return s
 }
 
-// ready says whether the node can be used: see [Report.Ready].
+// ready reports whether the node can be used: see [Report.Ready].
 func (s apiState) ready() bool {
 	if s.err != nil || s.service != nil || s.nodeErr != nil {
 		return false
@@ -161,7 +161,7 @@ func (s apiState) ready() bool {
 	return false
 }
 
-// stale says whether a condition of this node is from before its kubelet was started. A
+// stale reports whether a condition of this node is from before its kubelet was started. A
 // kubelet reports at once when it starts. Its reports carry whole seconds, rounded down: one
 // from the second of the start counts as old, because an API server, which the kubelet waits
 // for, takes longer than that to be ready.

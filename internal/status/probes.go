@@ -16,7 +16,7 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// probeHTTP2 says whether an HTTP/2 server (gRPC is one) lives behind a unix socket. A
+// probeHTTP2 reports whether an HTTP/2 server (gRPC is one) lives behind a unix socket. A
 // connection alone proves nothing: the kernel accepts it for a frozen process too. So the
 // client's preface is sent, and the server's SETTINGS frame awaited (RFC 9113, 3.4).
 func probeHTTP2(ctx context.Context, socket string) error {
@@ -100,7 +100,7 @@ func diskProblems(env snapenv.Env) []Problem {
 	return out
 }
 
-// ClockProblem says whether the clock is before the day on which this node's CA was made, so
+// ClockProblem reports whether the clock is before the day on which this node's CA was made, so
 // that no certificate can be valid; nil where it is not, or where there is no CA yet.
 func ClockProblem(env snapenv.Env, now time.Time) *Problem {
 	ca := readCert(env.Cert("ca.crt"))

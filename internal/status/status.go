@@ -135,7 +135,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"disk":  func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
 		"ports": func() { ports = busyPorts(p.Env) },
 	})
-	// What is late is still being written to by its goroutine: take nothing from it.
+	// A probe past its deadline may still be writing; do not read its result.
 	r := Report{}
 	if !missed["members"] {
 		r.HA = ha
@@ -248,7 +248,7 @@ func phaseOf(states []service.State, name string) service.Phase {
 	return service.Stopped
 }
 
-// startedAt gives the time at which the kubelet was started; zero where it is not known, or
+// startedAt returns the time at which the kubelet was started; zero where it is not known, or
 // where the clock has been set back since.
 func startedAt(states []service.State, now time.Time) time.Time {
 	for _, s := range states {
@@ -331,7 +331,7 @@ func lastWordsOf(env snapenv.Env, s service.State) string {
 // failuresToGiveUp is how many failures in a row show that waiting does not help.
 const failuresToGiveUp = 4
 
-// Failing gives a service that fails whenever it is started, and why, as one sentence; "" if
+// Failing returns a service that fails whenever it is started, and why, as one sentence; "" if
 // there is none.
 func (r Report) Failing(env snapenv.Env) (name, why string) {
 	for _, s := range r.Services {
@@ -345,7 +345,7 @@ func (r Report) Failing(env snapenv.Env) (name, why string) {
 	return "", ""
 }
 
-// Expected says whether a service has something to do on this node (cli.md 7.1).
+// Expected reports whether a service has something to do on this node (cli.md 7.1).
 func Expected(env snapenv.Env, name string) bool {
 	switch name {
 	case service.Datastore:

@@ -13,7 +13,7 @@ var (
 	klogHeader = regexp.MustCompile(`^[IWEF]\d{4} \d{2}:\d{2}:\d{2}\.\d+ +\d+ [^ \]]+\] `)
 )
 
-// words gives what a log line says, in one line and without what only concerns the log.
+// words returns what a log line says, in one line and without what only concerns the log.
 func words(line string) string {
 	if m := slogError.FindStringSubmatch(line); m != nil {
 		line = m[1]

@@ -58,7 +58,7 @@ func New() Token {
 	return Token{text: text + check(text), generated: true}
 }
 
-// check gives the last digits of a generated token from the ones before.
+// check returns the last digits of a generated token from the ones before.
 func check(digits string) string {
 	sum := sha256.Sum256([]byte(checkLabel + digits))
 	return hex.EncodeToString(sum[:checkHex/2])
@@ -92,12 +92,12 @@ func isGenerated(text string) bool {
 	return check(text[:randomHex]) == text[randomHex:]
 }
 
-// Generated says whether this product made the token. Then its server must prove itself before
+// Generated reports whether this product made the token. Then its server must prove itself before
 // it is told the token, and the client accepts nothing less. One in 65 536 tokens of upstream
 // looks like one by chance.
 func (t Token) Generated() bool { return t.generated }
 
-// Reveal gives the token itself.
+// Reveal returns the token itself.
 func (t Token) Reveal() string { return t.text }
 
 // String does not show the token.
@@ -113,7 +113,7 @@ type ID [IDSize]byte
 // too, but nobody can join with it.
 type Key [KeySize]byte
 
-// String gives the 16 hex digits of an id.
+// String returns the 16 hex digits of an id.
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
 
 // String does not show the key.
@@ -127,7 +127,7 @@ func ParseID(s string) (id ID, err error) {
 	return id, nil
 }
 
-// Derive gives the id and the key of a token: 40 bytes of HKDF-SHA256 without a salt.
+// Derive returns the id and the key of a token: 40 bytes of HKDF-SHA256 without a salt.
 func (t Token) Derive() (ID, Key) {
 	out, err := hkdf.Key(sha256.New, []byte(t.text), nil, hkdfInfo, IDSize+KeySize)
 	if err != nil { // only for lengths beyond what SHA-256 gives
@@ -149,7 +149,7 @@ func Nonce() []byte {
 // ErrNoExporter is given for connections to which a proof cannot be tied.
 var ErrNoExporter = errors.New("a proof needs a TLS 1.3 connection that was not resumed")
 
-// Exporter gives the value that only the two ends of this TLS connection know. The connection
+// Exporter returns the value that only the two ends of this TLS connection know. The connection
 // must be TLS 1.3 and a full handshake.
 func Exporter(state *tls.ConnectionState) ([]byte, error) {
 	if state == nil || state.Version != tls.VersionTLS13 || state.DidResume || !state.HandshakeComplete {

@@ -99,7 +99,7 @@ func TestDerive(t *testing.T) {
 	}
 }
 
-// connect gives both ends of a TLS connection.
+// connect returns both ends of a TLS connection.
 func connect(t *testing.T, version uint16) (client, server tls.ConnectionState) {
 	t.Helper()
 	pub, key, err := ed25519.GenerateKey(rand.Reader)

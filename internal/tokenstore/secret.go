@@ -24,7 +24,7 @@ const SecretName = "microk8s-join-tokens"
 // Secret is the Backend that all control-plane nodes share. The API server's resource
 // versions make a change atomic.
 type Secret struct {
-	// Core gives the client; it is asked for each Update, so that new credentials are used.
+	// Core returns the client; it is asked for each Update, so that new credentials are used.
 	Core func() (*kube.Core, error)
 	// Reads lets questions about tokens share reads of the Secret, so that a flood of wrong ones
 	// costs the API server little. nil means a read for each.

@@ -176,7 +176,7 @@ func (r *Record) end(now time.Time) time.Time {
 	return now
 }
 
-// Check says whether this joiner would get a reservation, and changes nothing.
+// Check reports whether this joiner would get a reservation, and changes nothing.
 func (s *State) Check(t token.Token, j Joiner, now time.Time) (*Record, error) {
 	r, err := s.find(t)
 	if err != nil {
@@ -354,7 +354,7 @@ func (s *State) Release(t token.Token, name string) error {
 	return nil
 }
 
-// Revoke takes back the token whose id begins with the given digits.
+// Revoke revokes the token whose id begins with the given digits.
 func (s *State) Revoke(prefix string, now time.Time) (*Record, error) {
 	var found *Record
 	for id, r := range s.Records {
@@ -384,7 +384,7 @@ func (s *State) prune(now time.Time) {
 	}
 }
 
-// List gives the tokens, oldest first.
+// List returns the tokens, oldest first.
 func (s *State) List() []Record {
 	out := make([]Record, 0, len(s.Records))
 	for _, r := range s.Records {

@@ -21,7 +21,7 @@ import (
 )
 
 // Backend keeps a State. Update calls change with the present state and keeps what it became;
-// when change gives an error nothing is kept and the error is returned. change may be called
+// when change returns an error nothing is kept and the error is returned. change may be called
 // more than once and must do nothing else.
 type Backend interface {
 	Update(ctx context.Context, change func(*State) error) error
@@ -156,7 +156,7 @@ func (s *Store) Add(ctx context.Context, t token.Token, o Options) (r Record, er
 	return r, err
 }
 
-// Key gives the key for a proof.
+// Key returns the key for a proof.
 func (s *Store) Key(ctx context.Context, id token.ID) (k token.Key, err error) {
 	err = s.each(ctx, func(st *State) (err error) {
 		k, err = st.Key(id, s.now())
@@ -165,7 +165,7 @@ func (s *Store) Key(ctx context.Context, id token.ID) (k token.Key, err error) {
 	return k, err
 }
 
-// Check says whether a reservation would be given.
+// Check reports whether a reservation would be given.
 func (s *Store) Check(ctx context.Context, t token.Token, j Joiner) (out Record, err error) {
 	err = s.each(ctx, func(st *State) error {
 		r, err := st.Check(t, j, s.now())
@@ -231,7 +231,7 @@ func (s *Store) Release(ctx context.Context, t token.Token, name string) error {
 	return s.each(ctx, func(st *State) error { return st.Release(t, name) })
 }
 
-// Revoke takes back the token whose id begins with the given digits.
+// Revoke revokes the token whose id begins with the given digits.
 func (s *Store) Revoke(ctx context.Context, prefix string) (out Record, err error) {
 	for _, b := range s.Backends {
 		err = b.Update(ctx, func(st *State) error {
@@ -248,7 +248,7 @@ func (s *Store) Revoke(ctx context.Context, prefix string) (out Record, err erro
 	return out, err
 }
 
-// List gives all tokens, also those that ended lately.
+// List returns all tokens, also those that ended lately.
 func (s *Store) List(ctx context.Context) (out []Record, err error) {
 	for _, b := range s.Backends {
 		err := b.Update(ctx, func(st *State) error {
@@ -307,7 +307,7 @@ func (f File) Update(ctx context.Context, change func(*State) error) error {
 	return atomicfile.Write(f.Path, out, 0o600, nil)
 }
 
-// Encode gives the text of a State.
+// Encode returns the text of a State.
 func Encode(st *State) ([]byte, error) {
 	all := map[string]*Record{}
 	for id, r := range st.Records {

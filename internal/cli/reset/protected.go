@@ -66,7 +66,7 @@ func bootstrapped(labels map[string]string) bool {
 	return labels["kubernetes.io/bootstrapping"] == "rbac-defaults"
 }
 
-// systemAccounts gives the service accounts (namespace/name) that Kubernetes' own bindings
+// systemAccounts returns the service accounts (namespace/name) that Kubernetes' own bindings
 // name: the controllers run under them, and would be cut off without.
 func (c *Cleaner) systemAccounts(ctx context.Context) (map[string]bool, error) {
 	out := map[string]bool{}

@@ -57,7 +57,7 @@ type Cleaner struct {
 }
 
 // remadeAfter is how many times an object must have come back to be taken for one that
-// Kubernetes, or the product itself, makes anew whenever it is missing. Such an object is part
+// Kubernetes, or the product itself, recreates whenever it is missing. Such an object is part
 // of the initial state.
 const remadeAfter = 3
 
@@ -223,7 +223,7 @@ func fullName(r resource, o *unstructured.Unstructured) string {
 	return strings.TrimPrefix(o.GetNamespace()+"/", "/") + r.gvr.Resource + "/" + o.GetName()
 }
 
-// comesBack notes that an object was seen and says whether it is one that cannot be got rid of.
+// comesBack notes that an object was seen and reports whether it is one that cannot be got rid of.
 func (c *Cleaner) comesBack(r resource, o *unstructured.Unstructured) bool {
 	name := fullName(r, o)
 	if c.remade[name] == nil {
@@ -316,7 +316,7 @@ func (c *Cleaner) objects(r resource, o *unstructured.Unstructured) dynamic.Reso
 	return c.Dynamic.Resource(r.gvr)
 }
 
-// gone says whether an object or its whole kind does not exist any more.
+// gone reports whether an object or its whole kind does not exist any more.
 func gone(err error) bool {
 	return apierrors.IsNotFound(err) || apierrors.IsMethodNotSupported(err)
 }

@@ -16,7 +16,7 @@ var pool struct {
 	keys []*rsa.PrivateKey
 }
 
-// Keys gives a source of keys of 1024 bits, whatever size is asked for. Each source begins at
+// Keys returns a source of keys of 1024 bits, whatever size is asked for. Each source begins at
 // the start of the process' pool, so keys of one source differ and those of two sources do not.
 func Keys() func(bits int) (*rsa.PrivateKey, error) {
 	next := 0
