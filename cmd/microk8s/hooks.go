@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"microk8s/cluster-agent/launchconf"
+	"microk8s/internal/cluster"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/hook"
 	"microk8s/internal/hostnet"
@@ -101,6 +102,10 @@ func health(ctx context.Context, env snapenv.Env) (state, message string) {
 func remove(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 	var errs []error
 	try := func(err error) { errs = append(errs, err) }
+	// A member that just goes is a vote that the others wait for, or the end of a cluster of two.
+	if err := (&cluster.Node{Env: env, Log: log}).Depart(ctx); err != nil {
+		log.Warn("the cluster was not told that this node goes; on another node run: microk8s remove-node NAME --force", "err", err)
+	}
 	if services := service.New(env); !env.Snapd {
 		try(services.Stop(ctx, service.Kubelite))
 		try(images.StopAll(ctx, env))

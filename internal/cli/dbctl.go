@@ -40,12 +40,13 @@ type dbctlOptions struct {
 	output        string
 	keep          int
 	prune, debug  bool
+	noCopy        bool
 }
 
 func (a *App) newDbctl() *cobra.Command {
 	o := dbctlOptions{}
 	cmd := &cobra.Command{
-		Use:   "dbctl backup [-o FILE|DIRECTORY] [--keep N] | restore FILE [--prune] [--debug]",
+		Use:   "dbctl backup [-o FILE|DIRECTORY] [--keep N] | restore FILE [--prune] [--no-copy] [--debug]",
 		Short: "Back up the datastore, or restore it",
 		Long: `Back up the datastore to an archive, or restore one. The node must be running.
 
@@ -54,11 +55,13 @@ func (a *App) newDbctl() *cobra.Command {
       named backup-YYYY-MM-DD-HH-MM-SS.tar.gz, in the given or the current directory. It
       holds every secret of the cluster: keep it where others cannot read it. With --keep
       only the newest N archives with such names are kept; use it from a timer.
-  microk8s dbctl restore FILE [--prune]
+  microk8s dbctl restore FILE [--prune] [--no-copy]
       Restore every key to what it is in the archive. Keys that are not in it are kept,
       or deleted with --prune. It may be run again after a failure. Join tokens, the
       secrets between nodes, and which nodes may be in the cluster stay as they are now: a
       restore brings back no token that was used or revoked, and no node that was removed.
+      What the datastore had before is archived first, except with --no-copy; the last three
+      such archives are kept.
 
 Both check what they have written, by number and hash of the keys.`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -70,8 +73,8 @@ Both check what they have written, by number and hash of the keys.`,
 			switch o.verb {
 			case "":
 			case "backup":
-				if o.prune {
-					return wrong("--prune is for restore")
+				if o.prune || o.noCopy {
+					return wrong("--prune and --no-copy are for restore")
 				}
 			case "restore":
 				if len(rest) == 0 {
@@ -110,6 +113,7 @@ Both check what they have written, by number and hash of the keys.`,
 	cmd.Flags().StringVarP(&o.output, "output", "o", "", "archive to write, or an existing directory for it")
 	cmd.Flags().IntVar(&o.keep, "keep", 0, "afterwards remove all but the newest N archives with generated names")
 	cmd.Flags().BoolVar(&o.prune, "prune", false, "delete the keys that are not in the archive")
+	cmd.Flags().BoolVar(&o.noCopy, "no-copy", false, "archive nothing of what the datastore has before a restore")
 	cmd.Flags().BoolVar(&o.debug, "debug", false, "show what the tool does")
 	return cmd
 }
@@ -189,6 +193,9 @@ func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
 	}
 	if set.Manifest.Revision == 0 {
 		fmt.Fprintln(a.Err, "the archive has no list of its content, as upstream's have none: that it is complete cannot be checked")
+	}
+	if err := a.keepCopy(ctx, "restore", o.noCopy); err != nil {
+		return err
 	}
 	if err := a.unpackKeys(keys); err != nil {
 		return failed(exitRestoreFailed, err)

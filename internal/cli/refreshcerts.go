@@ -1,10 +1,12 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -26,6 +28,7 @@ const (
 
 type refreshOptions struct {
 	undo, check bool
+	force       bool
 	cert        string
 	caDir       string
 }
@@ -38,14 +41,15 @@ var refreshable = []struct{ file, title string }{
 func (a *App) newRefreshCerts() *cobra.Command {
 	o := refreshOptions{}
 	cmd := &cobra.Command{
-		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check] [-e|--cert server.crt|front-proxy-client.crt|ca.crt]",
+		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check] [-e|--cert server.crt|front-proxy-client.crt|ca.crt] [--force]",
 		Short: "Check, renew or replace the certificates of this node",
 		Long: `Check, renew or replace the certificates of this node. Certificates other than that of the
 CA are renewed automatically before they expire.
 
 Replace the CA certificates with the ca.crt and ca.key found in CA_DIR, or renew one
-certificate with --cert. A new CA has a new key: nodes that joined this one must leave and
-join again.`,
+certificate with --cert. A new CA has a new key, and nodes of one cluster must have the same: with
+other nodes the command refuses, since they would have to leave and join again. --force does it all
+the same.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return &usageError{cmd, fmt.Errorf("Got unexpected extra argument (%s)", args[1])}
@@ -70,6 +74,7 @@ join again.`,
 	}
 	cmd.Flags().BoolVarP(&o.undo, "undo", "u", false, "restore the certificates from the last backup")
 	cmd.Flags().BoolVarP(&o.check, "check", "c", false, "show when the certificates expire")
+	cmd.Flags().BoolVar(&o.force, "force", false, "replace the CA although other nodes are in the cluster")
 	cmd.Flags().StringVarP(&o.cert, "cert", "e", "", "renew this certificate: server.crt, front-proxy-client.crt or ca.crt")
 	_ = cmd.RegisterFlagCompletionFunc("cert", cobra.FixedCompletions([]string{"server.crt", "front-proxy-client.crt", "ca.crt"}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
@@ -98,6 +103,13 @@ func (a *App) refreshOptionsOK(cmd *cobra.Command, o refreshOptions) error {
 
 func (a *App) refreshCerts(ctx context.Context, o refreshOptions) error {
 	store := certs.New(a.Env, certs.Options{Log: a.log()})
+	if o.caDir != "" || o.cert == "ca.crt" || o.undo && a.undoesCA(store) {
+		err := a.soleNode(ctx, o.force, "replace the CA", "they would not trust this node, nor it them: logs, Services and joins would fail here and there",
+			"then each of them must leave and join again")
+		if err != nil {
+			return err
+		}
+	}
 	switch {
 	case o.check:
 		return a.checkCerts(store)
@@ -116,6 +128,16 @@ Refreshing ca.crt makes a new CA: nodes that joined this one must leave and join
 See when they expire with: microk8s refresh-certs --check
 `)
 	return exitError(exitNothingChosen)
+}
+
+// undoesCA reports whether the last backup has another CA than this node.
+func (a *App) undoesCA(store *certs.Store) bool {
+	old, err := os.ReadFile(filepath.Join(store.BackupDir(), "ca.crt"))
+	if err != nil {
+		return false // there is none
+	}
+	now, err := os.ReadFile(a.Env.Cert("ca.crt"))
+	return err == nil && !bytes.Equal(old, now)
 }
 
 func (a *App) checkCerts(store *certs.Store) error {

@@ -21,18 +21,20 @@ import (
 const resetWait = 30 * time.Second
 
 func (a *App) newReset() *cobra.Command {
-	destroy := true
+	destroy, noCopy := true, false
 	cmd := &cobra.Command{
-		Use:   "reset [--destroy-storage[=true|false]]",
+		Use:   "reset [--destroy-storage[=true|false]] [--no-copy]",
 		Short: "Return this node to its initial state",
 		Long: `Return the MicroK8s node to the default initial state: everything in the cluster is deleted,
-without asking, and all addons are disabled, dns too: enable it again with microk8s enable dns. Argument files, certificates, and with
---destroy-storage=false the data of volumes, are kept.
+without asking, and all addons are disabled, dns too: enable it again with microk8s enable dns.
+Argument files, certificates, and with --destroy-storage=false the data of volumes, are kept. The
+content of the datastore is kept as an archive for microk8s dbctl restore; the last three are.
 
 An interrupted reset can be run again. It works on clusters of one node only.`,
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.reset(cmd.Context(), destroy) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.reset(cmd.Context(), destroy, noCopy) },
 	}
+	cmd.Flags().BoolVar(&noCopy, "no-copy", false, "keep no archive of what the datastore had")
 	cmd.Flags().BoolVar(&destroy, "destroy-storage", true, "delete the data of volumes on this node too")
 	return cmd
 }
@@ -46,7 +48,8 @@ func (a *App) stoppedUnlessResetting() error {
 	return a.stopped()
 }
 
-func (a *App) reset(ctx context.Context, destroy bool) error {
+func (a *App) reset(ctx context.Context, destroy, noCopy bool) error {
+	resumed := a.state().Resetting
 	if a.state().Resetting {
 		a.progress().say("A previous reset was interrupted; starting what it may have stopped")
 		if err := a.start(ctx, startOptions{}); err != nil {
@@ -82,7 +85,14 @@ func (a *App) reset(ctx context.Context, destroy bool) error {
 		fmt.Fprintln(a.Out, "Please remove all joined nodes before calling reset.")
 		return exitError(ExitOK)
 	}
+	if err := a.soleNode(ctx, false, "reset this node", "it would delete everything that they have, too", ""); err != nil {
+		return err
+	}
 	p := a.progress()
+	// What an interrupted reset has left is not worth an archive in the place of the one that it made.
+	if err := a.keepCopy(ctx, "reset", noCopy || resumed); err != nil {
+		return err
+	}
 	if err := makeLock(a.Env, snapenv.LockResetting); err != nil {
 		return err
 	}

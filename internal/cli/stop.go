@@ -6,6 +6,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"microk8s/internal/datastore/peers"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -27,6 +29,7 @@ until microk8s start. The cluster's data and the data of volumes are kept.`,
 
 func (a *App) stop(ctx context.Context) error {
 	p := a.progress()
+	a.warnOfQuorum(ctx, p)
 	err := p.step("Stopping Kubernetes", func() error { return a.Services.Stop(ctx, service.Kubelite) })
 	if err != nil {
 		if a.Env.Snapd {
@@ -53,4 +56,31 @@ func (a *App) stop(ctx context.Context) error {
 	}
 	p.say("The node is stopped. Start it again with: microk8s start")
 	return nil
+}
+
+// warnOfQuorum says when the cluster works and would not without this node. Stopping loses nothing,
+// so it is not refused: whoever stops a whole cluster stops the last voters, too.
+func (a *App) warnOfQuorum(ctx context.Context, p *progress) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	members, err := peers.Members(ctx, a.Env.BackendLive())
+	if err != nil {
+		return
+	}
+	voters, alive, self := 0, 0, false
+	for _, m := range members {
+		if m.Role != storedir.Voter {
+			continue
+		}
+		voters++
+		switch {
+		case m.Self:
+			self = true
+		case m.Online:
+			alive++
+		}
+	}
+	if need := voters/2 + 1; self && voters > 1 && alive < need && alive+1 >= need {
+		p.say("WARNING: without this node %d of the %d voters of the datastore are left, and %d are needed: nothing in the cluster can be read or written until this node or another voter is started", alive, voters, need)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -12,14 +13,18 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/addon"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/kube"
+	"microk8s/internal/snapenv"
 )
 
 // AbandonError says what a join would end: the nodes of this node's own cluster, and what runs in it.
 // Nothing was changed.
 type AbandonError struct {
 	Nodes []string // other nodes, by name; their control plane would be gone
-	Data  []string // namespaces, workloads and volume claims that people made, "" for none
+	// Members are other members of the datastore, by address, where no nodes are known.
+	Members []string
+	Data    []string // namespaces, workloads and volume claims that people made, "" for none
 	// Unknown is why the nodes could not be listed, although others have joined this node.
 	Unknown error
 }
@@ -28,6 +33,9 @@ func (e *AbandonError) Error() string {
 	var out []string
 	if len(e.Nodes) > 0 {
 		out = append(out, "this node is the control plane of other nodes: "+strings.Join(e.Nodes, ", "))
+	}
+	if len(e.Members) > 0 {
+		out = append(out, "the datastore has other members: "+strings.Join(e.Members, ", "))
 	}
 	if e.Unknown != nil {
 		out = append(out, fmt.Sprintf("other nodes have joined this one, and its API server does not say whether they still do (%v)", e.Unknown))
@@ -61,6 +69,39 @@ func (n *Node) abandons(ctx context.Context, self string) error {
 	}
 	e.Data = inUse(ctx, c)
 	if len(e.Nodes) == 0 && len(e.Data) == 0 {
+		return nil
+	}
+	return &e
+}
+
+// Others returns an error that names the other nodes of this node's cluster, workers and members of the
+// datastore; nil where this node is the only one. Where that cannot be found out and others have joined,
+// the error says so.
+func Others(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
+	n := &Node{Env: env, Log: log}
+	n.defaults()
+	ctx, cancel := context.WithTimeout(ctx, abandonWait)
+	defer cancel()
+	self, err := n.Hostname()
+	if err != nil {
+		return err
+	}
+	e := AbandonError{}
+	c, err := n.Kube("client.config", "")
+	if err == nil {
+		e.Nodes, err = n.otherNodes(ctx, c, self)
+	}
+	own := ownMember(env.BackendLive())
+	stored, _ := storedir.Dir(env.BackendLive()).Members() // none on a node that was never started
+	for _, m := range stored {
+		if m.ID != own.ID && len(e.Nodes) == 0 {
+			e.Members = append(e.Members, m.Address)
+		}
+	}
+	if err != nil && n.state().Clustered && len(e.Members) == 0 {
+		e.Unknown = err
+	}
+	if len(e.Nodes) == 0 && len(e.Members) == 0 && e.Unknown == nil {
 		return nil
 	}
 	return &e

@@ -287,6 +287,28 @@ func (s *leaveRun) depart(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", ErrContact, err)
 }
 
+// departWait bounds Depart.
+const departWait = 15 * time.Second
+
+// Depart takes this node's member out of the datastore, and nothing more, for a node that is about to be
+// removed from its host. It does nothing on a node that is no member, and fails where no other voter
+// answers. On a host that does not have the member's address it leaves the member alone.
+func (n *Node) Depart(ctx context.Context) error {
+	n.defaults()
+	live := n.Env.BackendLive()
+	own := ownMember(live)
+	if n.state().Worker || own.Address == "" || len(storedir.Dir(live).Addresses()) < 2 || n.elsewhere(own) {
+		return nil
+	}
+	if voters, answers := n.others(ctx, own); !answers {
+		return fmt.Errorf("%w: none of the voters %s answers", ErrContact, strings.Join(voters, ", "))
+	}
+	if err := n.removeMember(ctx, departWait, live, own.ID, own.Address, append(storedir.Dir(live).Addresses(), own.Address)); err != nil && !errors.Is(err, peers.ErrReplaced) {
+		return fmt.Errorf("%w: %w", ErrContact, err)
+	}
+	return nil
+}
+
 // staysMember is depart on a host that does not have its member's address. It removes nothing.
 func (s *leaveRun) staysMember(ctx context.Context) error {
 	address := host(s.Member)
