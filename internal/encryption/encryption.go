@@ -18,11 +18,12 @@ import (
 
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/snapenv"
 )
 
 // FileName is the name of the configuration in the datastore's folder.
-const FileName = "encryption.yaml"
+const FileName = storedir.EncryptionFile
 
 // Flag is the API server's argument that names the configuration.
 const Flag = "encryption-provider-config"

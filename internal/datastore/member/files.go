@@ -194,7 +194,7 @@ func (d directory) initialize(ini storedir.Init) error {
 	}
 	for _, e := range entries {
 		switch name := e.Name(); name {
-		case storedir.InitFile, storedir.CertFile, storedir.KeyFile, storedir.FailureDomainFile, storedir.TuningFile:
+		case storedir.InitFile, storedir.CertFile, storedir.KeyFile, storedir.FailureDomainFile, storedir.TuningFile, storedir.EncryptionFile:
 			continue
 		case storedir.InfoFile, storedir.ClusterFile, storedir.JoinFile:
 			if interrupted {

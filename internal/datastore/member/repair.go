@@ -77,7 +77,7 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 	}
 	for _, e := range entries {
 		switch name := e.Name(); {
-		case name == storedir.InitFile, name == storedir.CertFile, name == storedir.KeyFile, name == storedir.FailureDomainFile, name == storedir.TuningFile,
+		case name == storedir.InitFile, name == storedir.CertFile, name == storedir.KeyFile, name == storedir.FailureDomainFile, name == storedir.TuningFile, name == storedir.EncryptionFile,
 			strings.HasPrefix(name, "."), e.Type()&fs.ModeSocket != 0:
 		default:
 			if err := os.Rename(filepath.Join(dir, name), filepath.Join(kept, name)); err != nil {

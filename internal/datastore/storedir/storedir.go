@@ -36,16 +36,17 @@ const Loopback = "127.0.0.1"
 
 // Names of the files in the directory.
 const (
-	CertFile          = "cluster.crt"    // the key pair that all members share
-	KeyFile           = "cluster.key"    //
-	InfoFile          = "info.yaml"      // who this member is
-	ClusterFile       = "cluster.yaml"   // who all members are
-	InitFile          = "init.yaml"      // what a directory without data becomes at the next start
-	UpdateFile        = "update.yaml"    // the address that the only member gets at the next start
-	JoinFile          = "join"           // there while this member is not one of the cluster's yet
-	FailureDomainFile = "failure-domain" // a number
-	TuningFile        = "tuning.yaml"    // see member.Tuning
-	MembersSocket     = "members.sock"   // where the daemon says who the members are; see package peers
+	CertFile          = "cluster.crt"     // the key pair that all members share
+	KeyFile           = "cluster.key"     //
+	InfoFile          = "info.yaml"       // who this member is
+	ClusterFile       = "cluster.yaml"    // who all members are
+	InitFile          = "init.yaml"       // what a directory without data becomes at the next start
+	UpdateFile        = "update.yaml"     // the address that the only member gets at the next start
+	JoinFile          = "join"            // there while this member is not one of the cluster's yet
+	FailureDomainFile = "failure-domain"  // a number
+	TuningFile        = "tuning.yaml"     // see member.Tuning
+	EncryptionFile    = "encryption.yaml" // the API server's keys for what is in the directory; see internal/encryption
+	MembersSocket     = "members.sock"    // where the daemon says who the members are; see package peers
 )
 
 // MetadataFiles are dqlite's own: Raft's term and vote, in the newer of the two.
