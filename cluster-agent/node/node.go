@@ -142,7 +142,7 @@ func (n *Node) caller(r *http.Request, given string) (string, error) {
 
 // clusterCA is the file of the cluster's CA: a worker keeps it beside its own.
 func (n *Node) clusterCA() string {
-	if n.Env.Locked(snapenv.LockWorker) {
+	if nodeconfig.ReadState(n.Env).Worker {
 		return n.Env.Cert("ca.remote.crt")
 	}
 	return n.Env.Cert("ca.crt")

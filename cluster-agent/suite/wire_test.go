@@ -25,6 +25,7 @@ import (
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/snapenv"
@@ -85,7 +86,7 @@ func TestControlPlaneAnswer(t *testing.T) {
 	if len(s.services.restarts) > 0 {
 		t.Errorf("restarted %v", s.services.restarts)
 	}
-	if s.env.Locked(snapenv.LockNoReissue) {
+	if nodeconfig.ReadState(s.env).Clustered {
 		t.Error("the node counts as clustered before the join is confirmed")
 	}
 }
@@ -124,7 +125,7 @@ func TestUpstreamWorker(t *testing.T) {
 	if kubelet.NotAfter.Before(time.Now().AddDate(9, 11, 0)) || len(kubelet.ExtKeyUsage) != 2 || len(kubelet.IPAddresses) != 2 || kubelet.DNSNames[0] != "w2" {
 		t.Errorf("the kubelet's: until %s, %v %v", kubelet.NotAfter, kubelet.DNSNames, kubelet.IPAddresses)
 	}
-	if !s.env.Locked(snapenv.LockNoReissue) {
+	if !nodeconfig.ReadState(s.env).Clustered {
 		t.Error("the node does not count as clustered")
 	}
 	if strings.Contains(s.log.String(), tok) {
@@ -350,7 +351,7 @@ func TestResume(t *testing.T) {
 	if status, e := s.finish(api.PathConfirm, tok, "n2"); status != http.StatusOK {
 		t.Errorf("confirmed again: %d %s", status, e.Message)
 	}
-	if !s.env.Locked(snapenv.LockNoReissue) {
+	if !nodeconfig.ReadState(s.env).Clustered {
 		t.Error("the node does not count as clustered")
 	}
 }

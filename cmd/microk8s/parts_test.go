@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -49,7 +50,7 @@ func TestFirstStartRefusesABadLaunchConfiguration(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), env.UserLaunchFile()) || !strings.Contains(err.Error(), "7.0.0") {
 		t.Errorf("install: %v", err)
 	}
-	if env.Locked(snapenv.LockInstalled) {
+	if nodeconfig.ReadState(env).Installed {
 		t.Error("the node was set up")
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -206,7 +207,7 @@ func TestStop(t *testing.T) {
 	if !slices.Equal(a.parts, []string{"stop containers"}) {
 		t.Errorf("parts %q", a.parts)
 	}
-	if !a.Env.Locked(snapenv.LockStopped) {
+	if !nodeconfig.ReadState(a.Env).Stopped {
 		t.Error("no stopped.lock")
 	}
 	if a.out.Len() > 0 {
@@ -220,7 +221,7 @@ func TestStop(t *testing.T) {
 func TestStopGoesOnWithoutContainerd(t *testing.T) {
 	a := newApp(t)
 	a.failPart["stop containers"] = errors.New("containerd does not answer")
-	if code := a.run(t.Context(), "stop"); code != ExitOK || !a.Env.Locked(snapenv.LockStopped) {
+	if code := a.run(t.Context(), "stop"); code != ExitOK || !nodeconfig.ReadState(a.Env).Stopped {
 		t.Errorf("code %d: %s", code, a.err.String())
 	}
 	if !strings.Contains(a.err.String(), "containerd does not answer") {
@@ -231,8 +232,8 @@ func TestStopGoesOnWithoutContainerd(t *testing.T) {
 func TestStopFails(t *testing.T) {
 	a := newApp(t)
 	a.services.failOn, a.services.err = "stop kubelite", errors.New("no answer")
-	if code := a.run(t.Context(), "stop"); code != ExitError || a.Env.Locked(snapenv.LockStopped) {
-		t.Errorf("code %d, locked %t: %s", code, a.Env.Locked(snapenv.LockStopped), a.err.String())
+	if code := a.run(t.Context(), "stop"); code != ExitError || nodeconfig.ReadState(a.Env).Stopped {
+		t.Errorf("code %d, locked %t: %s", code, nodeconfig.ReadState(a.Env).Stopped, a.err.String())
 	}
 }
 
@@ -260,7 +261,7 @@ func TestStartErrors(t *testing.T) {
 					t.Errorf("stderr lacks %q:\n%s", w, a.err.String())
 				}
 			}
-			if len(a.services.calls) > 0 || !a.Env.Locked(snapenv.LockStopped) {
+			if len(a.services.calls) > 0 || !nodeconfig.ReadState(a.Env).Stopped {
 				t.Errorf("the node was started: %v", a.services.calls)
 			}
 		})

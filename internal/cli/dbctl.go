@@ -14,10 +14,10 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"microk8s/internal/args"
 	"microk8s/internal/datastore/backup"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 )
 
 // Exit codes of dbctl (cli.md 1.11).
@@ -270,13 +270,13 @@ func (a *App) unpackKeys(dir string) error {
 // encryptionFile is the configuration of encryption at rest that the API server of this node uses, or
 // would.
 func (a *App) encryptionFile() string {
-	if f, err := args.Load(a.Env.Args("kube-apiserver"), args.GrammarA); err == nil {
-		if path, set := f.Value(encryption.Flag, a.Env.Lookup); set {
-			return path
-		}
-		return filepath.Join(a.Env.Data, "no-encryption")
+	if _, err := os.Stat(a.Env.Args(nodeconfig.APIServer)); err != nil {
+		return encryption.Path(a.Env)
 	}
-	return encryption.Path(a.Env)
+	if path := nodeconfig.Load(a.Env).APIServer.EncryptionConfig; path != "" {
+		return path
+	}
+	return filepath.Join(a.Env.Data, "no-encryption")
 }
 
 // migrator runs the datastore's own tool. Only its exit status counts; what it said is shown

@@ -56,10 +56,8 @@ func TestStart(t *testing.T) {
 	if !slices.Equal(a.parts, []string{"install"}) || !slices.Equal(a.services.calls, []string{"start"}) {
 		t.Errorf("parts %q, services %q", a.parts, a.services.calls)
 	}
-	for _, lock := range []string{snapenv.LockStopped, snapenv.LockLowMemory} {
-		if a.Env.Locked(lock) {
-			t.Errorf("%s is still there", lock)
-		}
+	if s := a.state(); s.Stopped || s.LowMemory {
+		t.Errorf("locks are still there: %+v", s)
 	}
 	want := "Setting up the node\nStarting the services\nWaiting for the node to be Ready\nThe node is Ready. Try: microk8s kubectl get pods -A\n"
 	if a.err.String() != want || a.out.Len() > 0 {

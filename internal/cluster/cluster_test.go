@@ -36,6 +36,7 @@ import (
 	"microk8s/internal/encryption"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/serverargs"
@@ -74,7 +75,7 @@ func (f *fakeServices) Start(_ context.Context, names ...string) error {
 			return fmt.Errorf("%s does not start", n)
 		}
 		f.running[n] = true
-		if n == service.Datastore && f.stop == nil && !f.env.Locked(snapenv.LockNoDqlite) {
+		if n == service.Datastore && f.stop == nil && nodeconfig.Load(f.env).Datastore.Own() {
 			f.startStore()
 		}
 	}
@@ -441,7 +442,7 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 	if got := read(t, s.env.Credential("callback-token.txt")); got != "the-callback-token" {
 		t.Errorf("callback token %q", got)
 	}
-	if worker != s.env.Locked(snapenv.LockWorker) || !s.env.Locked(snapenv.LockNoReissue) || s.env.Locked(snapenv.LockJoining) {
+	if worker != nodeconfig.ReadState(s.env).Worker || !nodeconfig.ReadState(s.env).Clustered || nodeconfig.ReadState(s.env).Changing {
 		t.Error("the locks are wrong")
 	}
 	ca := s.env.Cert("ca.crt")
@@ -718,7 +719,7 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 				if r, err := Pending(s.env); r != nil || err != nil {
 					t.Errorf("pending: %+v, %v", r, err)
 				}
-				if IsMember(s.env) || s.env.Locked(snapenv.LockNoDqlite) || s.env.Locked(snapenv.LockJoining) || !s.env.Locked(snapenv.LockInstalled) {
+				if IsMember(s.env) || !nodeconfig.Load(s.env).Datastore.Own() || nodeconfig.ReadState(s.env).Changing || !nodeconfig.ReadState(s.env).Installed {
 					t.Error("the locks are wrong")
 				}
 				if got := read(t, s.env.Args("kubelet")); got != kubelet {

@@ -109,6 +109,7 @@ type APIServerConfig struct {
 	Port              int
 	ServiceCIDRs      []netip.Prefix // at least one
 	AuthorizationMode string         // "" where it is not set
+	EncryptionConfig  string         // path of the configuration of encryption at rest, "" where it is not set
 	// PreferredAddressTypes are those of kubelets, the first first; nil where they are not set.
 	PreferredAddressTypes []string
 }
@@ -183,6 +184,7 @@ func load(env snapenv.Env, hostname func() (string, error)) Config {
 		c.APIServer.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix(defaultServiceCIDR)}
 	}
 	c.APIServer.AuthorizationMode, _ = r.value(APIServer, "authorization-mode")
+	c.APIServer.EncryptionConfig, _ = r.value(APIServer, "encryption-provider-config")
 	c.APIServer.PreferredAddressTypes, _ = list(r, APIServer, "kubelet-preferred-address-types", func(s string) (string, error) { return s, nil })
 
 	c.ClusterCIDRs, err = list(r, KubeProxy, "cluster-cidr", netip.ParsePrefix)

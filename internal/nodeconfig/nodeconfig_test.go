@@ -77,7 +77,7 @@ func TestValues(t *testing.T) {
 		t.Error(err)
 	}
 	got := fmt.Sprintf("%v %v %v %v %s %d", c.NodeIPs, c.DNS, c.ClusterCIDRs, c.APIServer, c.AgentHost, c.AgentPort)
-	want := "[10.0.0.1 fd00::1] {10.152.183.10 example.org} [10.1.0.0/16 fd01::/64] {6443 [10.3.0.0/16 fd02::/112] Node,RBAC [InternalIP Hostname]} :: 26000"
+	want := "[10.0.0.1 fd00::1] {10.152.183.10 example.org} [10.1.0.0/16 fd01::/64] {6443 [10.3.0.0/16 fd02::/112] Node,RBAC  [InternalIP Hostname]} :: 26000"
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}

@@ -25,6 +25,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -287,10 +288,17 @@ func (s *Set) Write(env snapenv.Env, elsewhere string) (changed []string, err er
 			changed = append(changed, file.Flag)
 		}
 	}
-	f, err := args.Load(env.Args(service), args.GrammarFor(service))
-	if err != nil {
-		return nil, err
-	}
+	_, err = nodeconfig.Edit(env, service, func(f *args.File) error {
+		more, err := s.set(f)
+		changed = append(changed, more...)
+		return err
+	})
+	slices.Sort(changed)
+	return slices.Compact(changed), err
+}
+
+// set sets the flags that are not what they should be, and returns their names.
+func (s *Set) set(f *args.File) (changed []string, err error) {
 	for _, flag := range slices.Concat(values, files) {
 		old, want := raw(f, flag), s.Flags[flag]
 		if slices.Contains(s.Keep, flag) || slices.Equal(old, want) || len(want) == 0 && ownKey(old) && slices.Contains(files, flag) {
@@ -299,12 +307,9 @@ func (s *Set) Write(env snapenv.Env, elsewhere string) (changed []string, err er
 		if err := f.SetAll(flag, want); err != nil {
 			return nil, err
 		}
-		if !slices.Contains(changed, flag) {
-			changed = append(changed, flag)
-		}
+		changed = append(changed, flag)
 	}
-	slices.Sort(changed)
-	return changed, f.Save(env.Args(service))
+	return changed, nil
 }
 
 func expand(env snapenv.Env, name string) string {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/internal/args"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/snapenv"
 )
@@ -315,7 +316,7 @@ func TestLowMemory(t *testing.T) {
 		if err := in.Install(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if got := in.Env.Locked(snapenv.LockLowMemory); got != locked {
+		if got := nodeconfig.ReadState(in.Env).LowMemory; got != locked {
 			t.Errorf("%d kB: guarded %v, want %v", kB, got, locked)
 		}
 	}

@@ -8,7 +8,6 @@
 package snapenv
 
 import (
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -184,12 +183,6 @@ func (e Env) LocksDir() string { return filepath.Join(e.Data, "var/lock") }
 
 // Lock is one lock file (cli.md 6.6), $SNAP_DATA/var/lock/<name>.
 func (e Env) Lock(name string) string { return filepath.Join(e.Data, "var/lock", name) }
-
-// Locked reports whether the lock exists.
-func (e Env) Locked(name string) bool {
-	_, err := os.Lstat(e.Lock(name))
-	return err == nil
-}
 
 // Names of the locks (cli.md 6.6). What each means is in internal/nodeconfig, which reads and
 // writes them.
