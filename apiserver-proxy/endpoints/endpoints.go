@@ -75,7 +75,7 @@ func (s *Source) Run(ctx context.Context, apply func([]string)) {
 			return
 		}
 		if err != nil {
-			s.Log.Warn("failed to retrieve kubernetes endpoints", "err", err, "again_in", wait)
+			s.Log.Warn("failed to retrieve kubernetes endpoints", "err", err, "retry_in", wait)
 			_ = sleep(ctx, wait)
 			wait = min(2*wait, s.Interval)
 			continue

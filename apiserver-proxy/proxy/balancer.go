@@ -270,7 +270,7 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 			}
 			// Out of descriptors or memory: it passes.
 			pause = min(max(2*pause, 5*time.Millisecond), time.Second)
-			b.log.Warn("cannot accept a connection", "err", err, "again_in", pause)
+			b.log.Warn("cannot accept a connection", "err", err, "retry_in", pause)
 			select {
 			case <-time.After(pause):
 			case <-ctx.Done():

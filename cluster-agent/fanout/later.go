@@ -338,7 +338,7 @@ func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late
 		if len(results) == 1 && !results[0].away() {
 			retry = refusedRetry
 		}
-		k.Log.Warn("cannot tell a node what it missed", "node", name, "err", err, "again in", retry)
+		k.Log.Warn("cannot tell a node what it missed", "node", name, "err", err, "retry_in", retry)
 		if _, err := claim(name, left[name], retry); err != nil {
 			return 0, err
 		}

@@ -49,7 +49,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		if err == nil || ctx.Err() != nil {
 			return nil
 		}
-		k.Log.Warn("cannot restart pods that mount an older revision yet", "err", err, "again in", pause)
+		k.Log.Warn("cannot restart pods that mount an older revision yet", "err", err, "retry_in", pause)
 		select {
 		case <-ctx.Done():
 			return nil

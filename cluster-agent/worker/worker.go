@@ -85,7 +85,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		next, err := k.Look(ctx)
 		if err != nil && ctx.Err() == nil {
-			k.Log.Warn("cannot renew what the control plane gave to this node; trying again", "err", err, "in", retry)
+			k.Log.Warn("cannot renew what the control plane gave to this node; trying again", "err", err, "retry_in", retry)
 			next, retry = retry, min(2*retry, lastRetry)
 		} else {
 			retry = firstRetry

@@ -22,12 +22,12 @@ import (
 func releaseOwnLeases(ctx context.Context, admin *rest.Config, log *slog.Logger) {
 	client, err := kubernetes.NewForConfig(admin)
 	if err != nil {
-		log.Warn("cannot look at leases", "error", err)
+		log.Warn("cannot look at leases", "err", err)
 		return
 	}
 	host, err := os.Hostname()
 	if err != nil {
-		log.Warn("cannot look at leases", "error", err)
+		log.Warn("cannot look at leases", "err", err)
 		return
 	}
 	leases := client.CoordinationV1().Leases(metav1.NamespaceSystem)
@@ -45,7 +45,7 @@ func releaseOwnLeases(ctx context.Context, admin *rest.Config, log *slog.Logger)
 		lease.Spec.HolderIdentity = &nobody
 		lease.Spec.LeaseDurationSeconds = &second
 		if _, err := leases.Update(ctx, lease, metav1.UpdateOptions{}); err != nil {
-			log.Warn("cannot release the lease of this node's earlier process", "lease", name, "error", err)
+			log.Warn("cannot release the lease of this node's earlier process", "lease", name, "err", err)
 			continue
 		}
 		log.Info("released the lease of this node's earlier process", "lease", name)

@@ -97,7 +97,7 @@ func run(argv []string, getenv func(string) string, stdout, stderr io.Writer) in
 	}
 	if err != nil {
 		klog.Flush()
-		log.Error("kubelite ends", "error", err)
+		log.Error("kubelite ends", "err", err)
 		return 1
 	}
 	log.Info("kubelite stopped")
@@ -246,7 +246,7 @@ func loadImages(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 		if err == nil || !strings.Contains(err.Error(), syscall.ENOSPC.Error()) { // containerd's errors are texts
 			return err
 		}
-		log.Warn("the disk is full", "error", err, "again in", imageRetry)
+		log.Warn("the disk is full", "err", err, "retry_in", imageRetry)
 		select {
 		case <-time.After(imageRetry):
 		case <-ctx.Done():
@@ -302,7 +302,7 @@ func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, lo
 		if err == nil {
 			return nil
 		}
-		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "error", err, "again in", wait)
+		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "err", err, "retry_in", wait)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -336,7 +336,7 @@ func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog
 	}()
 	err = set.FollowResolvers(ctx, env.HostPath("etc/resolv.conf"), env.HostPath("run/systemd/resolve/resolv.conf"))
 	if err != nil {
-		log.Warn("a change of the host's name servers will not be noticed", "error", err)
+		log.Warn("a change of the host's name servers will not be noticed", "err", err)
 	}
 	<-done
 	return nil
@@ -350,7 +350,7 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	if len(config.NodeIPs) > 0 {
 		nodeIP = config.NodeIPs[0]
 		if err := hostnet.ServiceRoutes(config.APIServer.ServiceCIDRs, nodeIP); err != nil {
-			log.Warn("programs of this host will not reach Services", "error", err)
+			log.Warn("programs of this host will not reach Services", "err", err)
 		}
 	}
 	kubeconfig, ok := kubelet.Get("kubeconfig")

@@ -60,7 +60,7 @@ const spreadRetry = 5 * time.Second
 func (s *Set) KeepSpread(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := s.watchNodes(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Warn("cannot look after the DNS servers", "error", err, "again in", spreadRetry)
+			s.Log.Warn("cannot look after the DNS servers", "err", err, "retry_in", spreadRetry)
 		}
 		select {
 		case <-time.After(spreadRetry):

@@ -80,7 +80,7 @@ func (s *Supervisor) Run(ctx context.Context, start []string, ready func()) erro
 	}
 	defer unlock()
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		s.Log.Warn("cannot adopt orphaned processes", "error", err)
+		s.Log.Warn("cannot adopt orphaned processes", "err", err)
 	}
 	if err := s.endOrphans(ctx); err != nil {
 		return err
@@ -109,7 +109,7 @@ func (s *Supervisor) Run(ctx context.Context, start []string, ready func()) erro
 	s.Log.Info("supervisor started", "pid", os.Getpid(), "socket", s.Env.SupervisorSocket())
 	if len(start) > 0 {
 		if _, err := s.start(start); err != nil {
-			s.Log.Error("some services could not be started", "error", err)
+			s.Log.Error("some services could not be started", "err", err)
 		}
 	}
 	select {
@@ -290,7 +290,7 @@ func (s *Supervisor) stopAll() {
 		s.units[n].stop()
 	}
 	if err := s.endContainers(); err != nil {
-		s.Log.Error("some containers were left", "error", err)
+		s.Log.Error("some containers were left", "err", err)
 	}
 }
 

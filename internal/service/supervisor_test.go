@@ -77,7 +77,7 @@ func helperSupervise() int {
 		return 3
 	}
 	if err != nil {
-		log.Error("failed", "error", err)
+		log.Error("failed", "err", err)
 		return 1
 	}
 	return 0

@@ -135,7 +135,7 @@ func (u *unit) loop(ctx context.Context, started chan<- error) {
 		if err != nil {
 			err = fmt.Errorf("cannot start %s: %w", u.name, err)
 			u.note("%v", err)
-			u.sup.Log.Error("service not started", "service", u.name, "error", err)
+			u.sup.Log.Error("service not started", "service", u.name, "err", err)
 			if first {
 				u.set(func(st *State) { st.Phase, st.PID, st.LastExit = Failed, 0, err.Error() })
 				started <- err
@@ -251,7 +251,7 @@ func (u *unit) spawn() (*process, error) {
 	}()
 	u.note("%s started, pid %d", u.name, p.pid)
 	if err := remember(u.sup.Env, u.name, p.pid); err != nil {
-		u.sup.Log.Warn("cannot record a service's process", "service", u.name, "error", err)
+		u.sup.Log.Warn("cannot record a service's process", "service", u.name, "err", err)
 	}
 	return p, nil
 }

@@ -208,6 +208,7 @@ func TestWords(t *testing.T) {
 	for line, want := range map[string]string{
 		"microk8s: cannot read /x: line 1: bad": "cannot read /x: line 1: bad",
 		`time=2026-01-02T03:04:05.678Z level=ERROR msg="kubelite ends" error="kubelet: \"a\" is bad\nso is b"`: `kubelet: "a" is bad; so is b`,
+		`time=2026-01-02T03:04:05.678Z level=ERROR msg="kubelite ends" err="no \"x\"" retry_in=1s`:             `no "x"`,
 		`time=2026-01-02T03:04:05.678Z level=ERROR msg=ends error=EOF`:                                         "EOF",
 		`E0102 03:04:05.678901      41 run.go:72] "command failed" err="no port"`:                              `"command failed" err="no port"`,
 		"k8s-dqlite: cannot open the log":                                                                      "k8s-dqlite: cannot open the log",

@@ -6,10 +6,9 @@ import (
 	"strings"
 )
 
-// Forms of log lines whose decoration is left out of a problem: our services' (key=value, the
-// error last), and those of Kubernetes.
+// Forms of log lines whose decoration is left out of a problem: our services' and containerd's (key=value), and those of Kubernetes.
 var (
-	slogError  = regexp.MustCompile(`^time=\S+ level=[A-Z]+ .*? error=("(?:[^"\\]|\\.)*"|\S+)`)
+	slogError  = regexp.MustCompile(`^time=\S+ level=[A-Z]+ .*? err(?:or)?=("(?:[^"\\]|\\.)*"|\S+)`)
 	klogHeader = regexp.MustCompile(`^[IWEF]\d{4} \d{2}:\d{2}:\d{2}\.\d+ +\d+ [^ \]]+\] `)
 )
 

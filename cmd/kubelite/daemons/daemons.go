@@ -154,7 +154,7 @@ func (g *Group) WaitFor(graceTime func() time.Duration) error {
 		if err := g.ended(r); g.ctx.Err() == nil {
 			first = err
 			// At once: others may end the process before it can be said in order.
-			g.log.Error("a daemon ended, and the others with it", "error", err)
+			g.log.Error("a daemon ended, and the others with it", "err", err)
 		}
 	}
 	g.stop()
@@ -165,7 +165,7 @@ func (g *Group) WaitFor(graceTime func() time.Duration) error {
 		select {
 		case r := <-g.done:
 			if err := g.ended(r); r.err != nil && !errors.Is(err, context.Canceled) {
-				g.log.Warn("ended with an error while stopping", "daemon", r.name, "error", r.err)
+				g.log.Warn("ended with an error while stopping", "daemon", r.name, "err", r.err)
 			}
 		case <-timeout.C:
 			g.log.Warn("did not stop in time", "daemons", strings.Join(g.run, ", "), "grace", grace)

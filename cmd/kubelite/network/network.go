@@ -115,7 +115,7 @@ func Run(ctx context.Context, o Options) error {
 		if time.Since(began) > time.Minute {
 			wait = time.Second
 		}
-		o.Log.Warn("the pod network starts again", "why", err, "in", wait)
+		o.Log.Warn("the pod network starts again", "err", err, "retry_in", wait)
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):

@@ -188,7 +188,7 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		give, cancel := context.WithTimeout(context.Background(), shutdownTimeout/2)
 		defer cancel()
 		if err := r.Handover(give); err != nil {
-			log.Warn("role and leadership stay with this member", "error", err)
+			log.Warn("role and leadership stay with this member", "err", err)
 		}
 	}()
 	background("cannot serve the etcd API", func() error { return g.Serve(listener) })
@@ -314,7 +314,7 @@ func watchStorage(ctx context.Context, c *Config, log *slog.Logger, m *member.Me
 	low := false
 	for {
 		if free, err := m.Free(); err != nil {
-			log.Warn("cannot look at the free space", "directory", c.StorageDir, "error", err)
+			log.Warn("cannot look at the free space", "directory", c.StorageDir, "err", err)
 		} else {
 			was := low
 			low = free < c.StorageMin
@@ -331,7 +331,7 @@ func watchStorage(ctx context.Context, c *Config, log *slog.Logger, m *member.Me
 			if low && c.StorageAction == "handover" { // again, if leadership came back
 				give, cancel := context.WithTimeout(ctx, shutdownTimeout/3)
 				if err := r.Yield(give); err != nil && !was {
-					log.Warn("leadership stays here", "error", err)
+					log.Warn("leadership stays here", "err", err)
 				}
 				cancel()
 			}

@@ -812,7 +812,7 @@ func (e *Engine) resolve(ctx context.Context, rows []dslog.Row, cause error) err
 	e.st.Rollback()
 	e.mu.Unlock()
 	alone := e.opt.Alone()
-	e.opt.Logger.Warn("a write has an unknown outcome; reading the log again", "error", cause)
+	e.opt.Logger.Warn("a write has an unknown outcome; reading the log again", "err", cause)
 	if err := e.reopen(ctx); err != nil {
 		return err
 	}
@@ -855,7 +855,7 @@ func (e *Engine) reopen(ctx context.Context) error {
 		}
 		if time.Since(lastReport) >= report {
 			lastReport = time.Now()
-			e.opt.Logger.Error("the log cannot be opened again, writes wait", "error", err)
+			e.opt.Logger.Error("the log cannot be opened again, writes wait", "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -883,7 +883,7 @@ func (e *Engine) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 			// Others have led for a long time. Leadership that begins anew reads everything.
 			return nil, ErrUnknown
 		}
-		e.opt.Logger.Error("cannot read the end of the log, trying again", "error", err)
+		e.opt.Logger.Error("cannot read the end of the log, trying again", "err", err)
 		if err := e.reopen(ctx); err != nil {
 			return nil, err
 		}

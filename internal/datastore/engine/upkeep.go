@@ -49,7 +49,7 @@ func (e *Engine) expire(ctx context.Context, timer *time.Timer) {
 	e.mu.RUnlock()
 	if len(due) > 0 {
 		if err := e.end(ctx, due); err != nil {
-			e.opt.Logger.Warn("leases could not be ended, trying again", "leases", len(due), "error", err)
+			e.opt.Logger.Warn("leases could not be ended, trying again", "leases", len(due), "err", err)
 			next = now.Add(time.Second)
 		}
 	}
@@ -145,7 +145,7 @@ func (e *Engine) bury(ctx context.Context) {
 		e.sweep = false
 		if err := e.findDead(ctx); err != nil {
 			e.sweep = true
-			e.opt.Logger.Warn("old rows could not be looked for, trying again", "error", e.broken(ctx, err))
+			e.opt.Logger.Warn("old rows could not be looked for, trying again", "err", e.broken(ctx, err))
 			return
 		}
 	}
@@ -154,13 +154,13 @@ func (e *Engine) bury(ctx context.Context) {
 	}
 	n := min(len(e.dead), buryRows)
 	if err := e.log.Delete(ctx, e.dead[:n]); err != nil {
-		e.opt.Logger.Warn("old rows could not be deleted, trying again", "error", e.broken(ctx, err))
+		e.opt.Logger.Warn("old rows could not be deleted, trying again", "err", e.broken(ctx, err))
 		return
 	}
 	if e.dead = e.dead[n:]; len(e.dead) == 0 {
 		e.dead = nil
 		if err := e.measure(ctx); err != nil {
-			e.opt.Logger.Warn("cannot measure the database", "error", e.broken(ctx, err))
+			e.opt.Logger.Warn("cannot measure the database", "err", e.broken(ctx, err))
 		}
 	}
 }
@@ -205,7 +205,7 @@ func (e *Engine) measure(ctx context.Context) error {
 // everyMinute measures, remembers which revision was when, and compacts if nobody else does.
 func (e *Engine) everyMinute(ctx context.Context) {
 	if err := e.measure(ctx); err != nil {
-		e.opt.Logger.Warn("cannot measure the database", "error", e.broken(ctx, err))
+		e.opt.Logger.Warn("cannot measure the database", "err", e.broken(ctx, err))
 		return
 	}
 	now := e.opt.Now()
@@ -234,6 +234,6 @@ func (e *Engine) everyMinute(ctx context.Context) {
 		err = e.compact(ctx, target)
 	}
 	if err != nil {
-		e.opt.Logger.Warn("cannot compact", "revision", target, "error", err)
+		e.opt.Logger.Warn("cannot compact", "revision", target, "err", err)
 	}
 }

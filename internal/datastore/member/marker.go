@@ -127,7 +127,7 @@ func (m markers) note(closed bool) {
 		err = m.write(now)
 	}
 	if err != nil {
-		m.log.Warn("cannot keep the marker of the datastore", "error", err)
+		m.log.Warn("cannot keep the marker of the datastore", "err", err)
 	}
 }
 

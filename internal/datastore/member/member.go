@@ -269,7 +269,7 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 		}
 		if time.Since(reported) >= report {
 			reported = time.Now()
-			m.opt.Logger.Warn("this member does not lead yet, so the datastore is not usable", "address", m.node.Address, "id", m.node.ID, "error", err)
+			m.opt.Logger.Warn("this member does not lead yet, so the datastore is not usable", "address", m.node.Address, "id", m.node.ID, "err", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -289,7 +289,7 @@ func (m *Member) logf(level client.LogLevel, format string, args ...any) {
 
 func (m *Member) rememberTerm() {
 	if err := rememberTerm(m.opt.Dir); err != nil {
-		m.opt.Logger.Warn("cannot keep a copy of term and vote", "error", err)
+		m.opt.Logger.Warn("cannot keep a copy of term and vote", "err", err)
 	}
 	m.marks.note(false)
 }
@@ -303,7 +303,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 			if ctx.Err() != nil {
 				return
 			}
-			m.opt.Logger.Warn("cannot accept a connection", "address", m.node.Address, "error", err)
+			m.opt.Logger.Warn("cannot accept a connection", "address", m.node.Address, "err", err)
 			select {
 			case <-ctx.Done():
 				return
@@ -327,7 +327,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 				err := t.HandshakeContext(hs)
 				cancel()
 				if err != nil {
-					m.opt.Logger.Debug("refused a connection", "from", conn.RemoteAddr(), "error", err)
+					m.opt.Logger.Debug("refused a connection", "from", conn.RemoteAddr(), "err", err)
 					return
 				}
 				remote = t
@@ -343,7 +343,7 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 			}
 			local, err := m.DialOwn(ctx)
 			if err != nil {
-				m.opt.Logger.Warn("cannot reach the local dqlite node", "error", err)
+				m.opt.Logger.Warn("cannot reach the local dqlite node", "err", err)
 				return
 			}
 			m.join(ctx, remote, local)

@@ -192,7 +192,7 @@ func (m *Member) Joining() bool { return m.dir.Has(storedir.JoinFile) }
 func (m *Member) Known() []storedir.Member {
 	nodes, _, err := read(m.dir, storedir.ClusterFile, storedir.ParseMembers)
 	if err != nil {
-		m.opt.Logger.Warn("cannot read the list of members", "error", err)
+		m.opt.Logger.Warn("cannot read the list of members", "err", err)
 	}
 	return nodes
 }

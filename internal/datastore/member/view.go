@@ -86,7 +86,7 @@ func (m *Member) watchView(events *os.File) {
 		was = now
 		if _, err := events.Read(count); err != nil {
 			if !errors.Is(err, os.ErrClosed) {
-				m.opt.Logger.Error("cannot wait for changes of who leads", "error", err)
+				m.opt.Logger.Error("cannot wait for changes of who leads", "err", err)
 			}
 			return
 		}

@@ -171,7 +171,7 @@ func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune boo
 			for t := range tasks {
 				if err := r.apply(ctx, t.p, t.del); err != nil {
 					r.failed.Add(1)
-					log.Error("a key failed", "key", string(t.p.Key), "error", err)
+					log.Error("a key failed", "key", string(t.p.Key), "err", err)
 					r.mu.Lock()
 					r.err = fmt.Errorf("%s: %w", t.p.Key, err)
 					r.mu.Unlock()

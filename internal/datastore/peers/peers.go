@@ -82,7 +82,7 @@ func Serve(ctx context.Context, dir string, log *slog.Logger, members func() []M
 		if gid, err := strconv.Atoi(g.Gid); err == nil {
 			err = os.Chown(path, -1, gid)
 			if err != nil {
-				log.Warn("cannot give the socket to its group", "socket", path, "error", err)
+				log.Warn("cannot give the socket to its group", "socket", path, "err", err)
 			}
 		}
 	}

@@ -79,7 +79,7 @@ func (r *Replica) yield() {
 		ctx, cancel := context.WithTimeout(r.ctx, handoverLimit)
 		defer cancel()
 		if err := r.Yield(ctx); err != nil {
-			r.log.Warn("the disk is full, and leadership stays here", "error", err)
+			r.log.Warn("the disk is full, and leadership stays here", "err", err)
 		}
 	})
 }

@@ -416,7 +416,7 @@ func (r *Replica) learn(nodes []storedir.Member) {
 	r.removed.Store(false)
 	r.setMembers(nodes)
 	if err := r.m.Remember(nodes); err != nil {
-		r.log.Warn("cannot write the list of members", "error", err)
+		r.log.Warn("cannot write the list of members", "err", err)
 	}
 }
 

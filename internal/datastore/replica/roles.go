@@ -85,7 +85,7 @@ func (r *Replica) step(ctx context.Context, began time.Time, failed *time.Time) 
 	if err := r.assign(ctx, c); err != nil {
 		*failed = time.Now()
 		if ctx.Err() == nil {
-			r.log.Warn("a member's role cannot be changed, trying again", "id", c.ID, "role", c.Role.String(), "error", err)
+			r.log.Warn("a member's role cannot be changed, trying again", "id", c.ID, "role", c.Role.String(), "err", err)
 		}
 		return false
 	}
