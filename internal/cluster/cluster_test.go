@@ -206,6 +206,11 @@ func newSite(t *testing.T) *site {
 	if err := os.WriteFile(filepath.Join(s.env.BackendLive(), "data"), []byte(ownKey), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	for _, name := range append([]string{callbackToken}, joinTokens...) { // of the single node
+		if err := os.WriteFile(s.env.Credential(name), []byte("{}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	s.services = &fakeServices{t: t, env: s.env, running: map[string]bool{}}
 	if err := s.services.Start(t.Context()); err != nil {
 		t.Fatal(err)
@@ -277,6 +282,9 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 			CA: s.caPEM, CallbackToken: "the-callback-token", APIPort: "16443", AuthorizationMode: "Node,RBAC", HostnameOverride: ownIP,
 			KubeletArgs: "--cluster-dns=10.152.183.99\n--node-ip=10.9.0.1\n--hostname-override=n1\n--kube-reserved=memory=32Gi\n--system-reserved=memory=8Gi\n--reserved-cpus=0-3\n--root-dir=${SNAP_COMMON}/var/lib/kubelet\n",
 			CNI:         s.foreignCNI, Product: api.Product, ClusterCIDR: "10.1.0.0/16", ServiceCIDR: "10.152.183.0/24", APIServers: []string{s.apis.Listener.Addr().String()},
+		}
+		if q.Secrets == 2 && !s.upstream {
+			out.CallbackToken = ""
 		}
 		if s.upstream {
 			out.Product, out.ServiceCIDR, out.APIServers = "", "", nil
@@ -439,8 +447,18 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 	if strings.Contains(kubelet, "hostname-override") {
 		t.Error("the kubelet has the other node's name")
 	}
-	if got := read(t, s.env.Credential("callback-token.txt")); got != "the-callback-token" {
-		t.Errorf("callback token %q", got)
+	switch got, err := os.ReadFile(s.env.Credential(callbackToken)); {
+	case s.upstream && string(got) != "the-callback-token":
+		t.Errorf("callback token %q, %v", got, err)
+	case !s.upstream && !errors.Is(err, fs.ErrNotExist): // the agent gets it
+		t.Errorf("the callback token of before, %q, is still there: %v", got, err)
+	}
+	if !worker { // what was written down for this node's own cluster opens no other
+		for _, name := range joinTokens {
+			if _, err := os.Stat(s.env.Credential(name)); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("%s was carried into the cluster: %v", name, err)
+			}
+		}
 	}
 	if worker != nodeconfig.ReadState(s.env).Worker || !nodeconfig.ReadState(s.env).Clustered || nodeconfig.ReadState(s.env).Changing {
 		t.Error("the locks are wrong")
