@@ -96,7 +96,7 @@ func (m *Member) DialPeer(ctx context.Context, address string) (net.Conn, error)
 	t := tls.Client(conn, m.dialTLS)
 	if err := t.HandshakeContext(ctx); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("cannot agree on TLS with %s: %w; is its %s the same?", address, err, "cluster.crt")
+		return nil, fmt.Errorf("cannot agree on TLS with %s: %w; is its %s the same?", address, err, storedir.CertFile)
 	}
 	if t.ConnectionState().NegotiatedProtocol != PeerProtocol {
 		conn.Close()
