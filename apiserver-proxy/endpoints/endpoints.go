@@ -14,6 +14,8 @@ import (
 	"log/slog"
 	"time"
 
+	"microk8s/internal/backoff"
+
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -56,7 +58,7 @@ func (s *Source) Run(ctx context.Context, apply func([]string)) {
 	if pause <= 0 {
 		pause = time.Second
 	}
-	wait, fallback := pause, false
+	waits, fallback := backoff.New(pause, s.Interval), false
 	for {
 		began := time.Now()
 		err := s.follow(ctx, apply)
@@ -75,12 +77,12 @@ func (s *Source) Run(ctx context.Context, apply func([]string)) {
 			return
 		}
 		if err != nil {
+			wait := min(waits.Step(), s.Interval)
 			s.Log.Warn("failed to retrieve kubernetes endpoints", "err", err, "retry_in", wait)
 			_ = sleep(ctx, wait)
-			wait = min(2*wait, s.Interval)
 			continue
 		}
-		wait = pause
+		waits = backoff.New(pause, s.Interval)
 		_ = sleep(ctx, pause-time.Since(began)) // a watch that ends at once is not asked for in a hurry
 	}
 }

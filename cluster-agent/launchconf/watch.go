@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/backoff"
 	"microk8s/internal/filewatch"
 	"microk8s/internal/snapenv"
 )
@@ -47,7 +48,7 @@ func (a *Applier) Watch(ctx context.Context) error {
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	wait := firstWait
+	waits := backoff.New(firstWait, lastWait)
 	for {
 		select {
 		case <-ctx.Done():
@@ -59,14 +60,13 @@ func (a *Applier) Watch(ctx context.Context) error {
 				}
 				return nil
 			}
-			wait = firstWait
+			waits = backoff.New(firstWait, lastWait)
 			timer.Reset(0)
 		case <-timer.C:
 			if a.Look(ctx) {
-				timer.Reset(wait)
-				wait = min(2*wait, lastWait)
+				timer.Reset(waits.Step())
 			} else {
-				wait = firstWait
+				waits = backoff.New(firstWait, lastWait)
 			}
 		}
 	}

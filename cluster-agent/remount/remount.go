@@ -23,6 +23,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"microk8s/internal/backoff"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
@@ -44,11 +45,13 @@ type Keeper struct {
 
 // Run returns when nothing is left to be done, or ctx ends.
 func (k *Keeper) Run(ctx context.Context) error {
-	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+	pauses := backoff.New(firstPause, lastPause)
+	for {
 		err := k.once(ctx)
 		if err == nil || ctx.Err() != nil {
 			return nil
 		}
+		pause := pauses.Step()
 		k.Log.Warn("cannot restart pods that mount an older revision yet", "err", err, "retry_in", pause)
 		select {
 		case <-ctx.Done():

@@ -30,6 +30,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/backoff"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
@@ -76,7 +77,7 @@ func (k *Keeper) now() time.Time {
 func (k *Keeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	retry := firstRetry
+	retries := backoff.New(firstRetry, lastRetry)
 	for {
 		select {
 		case <-ctx.Done():
@@ -85,10 +86,10 @@ func (k *Keeper) Run(ctx context.Context) error {
 		}
 		next, err := k.Look(ctx)
 		if err != nil && ctx.Err() == nil {
-			k.Log.Warn("cannot renew what the control plane gave to this node; trying again", "err", err, "retry_in", retry)
-			next, retry = retry, min(2*retry, lastRetry)
+			next = retries.Step()
+			k.Log.Warn("cannot renew what the control plane gave to this node; trying again", "err", err, "retry_in", next)
 		} else {
-			retry = firstRetry
+			retries = backoff.New(firstRetry, lastRetry)
 		}
 		timer.Reset(next)
 	}

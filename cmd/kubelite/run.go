@@ -26,6 +26,7 @@ import (
 	"microk8s/cmd/kubelite/network"
 	"microk8s/internal/addon"
 	"microk8s/internal/args"
+	"microk8s/internal/backoff"
 	"microk8s/internal/bootstrap"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
@@ -291,7 +292,8 @@ func waitReady(group *daemons.Group, admin *rest.Config, log *slog.Logger) error
 
 // applyManifests applies the shipped objects, and tries again while the API server refuses.
 func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
-	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
+	waits := backoff.New(time.Second, time.Minute)
+	for {
 		err := bootstrap.Apply(ctx, admin, env.Manifests(), log, bootstrap.Absent(env)...)
 		if _, missing := os.Stat(env.CNIManifest()); err == nil && missing == nil {
 			err = bootstrap.ApplyFile(ctx, admin, env.CNIManifest(), log) // the user's own pod network
@@ -302,6 +304,7 @@ func applyManifests(ctx context.Context, admin *rest.Config, env snapenv.Env, lo
 		if err == nil {
 			return nil
 		}
+		wait := waits.Step()
 		log.Warn("cannot apply the shipped objects yet", "dir", env.Manifests(), "err", err, "retry_in", wait)
 		select {
 		case <-time.After(wait):

@@ -27,6 +27,7 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/backoff"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/snapenv"
 )
@@ -106,21 +107,22 @@ func Run(ctx context.Context, o Options) error {
 	if err := n.watchNodes(ctx, &wg); err != nil {
 		return nil // ctx ended
 	}
-	for wait := time.Second; ctx.Err() == nil; {
+	waits := backoff.New(time.Second, 30*time.Second)
+	for ctx.Err() == nil {
 		began := time.Now()
 		err := n.serve(ctx)
 		if ctx.Err() != nil {
 			break
 		}
 		if time.Since(began) > time.Minute {
-			wait = time.Second
+			waits = backoff.New(time.Second, 30*time.Second)
 		}
+		wait := waits.Step()
 		o.Log.Warn("the pod network starts again", "err", err, "retry_in", wait)
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
 		}
-		wait = min(2*wait, 30*time.Second)
 	}
 	return nil
 }
