@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/datastore/backup"
+	"microk8s/internal/diskspace"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/nodeconfig"
@@ -181,7 +182,7 @@ func (a *App) dbRestore(ctx context.Context, o dbctlOptions) error {
 		return &Failure{Err: fmt.Errorf("Restore process failed. %w", err), Code: code} //nolint:staticcheck // upstream's words
 	}
 	fmt.Fprintf(a.Out, "Restoring from %s\n", o.archive)
-	work, err := os.MkdirTemp("", "dbctl-")
+	work, err := a.restoreFolder(ctx, o.archive)
 	if err != nil {
 		return failed(exitArchiveBad, err)
 	}
@@ -277,6 +278,32 @@ func (a *App) encryptionFile() string {
 		return path
 	}
 	return filepath.Join(a.Env.Data, "no-encryption")
+}
+
+// restoreFolder makes a folder on the disk of the node's data, with room for what is in an archive.
+// /tmp is in memory on many machines, and an archive has two files for each key.
+func (a *App) restoreFolder(ctx context.Context, archive string) (string, error) {
+	need, err := backup.Needs(ctx, archive)
+	if err != nil {
+		return "", err
+	}
+	parent := filepath.Join(a.Env.Data, "tmp")
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return "", err
+	}
+	left, err := filepath.Glob(filepath.Join(parent, "dbctl-*")) // of a command that was killed
+	if err != nil {
+		return "", err
+	}
+	for _, l := range left {
+		if err := os.RemoveAll(l); err != nil {
+			return "", err
+		}
+	}
+	if err := diskspace.Check(parent, need); err != nil {
+		return "", fmt.Errorf("cannot unpack the archive: %w", err)
+	}
+	return os.MkdirTemp(parent, "dbctl-")
 }
 
 // migrator runs the datastore's own tool. Only its exit status counts; what it said is shown

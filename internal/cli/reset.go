@@ -14,6 +14,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"microk8s/internal/cli/reset"
+	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
 )
 
@@ -67,6 +68,7 @@ func (a *App) reset(ctx context.Context, destroy, noCopy bool) error {
 	if err != nil {
 		return fmt.Errorf("cannot reach the cluster: %w", err)
 	}
+	kube.Bound(cfg)
 	cleaner, err := reset.New(cfg)
 	if err != nil {
 		return fmt.Errorf("cannot reach the cluster: %w", err)

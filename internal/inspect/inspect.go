@@ -238,10 +238,31 @@ func (in *Inspector) command(ctx context.Context, name string, argv ...string) {
 	in.add(name, text)
 }
 
+// run runs a program. One that cannot be ended when ctx is over, such as df on a network file
+// system whose server is gone, is left behind.
 func run(ctx context.Context, argv ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.WaitDelay = time.Second
-	return cmd.CombinedOutput()
+	type result struct {
+		out []byte
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		out, err := cmd.CombinedOutput()
+		done <- result{out, err}
+	}()
+	select {
+	case r := <-done:
+		return r.out, r.err
+	case <-ctx.Done():
+	}
+	select {
+	case r := <-done:
+		return r.out, r.err
+	case <-time.After(2 * cmd.WaitDelay):
+		return nil, fmt.Errorf("%s does not end: it waits for a disk or a network file system: %w", argv[0], ctx.Err())
+	}
 }
 
 // services says which services run and adds their logs.

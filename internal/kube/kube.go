@@ -79,6 +79,7 @@ func New(cfg *rest.Config) (*Core, error) {
 	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	cfg.QPS, cfg.Burst = 50, 100
 	cfg.Timeout = 0 // watches have none; the methods below set theirs
+	Bound(cfg)
 	if cfg.UserAgent == "" {
 		cfg.UserAgent = "microk8s"
 	}

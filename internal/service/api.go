@@ -2,6 +2,7 @@ package service
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,8 +13,11 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"microk8s/internal/snapenv"
 )
@@ -81,6 +85,105 @@ type Client struct {
 
 	// Spawn starts a supervisor that outlives this process and returns when it answers.
 	Spawn func(ctx context.Context) error
+
+	// Silence is how long the supervisor may say nothing; 0 means 10 seconds. A call that takes
+	// longer goes on as long as the supervisor answers other questions.
+	Silence time.Duration
+}
+
+const (
+	silence    = 10 * time.Second
+	spawnLimit = time.Minute // of a new supervisor, until it answers
+)
+
+// SilentError is the error of a call that the supervisor did not answer. A process that stands
+// still has its connections accepted by the kernel.
+type SilentError struct {
+	PID  int // 0 when not known
+	Wait time.Duration
+	// State is the process's state as in /proc/PID/stat: T is stopped by a signal, D waits for a
+	// disk or a network file system; "" when not known.
+	State string
+}
+
+func (e *SilentError) Error() string {
+	who := "the supervisor of the services"
+	if e.PID > 0 {
+		who += fmt.Sprintf(" (pid %d)", e.PID)
+	}
+	switch e.State {
+	case "T", "t":
+		return fmt.Sprintf("%s was stopped by a signal and did not answer within %s; let it go on with: kill -CONT %d", who, e.Wait, e.PID)
+	case "D":
+		return fmt.Sprintf("%s waits for a disk or a network file system and did not answer within %s; see: dmesg", who, e.Wait)
+	case "":
+		return fmt.Sprintf("%s did not answer within %s; see: microk8s logs supervisor", who, e.Wait)
+	}
+	return fmt.Sprintf("%s did not answer within %s; see: microk8s logs supervisor, and if it stays so: kill -KILL %d, then microk8s start", who, e.Wait, e.PID)
+}
+
+// silent finds out whom nobody hears.
+func (c *Client) silent(wait time.Duration) error {
+	e := &SilentError{Wait: wait}
+	conn, err := net.DialTimeout("unix", c.env.SupervisorSocket(), time.Second)
+	if err != nil {
+		return e
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return e
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			e.PID = int(cred.Pid)
+		}
+	})
+	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", e.PID)); err == nil && e.PID > 0 {
+		if fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])); len(fields) > 0 {
+			e.State = fields[0]
+		}
+	}
+	return e
+}
+
+// watched calls do, whose context ends with a [SilentError] when the supervisor answers nothing
+// for as long as it may.
+func (c *Client) watched(ctx context.Context, do func(context.Context) ([]State, error)) ([]State, error) {
+	wait := cmp.Or(c.Silence, silence)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var group sync.WaitGroup
+	defer group.Wait()
+	over := make(chan struct{})
+	defer close(over)
+	group.Go(func() {
+		for {
+			asked, end := context.WithTimeout(ctx, wait)
+			_, err := c.ask(asked, http.MethodGet, "/v1/services", nil)
+			late := asked.Err() != nil
+			end()
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil && late {
+				cancel(c.silent(wait))
+				return
+			}
+			select {
+			case <-over:
+				return
+			case <-time.After(wait):
+			}
+		}
+	})
+	states, err := do(ctx)
+	var silent *SilentError
+	if err != nil && errors.As(context.Cause(ctx), &silent) {
+		return nil, silent
+	}
+	cancel(nil) // so that the question that is under way ends
+	return states, err
 }
 
 var _ Manager = (*Client)(nil)
@@ -190,7 +293,22 @@ func absent(err error) bool {
 	return false
 }
 
+// call asks the supervisor, as long as it answers anything.
 func (c *Client) call(ctx context.Context, method, path string, names []string) ([]State, error) {
+	if method == http.MethodPost {
+		return c.watched(ctx, func(ctx context.Context) ([]State, error) { return c.ask(ctx, method, path, names) })
+	}
+	wait := cmp.Or(c.Silence, silence)
+	asked, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	states, err := c.ask(asked, method, path, names)
+	if err != nil && asked.Err() != nil && ctx.Err() == nil {
+		return nil, c.silent(wait)
+	}
+	return states, err
+}
+
+func (c *Client) ask(ctx context.Context, method, path string, names []string) ([]State, error) {
 	var body io.Reader
 	if method == http.MethodPost {
 		data, err := json.Marshal(apiAsk{Services: names})
@@ -254,14 +372,18 @@ func (c *Client) spawn(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	_ = r.SetReadDeadline(time.Now().Add(spawnLimit))
 	stop := context.AfterFunc(ctx, func() { r.SetReadDeadline(time.Now()) })
 	defer stop()
-	got, _ := io.ReadAll(r)
+	got, err := io.ReadAll(r)
 	if string(got) == readyWord {
 		return cmd.Process.Release()
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return fmt.Errorf("the supervisor (pid %d) was started and did not answer within %s; see: microk8s logs supervisor", cmd.Process.Pid, spawnLimit)
 	}
 	err = cmd.Wait() // it closed the pipe without being ready: it has ended
 	return fmt.Errorf("the supervisor ended at once: %w: %s", err, LastLine(path))

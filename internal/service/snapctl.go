@@ -51,9 +51,19 @@ func (s *Snapctl) control(ctx context.Context, verb, names []string) error {
 			argv = append(argv, s.Snap+".daemon-"+n)
 		}
 	}
-	_, err = s.Run(ctx, argv...)
+	limited, cancel := context.WithTimeout(ctx, controlLimit)
+	defer cancel()
+	if _, err = s.Run(limited, argv...); limited.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("snapd did not finish %q within %s; see: snap changes, and journalctl -u snapd", strings.Join(argv, " "), controlLimit)
+	}
 	return err
 }
+
+// Limits of snapd and systemd: of a change, in which services end and start, and of a question.
+const (
+	controlLimit  = 5 * time.Minute
+	questionLimit = 10 * time.Second
+)
 
 // unitProperties are what systemd is asked about each unit.
 const unitProperties = "Id,LoadState,ActiveState,SubState,UnitFileState,MainPID,NRestarts,StateChangeTimestamp,ExecMainCode,ExecMainStatus"
@@ -65,7 +75,12 @@ func (s *Snapctl) Status(ctx context.Context) ([]State, error) {
 	for _, n := range Names() {
 		argv = append(argv, s.unit(n))
 	}
-	out, err := s.Run(ctx, argv...)
+	limited, cancel := context.WithTimeout(ctx, questionLimit)
+	defer cancel()
+	out, err := s.Run(limited, argv...)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		return nil, fmt.Errorf("cannot read the state of the services: systemd did not answer within %s; see: journalctl -b -u init.scope", questionLimit)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the state of the services: %w", err)
 	}
@@ -149,6 +164,7 @@ func runProgram(ctx context.Context, argv ...string) (string, error) {
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = &out, &errOut
+	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
 		msg := strings.TrimSpace(errOut.String())
 		if msg == "" {

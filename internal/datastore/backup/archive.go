@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"microk8s/internal/diskspace"
 )
 
 // Suffix of archives.
@@ -92,6 +94,32 @@ func writeTar(ctx context.Context, w io.Writer, dir, base string) error {
 		}
 	}
 	return errors.Join(t.Close(), z.Close())
+}
+
+// Needs reads an archive to its end and returns what its files will take.
+func Needs(ctx context.Context, archive string) (need diskspace.Need, err error) {
+	f, err := os.Open(archive)
+	if err != nil {
+		return need, fmt.Errorf("cannot read the archive: %w", err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		return need, fmt.Errorf("%w: %w", ErrIncomplete, err)
+	}
+	for t := tar.NewReader(z); ; {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return need, nil
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return need, fmt.Errorf("%w: %w", ErrIncomplete, err)
+		}
+		need.Add(h.Size)
+	}
 }
 
 // Unpack reads an archive into a new directory and checks it. The folder inside may have any

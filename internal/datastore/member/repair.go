@@ -14,6 +14,7 @@ import (
 
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/diskspace"
 
 	dqlite "github.com/canonical/go-dqlite/v3"
 	"github.com/canonical/go-dqlite/v3/client"
@@ -109,28 +110,69 @@ type Copy struct {
 }
 
 // Judge finds out how far storage directories of stopped members have come, the first one's
-// result first. It reads copies, because dqlite renames files when it looks.
+// result first. It reads copies, one after the other, beside the first directory, because dqlite
+// renames files when it looks.
 func Judge(dirs ...string) ([]Copy, error) {
 	var out []Copy
 	for _, dir := range dirs {
 		if err := CheckFiles(dir); err != nil {
 			return nil, err
 		}
-		tmp, err := os.MkdirTemp("", "datastore-")
+		c, err := judge(dir, filepath.Dir(dirs[0]))
 		if err != nil {
 			return nil, err
 		}
-		defer os.RemoveAll(tmp)
-		if err := copyFiles(dir, tmp); err != nil {
-			return nil, fmt.Errorf("cannot copy %s: %w", dir, err)
-		}
-		last, err := dqlite.ReadLastEntryInfo(tmp)
-		if err != nil {
-			return nil, fmt.Errorf("cannot read the log of %s: %w", dir, err)
-		}
-		out = append(out, Copy{Dir: dir, Term: last.Term, Index: last.Index})
+		out = append(out, c)
 	}
 	return out, nil
+}
+
+// judge reads a copy of dir, which it makes below work and removes again.
+func judge(dir, work string) (Copy, error) {
+	if err := roomFor(work, dir); err != nil {
+		return Copy{}, err
+	}
+	tmp, err := os.MkdirTemp(work, ".judge-")
+	if err != nil {
+		return Copy{}, err
+	}
+	defer os.RemoveAll(tmp)
+	if err := copyFiles(dir, tmp); err != nil {
+		return Copy{}, fmt.Errorf("cannot copy %s: %w", dir, err)
+	}
+	last, err := dqlite.ReadLastEntryInfo(tmp)
+	if err != nil {
+		return Copy{}, fmt.Errorf("cannot read the log of %s: %w", dir, err)
+	}
+	return Copy{Dir: dir, Term: last.Term, Index: last.Index}, nil
+}
+
+// roomFor checks that a copy of dir has room below work. Copies that a killed command has left
+// there are removed first.
+func roomFor(work, dir string) error {
+	left, err := filepath.Glob(filepath.Join(work, ".judge-*"))
+	if err != nil {
+		return err
+	}
+	for _, l := range left {
+		if err := os.RemoveAll(l); err != nil {
+			return err
+		}
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var need diskspace.Need
+	for _, e := range entries {
+		if fi, err := e.Info(); err == nil && fi.Mode().IsRegular() {
+			need.Add(fi.Size())
+		}
+	}
+	if err := diskspace.Check(work, need); err != nil {
+		return fmt.Errorf("cannot copy %s: %w", dir, err)
+	}
+	return nil
 }
 
 // ErrStaler says that another copy is newer than the one that was to be used.
@@ -161,6 +203,9 @@ func Recover(dir string, others []string, saved string) error {
 			return fmt.Errorf("%w: %s ends with entry %d of term %d, %s with entry %d of term %d; run the command on the member of the newer one",
 				ErrStaler, c.Dir, c.Index, c.Term, dir, copies[0].Index, copies[0].Term)
 		}
+	}
+	if err := roomFor(filepath.Dir(saved), dir); err != nil {
+		return fmt.Errorf("cannot save the directory: %w", err)
 	}
 	if err := os.Mkdir(saved, 0o700); err != nil {
 		return fmt.Errorf("cannot save the directory: %w", err)

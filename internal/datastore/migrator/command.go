@@ -106,6 +106,7 @@ func connect(cmd *cobra.Command, endpoint string) (*clientv3.Client, error) {
 		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())},
 	})
 	if err == nil {
+		c.KV, c.Lease = boundKV{c.KV, answerTimeout}, boundLease{c.Lease, answerTimeout}
 		// The client would go on trying to connect for ever.
 		ctx, cancel := context.WithTimeout(cmd.Context(), connectTimeout)
 		_, err = c.Get(ctx, Prefix, clientv3.WithLimit(1))

@@ -38,6 +38,10 @@ type Member struct {
 // ErrNotRunning says that no daemon runs on the storage directory.
 var ErrNotRunning = errors.New("the datastore does not run")
 
+// answerTimeout is how long a daemon may take, which answers from what it keeps. A frozen one has
+// its connections accepted by the kernel.
+const answerTimeout = 10 * time.Second
+
 // maxAnswer is more than any list of members needs.
 const maxAnswer = 1 << 20
 
@@ -45,6 +49,9 @@ const maxAnswer = 1 << 20
 // lives. It answers from what it keeps, also when there is no leader. The error is
 // ErrNotRunning when there is no daemon. The caller must be root or in the group of the socket.
 func Members(ctx context.Context, dir string) ([]Member, error) {
+	outer := ctx
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", filepath.Join(dir, storedir.MembersSocket))
 	switch {
@@ -58,6 +65,9 @@ func Members(ctx context.Context, dir string) ([]Member, error) {
 	defer stop()
 	var members []Member
 	if err := json.NewDecoder(io.LimitReader(conn, maxAnswer)).Decode(&members); err != nil {
+		if ctx.Err() != nil && outer.Err() == nil {
+			return nil, fmt.Errorf("the datastore did not answer within %s; see: microk8s logs k8s-dqlite", answerTimeout)
+		}
 		return nil, fmt.Errorf("cannot read the datastore's answer: %w", errors.Join(ctx.Err(), err))
 	}
 	return members, nil
