@@ -34,6 +34,7 @@ import (
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/noderegistry"
+	"microk8s/internal/podledger"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/tokenstore"
 )
@@ -167,6 +168,12 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	group.Go(func() error {
 		kubelet := (&kube.File{Path: env.Credential("kubelet.config")}).Core
 		return (&remount.Keeper{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
+	})
+	group.Go(func() error {
+		if err := podledger.Run(ctx, env); err != nil { // the node works without; its removal leaves more behind
+			log.Warn("the pods of this node are not written down any more", "err", err)
+		}
+		return nil
 	})
 	if isWorker {
 		group.Go(func() error { return remote.Run(ctx) })

@@ -252,7 +252,7 @@ func (c *cluster) sync(ctx context.Context, set Set) (Result, error) {
 				continue
 			}
 			if set.standing(o) != mine {
-				result.Left = append(result.Left, Foreign{describe(o), owner(o)})
+				result.Left = append(result.Left, Foreign{Object: describe(o), Owner: owner(o)})
 				continue
 			}
 			uid := o.GetUID()
@@ -308,7 +308,7 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 	if exists {
 		if is = set.standing(now); is == foreign {
 			if !set.Adopt {
-				return &ForeignError{[]Foreign{{describe(o), owner(now)}}}
+				return &ForeignError{[]Foreign{{Object: describe(o), Owner: owner(now)}}}
 			}
 			if is = mine; replaceable[o.GetKind()] {
 				is = shared
@@ -326,7 +326,7 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 	err = apply(exists)
 	switch {
 	case apierrors.IsConflict(err) && !exists:
-		return &ForeignError{[]Foreign{{describe(o), err.Error()}}}
+		return &ForeignError{[]Foreign{{Object: describe(o), Owner: err.Error()}}}
 	case !apierrors.IsInvalid(err) || !replaceable[o.GetKind()] && !movedService(ctx, resource, o):
 		return err
 	case is != mine:

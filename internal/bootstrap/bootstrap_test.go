@@ -126,7 +126,9 @@ func (f *fakeAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		m["managedFields"] = managers
-		f.objects[path] = o
+		if r.URL.Query().Get("dryRun") == "" {
+			f.objects[path] = o
+		}
 		answer(200, o)
 	case r.Method == http.MethodGet && f.objects[path] != nil:
 		answer(200, f.objects[path])

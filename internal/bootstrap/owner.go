@@ -19,6 +19,8 @@ import (
 type Foreign struct {
 	Object string // kind, namespace and name
 	Owner  string // who made it, as far as the object says
+	// Fixed: it cannot be changed to what is wanted, so it cannot be taken over.
+	Fixed bool
 }
 
 func (f Foreign) String() string { return f.Object + " (" + f.Owner + ")" }
@@ -107,7 +109,7 @@ func owner(o *unstructured.Unstructured) string {
 }
 
 // Check returns a *ForeignError where objects of the set exist that others made, unless the set
-// adopts them. Then it returns the UIDs of those that stay the others' even so, which belong in the
+// adopts them and they can be changed. Then it returns the UIDs of those that stay the others' even so, which belong in the
 // record before anything is applied. It changes nothing.
 func Check(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) (stay []types.UID, err error) {
 	c, err := newCluster(cfg, log)
@@ -123,8 +125,15 @@ func Check(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) (st
 		switch {
 		case now == nil || set.standing(now) != foreign:
 		case !set.Adopt:
-			theirs = append(theirs, Foreign{describe(o), owner(now)})
+			theirs = append(theirs, Foreign{Object: describe(o), Owner: owner(now)})
 		case replaceable[o.GetKind()]:
+			fits, err := c.fits(ctx, o)
+			if err != nil {
+				return nil, fmt.Errorf("cannot look whether %s can be taken over: %w", describe(o), err)
+			}
+			if !fits {
+				theirs = append(theirs, Foreign{Object: describe(o), Owner: owner(now), Fixed: true})
+			}
 			stay = append(stay, now.GetUID())
 		}
 	}
@@ -132,6 +141,20 @@ func Check(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) (st
 		return nil, &ForeignError{theirs}
 	}
 	return stay, nil
+}
+
+// fits reports whether the object of that kind and name can be changed to o. It changes nothing.
+func (c *cluster) fits(ctx context.Context, o *unstructured.Unstructured) (bool, error) {
+	mapping, err := c.mapping(o.GroupVersionKind())
+	if err != nil {
+		return false, err
+	}
+	dry := metav1.ApplyOptions{FieldManager: FieldManager, Force: true, DryRun: []string{metav1.DryRunAll}}
+	_, err = c.resource(mapping, o).Apply(ctx, o.GetName(), o, dry)
+	if apierrors.IsInvalid(err) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // get reads the object of that kind and name in the cluster, nil where there is none.

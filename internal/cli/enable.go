@@ -333,6 +333,10 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 		for _, o := range theirs.Objects {
 			f.Hints = append(f.Hints, o.String())
 		}
+		if slices.ContainsFunc(theirs.Objects, func(o bootstrap.Foreign) bool { return o.Fixed }) {
+			f.Hints = append(f.Hints, "nothing was changed; they cannot be changed as the addon needs them, so it cannot take them over: remove them first")
+			return f
+		}
 		f.Hints = append(f.Hints, "nothing was changed; remove them, or let the addon take them over with: microk8s enable "+strings.Join(append([]string{r.addon.Name}, r.args...), " ")+" --adopt")
 		return f
 	}

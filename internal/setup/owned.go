@@ -17,13 +17,15 @@ import (
 
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/podledger"
 	"microk8s/internal/snapenv"
 )
 
 // Directories such as /run/containerd and /var/log/pods have one place on a host, and every container
 // runtime and kubelet on it uses them. What in them is this node's follows from what its programs
 // wrote down in the node's own folders before they put it there: the kubelet a directory for each pod,
-// by UID, and containerd one for each container, by ID. Everything else is somebody else's and stays.
+// by UID, which the cluster agent notes (internal/podledger), and containerd one for each container, by
+// ID. Everything else is somebody else's and stays.
 
 // owned is what the node's programs have written down.
 type owned struct {
@@ -36,7 +38,7 @@ const containerdNamespace = "k8s.io"
 
 // readOwned reads the ledger. Directories that are missing have nothing in them.
 func readOwned(env snapenv.Env) owned {
-	o := owned{pods: map[string]bool{}, containers: map[string]bool{}}
+	o := owned{pods: podledger.Read(env), containers: map[string]bool{}}
 	names := func(into map[string]bool, dir string) {
 		entries, _ := os.ReadDir(dir)
 		for _, e := range entries {
@@ -45,7 +47,6 @@ func readOwned(env snapenv.Env) owned {
 			}
 		}
 	}
-	names(o.pods, filepath.Join(env.KubeletRoot(), "pods"))
 	for _, root := range []string{env.ContainerdState(), env.ContainerdRoot()} {
 		names(o.containers, filepath.Join(root, "io.containerd.runtime.v2.task", containerdNamespace))
 		names(o.containers, filepath.Join(root, "io.containerd.grpc.v1.cri", "sandboxes"))

@@ -20,7 +20,7 @@ import (
 // the node's and something of Docker's, k3s' or kubeadm's that came later. The first goes and the
 // second stays, whether the directory was there before the node or not.
 func TestRemoveBesideOtherRuntimes(t *testing.T) {
-	const uid, id = "0b8ff1a4-7f9d-4c52-9d2e-6a1f33a0c001", "f00dfeed"
+	const uid, gone, id = "0b8ff1a4-7f9d-4c52-9d2e-6a1f33a0c001", "0b8ff1a4-7f9d-4c52-9d2e-6a1f33a0c002", "f00dfeed"
 	for _, before := range []bool{false, true} {
 		t.Run(map[bool]string{false: "after the node", true: "before the node"}[before], func(t *testing.T) {
 			in := machine(t)
@@ -40,6 +40,7 @@ func TestRemoveBesideOtherRuntimes(t *testing.T) {
 			}
 			ours := []string{
 				"var/log/pods/shop_web-1_" + uid + "/web/0.log",
+				"var/log/pods/shop_job-1_" + gone + "/job/0.log", // deleted since
 				"var/log/containers/web-1_shop_web-" + id + ".log -> /var/log/pods/shop_web-1_" + uid + "/web/0.log",
 				`var/lib/cni/results/k8s-pod-network-` + id + `-eth0: {"networkName":"k8s-pod-network","containerId":"` + id + `"}`,
 				`var/lib/cni/results/microk8s-1-eth0: {"networkName":"microk8s","containerId":"gone"}`,
@@ -63,6 +64,7 @@ func TestRemoveBesideOtherRuntimes(t *testing.T) {
 			}
 			// The ledger: what kubelet and containerd wrote in the node's folders first.
 			plant(t, "", filepath.Join(in.Env.KubeletRoot(), "pods", uid, "etc-hosts"))
+			plant(t, "", filepath.Join(in.Env.Common, "var/pods.ledger")+": "+gone+"\n")
 			plant(t, "", filepath.Join(in.Env.ContainerdState(), "io.containerd.runtime.v2.task/k8s.io", id, "config.json"))
 			var unmounted []string
 			in.Unmount = func(p string) error { unmounted = append(unmounted, p); return nil }
