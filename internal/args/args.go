@@ -18,11 +18,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"unicode"
 	"unicode/utf8"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/fileaccess"
 )
 
 // Grammar is how the words of an argument file are written (cli.md 0.8).
@@ -451,7 +451,7 @@ func (f *File) Save(path string) error {
 		if err != nil {
 			return fmt.Errorf("cannot write %s: %w", path, err)
 		}
-		mode, owner = st.Mode().Perm(), ownerOf(st)
+		mode, owner = st.Mode().Perm(), fileaccess.OwnerOf(st)
 		if err := atomicfile.Write(path+".backup", old, mode, owner); err != nil {
 			return err
 		}
@@ -467,13 +467,5 @@ func dirOwner(path string) *atomicfile.Owner {
 	if err != nil || os.Geteuid() != 0 {
 		return nil
 	}
-	return ownerOf(st)
-}
-
-func ownerOf(st fs.FileInfo) *atomicfile.Owner {
-	sys, ok := st.Sys().(*syscall.Stat_t)
-	if !ok || os.Geteuid() != 0 {
-		return nil
-	}
-	return &atomicfile.Owner{UID: int(sys.Uid), GID: int(sys.Gid)}
+	return fileaccess.OwnerOf(st)
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -100,6 +101,23 @@ func (a Access) owner(gid int) *atomicfile.Owner {
 		return nil
 	}
 	return &atomicfile.Owner{UID: 0, GID: gid}
+}
+
+// Share lets the product's group use a file or socket by the group's bits of mode. Where there is no
+// such group, or this process is not root, only the mode is set.
+func Share(path string, mode fs.FileMode) error {
+	if os.Geteuid() == 0 {
+		if g, err := user.LookupGroup(snapenv.Group); err == nil {
+			gid, err := strconv.Atoi(g.Gid)
+			if err == nil {
+				err = os.Chown(path, -1, gid)
+			}
+			if err != nil {
+				return fmt.Errorf("cannot share %s with the group %s: %w", path, snapenv.Group, err)
+			}
+		}
+	}
+	return os.Chmod(path, mode)
 }
 
 // OwnerOf is the owner of an existing file, for a copy or a replacement of it; nil when this

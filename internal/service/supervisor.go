@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -21,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
 
@@ -192,18 +192,10 @@ func (s *Supervisor) listen() (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make the control socket: %w", err)
 	}
-	own(path, 0o660)
-	return l, nil
-}
-
-// own assigns a file to the group of the product, if there is such a group, and sets its mode.
-func own(path string, mode os.FileMode) {
-	if g, err := user.LookupGroup(snapenv.Group); err == nil {
-		if gid, err := strconv.Atoi(g.Gid); err == nil {
-			_ = os.Chown(path, -1, gid)
-		}
+	if err := fileaccess.Share(path, 0o660); err != nil {
+		s.Log.Warn("only root can use the control socket", "err", err)
 	}
-	_ = os.Chmod(path, mode)
+	return l, nil
 }
 
 // start starts and enables services; see [Manager.Start].

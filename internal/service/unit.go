@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"microk8s/internal/fileaccess"
+
 	"golang.org/x/sys/unix"
 	"gopkg.in/natefinch/lumberjack.v2"
 )
@@ -50,7 +52,9 @@ func newUnit(s *Supervisor, name string) (*unit, error) {
 		return nil, fmt.Errorf("cannot make the log of %s: %w", name, err)
 	}
 	_ = f.Close()
-	own(path, 0o640)
+	if err := fileaccess.Share(path, 0o640); err != nil {
+		s.Log.Warn("only root can read a service's log", "service", name, "err", err)
+	}
 	return &unit{
 		sup:      s,
 		name:     name,

@@ -13,14 +13,12 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"syscall"
 	"time"
 
 	"microk8s/internal/datastore/storedir"
-	"microk8s/internal/snapenv"
+	"microk8s/internal/fileaccess"
 )
 
 // Member is a member of the cluster as one daemon sees it.
@@ -84,17 +82,8 @@ func Serve(ctx context.Context, dir string, log *slog.Logger, members func() []M
 	if err != nil {
 		return nil, fmt.Errorf("cannot listen on %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o660); err != nil {
-		l.Close()
-		return nil, err
-	}
-	if g, err := user.LookupGroup(snapenv.Group); err == nil && os.Geteuid() == 0 {
-		if gid, err := strconv.Atoi(g.Gid); err == nil {
-			err = os.Chown(path, -1, gid)
-			if err != nil {
-				log.Warn("cannot give the socket to its group", "socket", path, "err", err)
-			}
-		}
+	if err := fileaccess.Share(path, 0o660); err != nil {
+		log.Warn("only root can ask for the members", "err", err)
 	}
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	done := make(chan struct{})
