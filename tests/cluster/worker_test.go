@@ -1,10 +1,12 @@
 package cluster
 
 import (
+	"net/http"
 	"os"
 	"strings"
 	"testing"
 
+	"microk8s/cluster-agent/api"
 	membership "microk8s/internal/cluster"
 )
 
@@ -71,6 +73,7 @@ func TestWorker(t *testing.T) {
 			}
 		}
 	})
+	step("root on the worker", func(t *testing.T) { c.testWorkerRoot(t, "n1", "w1") })
 	step("leave", func(t *testing.T) {
 		c.testInterruptedLeave(t, "w1")
 		c.run(t, "n1", "microk8s", "remove-node", "w1")
@@ -91,6 +94,15 @@ func TestWorker(t *testing.T) {
 	step("join again", func(t *testing.T) {
 		c.testStrange(t, "n1", "w1", "--worker")
 		c.waitReady(t, "n1", "w1")
+	})
+	step("removed, and still there", func(t *testing.T) {
+		if status, body := c.askAgent(t, "w1", "n1", c.workerPair(t, "w1"), api.PathRenew, api.RenewRequest{}); status != http.StatusOK {
+			t.Fatalf("renew: %d %s", status, body)
+		}
+		c.run(t, "n1", "microk8s", "remove-node", "w1", "--force")
+		if status, body := c.askAgent(t, "w1", "n1", c.workerPair(t, "w1"), api.PathRenew, api.RenewRequest{}); status != http.StatusUnauthorized {
+			t.Errorf("renew with the certificate of a node that was removed: %d %s", status, body)
+		}
 	})
 }
 
