@@ -296,7 +296,7 @@ func (b *Broker) registered(ctx context.Context, h tokenstore.Hold) error {
 	}
 	var refused *failure
 	if err != nil && !errors.As(err, &refused) {
-		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot note that the node has joined, try again: %v", err)
+		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot record that the node has joined, try again: %v", err)
 	}
 	return err
 }
@@ -319,7 +319,7 @@ func (b *Broker) release(w http.ResponseWriter, r *http.Request) {
 		}
 		if ok {
 			if err := b.takeBack(r.Context(), hold); err != nil {
-				return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot take the join back now, try again: %v", err)
+				return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "cannot undo the join now, try again: %v", err)
 			}
 		}
 		if err := b.Tokens.Release(r.Context(), t, name); err != nil {

@@ -119,7 +119,7 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	}
 	record.Secrets = req.Secrets
 	if err := c.b.Nodes.Put(ctx, record); err != nil {
-		return nil, failed(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the join cannot be noted now, try again: %v", err))
+		return nil, failed(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the join cannot be recorded now, try again: %v", err))
 	}
 	if j.replaces != "" {
 		c.note("replaces", j.replaces)
@@ -415,7 +415,7 @@ func (b *Broker) argumentsProblem(j *joining) error {
 			return nil // an older node, which differs as it always did
 		}
 		return fail(http.StatusNotImplemented, api.CodeOldClient,
-			"This cluster encrypts Secrets at rest (--%s), and the joining node's MicroK8s cannot take over the key. Update it, or join it with --worker", encryption.Flag)
+			"This cluster encrypts Secrets at rest (--%s), and the joining node's MicroK8s cannot receive the key. Update it, or join it with --worker", encryption.Flag)
 	}
 	if problems = set.Reconcile(problems, j.req.ServerArguments); len(problems) > 0 {
 		var list []string

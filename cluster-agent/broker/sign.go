@@ -414,7 +414,7 @@ func (c *call) member(cert *x509.Certificate, node string, req api.RenewRequest)
 	unavailable := func(err error) error {
 		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err)
 	}
-	gone := fail(http.StatusUnauthorized, api.CodeCertificate, "the node %s is not in the cluster any more; let it leave, and join again", node)
+	gone := fail(http.StatusUnauthorized, api.CodeCertificate, "the node %s is no longer in the cluster; let it leave, and join again", node)
 	record, err := b.Nodes.Get(ctx, node)
 	if errors.Is(err, noderegistry.ErrNone) {
 		complete, err := b.Nodes.Complete(ctx)

@@ -243,11 +243,11 @@ func (c *Client) verifyFingerprint(state tls.ConnectionState) error {
 		// the fingerprint.
 		return nil
 	case c.target.Check == "":
-		return &VerifyError{c.target.Address(), fmt.Sprintf("the connection string has no fingerprint behind the token, and %v", c.target.Token.Guessable())}
+		return &VerifyError{c.target.Address(), fmt.Sprintf("the connection string has no fingerprint after the token, and %v", c.target.Token.Guessable())}
 	case !matches:
 		return &VerifyError{c.target.Address(), "its certificate does not have the fingerprint of the connection string"}
 	case len(c.target.Check) < safeCheck:
-		c.warn(fmt.Sprintf("the fingerprint has %d digits only, which somebody with much computing power can forge; use 'microk8s add-node' of this product, or %d digits", len(c.target.Check), safeCheck))
+		c.warn(fmt.Sprintf("the fingerprint has only %d digits, which can be forged with enough computing power; use 'microk8s add-node' of this product, or %d digits", len(c.target.Check), safeCheck))
 	}
 	return nil
 }
@@ -282,9 +282,9 @@ func (c *Client) prove(ctx context.Context) error {
 // noProof says why the answer of a server that does not prove itself is not enough.
 func (c *Client) noProof(refused *ServerError) string {
 	if c.target.Token.Generated() {
-		return fmt.Sprintf("it cannot show that it knows the token, as the server that made it can (%s)", refused.Text)
+		return fmt.Sprintf("it cannot prove that it knows the token, as the server that made it can (%s)", refused.Text)
 	}
-	return fmt.Sprintf("it cannot show that it knows the token (%s); for a server of another version put the fingerprint behind the token, as add-node prints it there", refused.Text)
+	return fmt.Sprintf("it cannot prove that it knows the token (%s); for a server of another version append the fingerprint to the token, as add-node prints it there", refused.Text)
 }
 
 // post sends one request over the connection there is. After an error that is not a

@@ -330,7 +330,7 @@ func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late
 			err = Failed(results)
 		}
 		if err == nil {
-			k.Log.Info("a node that was away has been told what it missed", "node", name)
+			k.Log.Info("applied pending changes to a node that is reachable again", "node", name)
 			delete(left, name)
 			continue
 		}
@@ -338,7 +338,7 @@ func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late
 		if len(results) == 1 && !results[0].away() {
 			retry = refusedRetry
 		}
-		k.Log.Warn("cannot tell a node what it missed", "node", name, "err", err, "retry_in", retry)
+		k.Log.Warn("cannot apply pending changes to a node", "node", name, "err", err, "retry_in", retry)
 		if _, err := claim(name, left[name], retry); err != nil {
 			return 0, err
 		}

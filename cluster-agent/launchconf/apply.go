@@ -161,7 +161,7 @@ func (a *Applier) Apply(ctx context.Context, data []byte) error {
 		}
 		st.Done = append(st.Done, s.name)
 		if err := st.save(); err != nil {
-			return fmt.Errorf("failed to apply configuration: cannot write down what was done: %w", err)
+			return fmt.Errorf("failed to apply configuration: cannot record what was done: %w", err)
 		}
 		a.Log.Info("launch configuration", "done", s.name)
 	}

@@ -193,7 +193,7 @@ func TestInvalid(t *testing.T) {
 		{"no semantic version", "version: abc\n", []string{`could not parse config file version "abc"`}},
 		{"too new", "version: 0.3.0\n", []string{"config file version is 0.3.0 but the maximum version supported is 0.2.0"}},
 		{"too old", "version: 0.0.1\n", []string{"config file version is 0.0.1 but the minimum version required is 0.1.0"}},
-		{"a list for a text, and more", "version: 7.1.0\nextraKubeletArgs: {max-pods: [1], v: {}}\nextraSANs: [\"bad name\"]\n", []string{"line 2: a text is wanted here", "version is 7.1.0", `"bad name" is neither`}},
+		{"a list for a text, and more", "version: 7.1.0\nextraKubeletArgs: {max-pods: [1], v: {}}\nextraSANs: [\"bad name\"]\n", []string{"line 2: a string is required here", "version is 7.1.0", `"bad name" is neither`}},
 		{"many things", `
 version: 0.1.0
 addons: [{name: --help}, {name: ../x}]

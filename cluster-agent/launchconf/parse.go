@@ -41,7 +41,7 @@ func (t *Text) UnmarshalYAML(n *yaml.Node) error {
 		n = n.Alias
 	}
 	if n.Kind != yaml.ScalarNode {
-		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: a text is wanted here", n.Line)}} // collected with others
+		return &yaml.TypeError{Errors: []string{fmt.Sprintf("line %d: a string is required here", n.Line)}} // collected with others
 	}
 	*t = Text(n.Value)
 	if n.Tag == "!!null" {

@@ -126,7 +126,7 @@ func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
 		}
 	}
 	if err != nil && ctx.Err() == nil {
-		k.Log.Error("certificates are not in order; trying again", "err", err, "retry_in", k.Retry)
+		k.Log.Error("cannot renew certificates; trying again", "err", err, "retry_in", k.Retry)
 		return k.Retry
 	}
 	next := time.Until(k.Store.NextRenewal())

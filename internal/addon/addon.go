@@ -308,7 +308,7 @@ func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, erro
 func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (Applied, error) {
 	p, ok := parts[a.Name]
 	if !ok {
-		return Applied{}, fmt.Errorf("cannot enable %s: it is no addon with manifests", a.FullName())
+		return Applied{}, fmt.Errorf("cannot enable %s: it is not an addon with manifests", a.FullName())
 	}
 	values, err := p.values(ctx, s, args)
 	if err != nil {
@@ -409,7 +409,7 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 	s.left(result.Left)
 	err = s.records().Delete(ctx, recordName(name), metav1.DeleteOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("cannot note that %s is disabled: %w", name, err)
+		return fmt.Errorf("cannot record that %s is disabled: %w", name, err)
 	}
 	return nil
 }

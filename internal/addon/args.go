@@ -90,7 +90,7 @@ func renderRegistry(ctx context.Context, s *Set, words []string) (any, error) {
 	}
 	claim, err := s.client.Resource(claims).Namespace(registryNamespace).Get(ctx, "registry-claim", metav1.GetOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
-		return nil, fmt.Errorf("cannot look for the registry's claim: %w", err)
+		return nil, fmt.Errorf("cannot get the registry's claim: %w", err)
 	}
 	if err == nil {
 		size, _, _ := unstructured.NestedString(claim.Object, "spec", "resources", "requests", "storage")

@@ -136,7 +136,7 @@ func serviceRanges(env snapenv.Env) ([]netip.Prefix, error) {
 func (s *Set) dnsAddress(ctx context.Context) (netip.Addr, error) {
 	svc, err := s.client.Resource(services).Namespace(metav1.NamespaceSystem).Get(ctx, "kube-dns", metav1.GetOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
-		return netip.Addr{}, fmt.Errorf("cannot look for the DNS service: %w", err)
+		return netip.Addr{}, fmt.Errorf("cannot get the DNS service: %w", err)
 	}
 	if err == nil {
 		text, _, _ := unstructured.NestedString(svc.Object, "spec", "clusterIP")

@@ -61,7 +61,7 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 				continue
 			}
 			if err := s.restartDNS(ctx, fresh); err != nil {
-				s.Log.Warn("cannot give the host's new name servers to CoreDNS", "err", err, "retry_in", spreadRetry)
+				s.Log.Warn("cannot pass the host's new name servers to CoreDNS", "err", err, "retry_in", spreadRetry)
 				due = time.After(spreadRetry)
 				continue
 			}

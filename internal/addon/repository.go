@@ -96,7 +96,7 @@ func isCheckout(dir string) bool {
 // good; with force it takes that of one that is there.
 func (r *Repositories) Add(ctx context.Context, name, source, reference string, force bool) error {
 	if !repositoryName.MatchString(name) {
-		return &RefusedError{Text: fmt.Sprintf("Error: '%s' is no name for a repository", name), Hint: "use letters, digits, _, . and -"}
+		return &RefusedError{Text: fmt.Sprintf("Error: '%s' is not a valid name of a repository", name), Hint: "use letters, digits, _, . and -"}
 	}
 	dir := r.Env.AddonRepository(name)
 	_, err := os.Lstat(dir)
@@ -182,7 +182,7 @@ func (r *Repositories) Update(ctx context.Context, name string) error {
 	if err := Validate(dir); err != nil {
 		fmt.Fprintf(r.Out, "Rolling back repository %s\n", name)
 		if back := r.git(context.WithoutCancel(ctx), dir, "reset", "--hard", before); back != nil {
-			return errors.Join(err, fmt.Errorf("cannot go back to %s: %w", before, back))
+			return errors.Join(err, fmt.Errorf("cannot roll back to %s: %w", before, back))
 		}
 		return err
 	}
@@ -336,7 +336,7 @@ func checkForm(file map[string]any) ([]string, error) {
 		}
 		name := a["name"].(string)
 		if !repositoryName.MatchString(name) {
-			return nil, fmt.Errorf("%q is no name for an addon", name)
+			return nil, fmt.Errorf("%q is not a valid name of an addon", name)
 		}
 		archs, ok := a["supported_architectures"].([]any)
 		if !ok {

@@ -24,7 +24,7 @@ func TestValidate(t *testing.T) {
 		{"number", strings.Replace(goodYAML, `"1"`, "1.0", 1), "1 is not of type 'string', for 'version'"},
 		{"missing", strings.Replace(goodYAML, "check_status: pod/x, ", "", 1), "'check_status' is a required property of addon 1"},
 		{"architecture", strings.Replace(goodYAML, "arm64", "armhf", 1), "armhf is not one of"},
-		{"way out", strings.Replace(goodYAML, "name: x", "name: ../x", 1), "is no name for an addon"},
+		{"way out", strings.Replace(goodYAML, "name: x", "name: ../x", 1), "is not a valid name of an addon"},
 		{"no hook", strings.Replace(goodYAML, "name: x", "name: z", 1), "Missing enable hook for z addon"},
 	} {
 		dir := t.TempDir()

@@ -26,7 +26,7 @@ func (s *Set) Spread(ctx context.Context) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("cannot look for CoreDNS: %w", err)
+		return fmt.Errorf("cannot get CoreDNS: %w", err)
 	}
 	replicas, _, _ := unstructured.NestedInt64(dns.Object, "spec", "replicas")
 	if dns.GetLabels()[Label] != "dns" || dns.GetAnnotations()[spreadAnnotation] != "" || replicas != 1 {
@@ -60,7 +60,7 @@ const spreadRetry = 5 * time.Second
 func (s *Set) KeepSpread(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := s.watchNodes(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Warn("cannot look after the DNS servers", "err", err, "retry_in", spreadRetry)
+			s.Log.Warn("cannot manage the DNS servers", "err", err, "retry_in", spreadRetry)
 		}
 		select {
 		case <-time.After(spreadRetry):

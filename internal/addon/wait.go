@@ -127,7 +127,7 @@ func (s *Set) restIsDown(ctx context.Context, o *unstructured.Unstructured, say 
 	if len(down) == 0 || number("numberAvailable")+int64(len(down)) < want || number("updatedNumberScheduled")+int64(len(down)) < want {
 		return false
 	}
-	say(fmt.Sprintf("nodes that are not ready get it when they are back: %s", strings.Join(down, " ")))
+	say(fmt.Sprintf("nodes that are not ready get it once they are: %s", strings.Join(down, " ")))
 	return true
 }
 

@@ -41,7 +41,7 @@ func Check(r io.Reader) error {
 			return checkNames(oci, docker)
 		}
 		if err != nil {
-			return fmt.Errorf("it is damaged, or no archive of images: %w", err)
+			return fmt.Errorf("it is damaged, or not an archive of images: %w", err)
 		}
 		name := path.Clean(h.Name)
 		switch name {
@@ -66,7 +66,7 @@ func checkBlob(r io.Reader, digest string) error {
 		return err
 	}
 	if hex.EncodeToString(sum.Sum(nil)) != digest {
-		return fmt.Errorf("blob %s has another content", digest)
+		return fmt.Errorf("blob %s does not match its digest", digest)
 	}
 	return nil
 }
@@ -100,7 +100,7 @@ func checkNames(oci, docker []byte) error {
 			_, why = FullName(nil)
 		}
 	default:
-		return errors.New("it holds no images: neither index.json nor manifest.json is in it")
+		return errors.New("it holds no images: it has neither index.json nor manifest.json")
 	}
 	if why == nil {
 		return errors.New("there is no image in it")

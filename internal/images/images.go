@@ -262,7 +262,7 @@ func readIndex(r io.Reader) (ocispec.Index, error) {
 	for t := tar.NewReader(r); ; {
 		h, err := t.Next()
 		if errors.Is(err, io.EOF) {
-			return index, errors.New("it is no OCI archive: index.json is missing")
+			return index, errors.New("it is not an OCI archive: index.json is missing")
 		}
 		if err != nil {
 			return index, fmt.Errorf("it is damaged: %w", err)

@@ -156,7 +156,7 @@ func unusable(ctx context.Context, store content.Store, m ocispec.Descriptor, pl
 			return fmt.Sprintf("is not complete: %d of its blobs are not in the archive", max(1, len(missing)))
 		}
 	default:
-		return "is no image but " + m.MediaType
+		return "is not an image but " + m.MediaType
 	}
 	return ""
 }

@@ -200,12 +200,12 @@ func TestCheckRefuses(t *testing.T) {
 		{"bzip2", []byte("BZh91AY"), "it is compressed with bzip2"},
 		{"zip", []byte("PK\x03\x04more"), "it is compressed with zip"},
 		{"nothing", nil, "it holds no images"},
-		{"text", []byte("hello, this is no archive"), "it is damaged, or no archive of images"},
+		{"text", []byte("hello, this is no archive"), "it is damaged, or not an archive of images"},
 		{"cut off", good["plain"][:560], "it is damaged"},
 		{"gzip, cut off", good["gzip"][:len(good["gzip"])-20], "it is damaged"},
 		{"zstd, cut off", good["zstd"][:len(good["zstd"])-20], "it is damaged"},
-		{"a file system", tarOf(t, "etc/passwd", "root"), "neither index.json nor manifest.json is in it"},
-		{"another blob", tarOf(t, "index.json", "{}", "blobs/sha256/"+sha("x"), "y"), "has another content"},
+		{"a file system", tarOf(t, "etc/passwd", "root"), "neither index.json nor manifest.json"},
+		{"another blob", tarOf(t, "index.json", "{}", "blobs/sha256/"+sha("x"), "y"), "does not match its digest"},
 		{"an index that is none", tarOf(t, "index.json", "["), "its index.json is damaged"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

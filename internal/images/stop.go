@@ -144,7 +144,7 @@ func removeContainers(ctx context.Context, c *client.Client) error {
 			_, err = task.Delete(ctx, client.WithProcessKill)
 		}
 		if ignoreGone(err) != nil {
-			return fmt.Errorf("cannot end container %s: %w", container.ID(), err)
+			return fmt.Errorf("cannot stop container %s: %w", container.ID(), err)
 		}
 		if err := container.Delete(ctx, client.WithSnapshotCleanup); ignoreGone(err) != nil {
 			return fmt.Errorf("cannot remove container %s: %w", container.ID(), err)
@@ -202,7 +202,7 @@ func killShims(env snapenv.Env) error {
 	}
 	for _, pid := range shims(env) {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
-			errs = append(errs, fmt.Errorf("cannot end containerd-shim %d: %w", pid, err))
+			errs = append(errs, fmt.Errorf("cannot stop containerd-shim %d: %w", pid, err))
 		}
 	}
 	return errors.Join(errs...)

@@ -56,10 +56,10 @@ func hostFindings(root string, c nodeconfig.Config) (found []string) {
 		if text := read("run/systemd/container"); strings.TrimSpace(text) == "lxc" {
 			do = "; apply the LXD profile for this product to the container"
 		}
-		warn("there is no /dev/kmsg: the kubelet cannot report processes killed for want of memory%s", do)
+		warn("there is no /dev/kmsg: the kubelet cannot report processes killed because memory ran out%s", do)
 	}
 	if h.NoBridgeNF {
-		warn("the kernel module br_netfilter is not loaded: a pod does not reach a Service whose answering pod is on its own node; run modprobe br_netfilter")
+		warn("the kernel module br_netfilter is not loaded: a pod cannot reach a Service whose endpoint is on its own node; run modprobe br_netfilter")
 	}
 	release := strings.TrimSpace(read("proc/sys/kernel/osrelease"))
 	modules := read("lib/modules/"+release+"/modules.dep") + read("lib/modules/"+release+"/modules.builtin")

@@ -269,7 +269,7 @@ func run(ctx context.Context, argv ...string) ([]byte, error) {
 func (in *Inspector) services(ctx context.Context) (down bool) {
 	states, err := in.Manager.Status(ctx)
 	if err != nil {
-		in.say(" FAIL:  the state of the services cannot be found out: %v", err)
+		in.say(" FAIL:  cannot get the state of the services: %v", err)
 		return true
 	}
 	for _, s := range states {

@@ -125,7 +125,7 @@ func (c *cluster) testMiddle(t *testing.T, from, host string) {
 				return http.StatusNotFound, []byte(`{"error":"Not found"}`)
 			}
 			return status, body
-		}, "cannot show that it knows"},
+		}, "cannot prove that it knows"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r := &relay{change: tc.change}

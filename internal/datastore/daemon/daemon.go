@@ -314,7 +314,7 @@ func watchStorage(ctx context.Context, c *Config, log *slog.Logger, m *member.Me
 	low := false
 	for {
 		if free, err := m.Free(); err != nil {
-			log.Warn("cannot look at the free space", "directory", c.StorageDir, "err", err)
+			log.Warn("cannot read the free space", "directory", c.StorageDir, "err", err)
 		} else {
 			was := low
 			low = free < c.StorageMin

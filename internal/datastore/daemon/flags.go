@@ -84,7 +84,7 @@ func addFlags(fs *pflag.FlagSet, c *Config, raw *rawFlags) {
 	fs.BoolVar(&c.Profiling, "profiling", false, "serve Go profiles")
 	fs.StringVar(&c.ProfilingListen, "profiling-listen", "127.0.0.1:4000", "address of the profiles")
 	fs.StringVar(&c.ProfilingDir, "profiling-dir", "", "directory for cpu_profile.raw, written over the whole run")
-	fs.BoolVar(&raw.diskMode, "disk-mode", false, "not offered any more")
+	fs.BoolVar(&raw.diskMode, "disk-mode", false, "no longer supported")
 	fs.DurationVar(&c.StorageInterval, "watch-storage-available-size-interval", 5*time.Second, "how often free space is checked; 0: never")
 	fs.Uint64Var(&c.StorageMin, "watch-storage-available-size-min-bytes", 10<<20, "free space below which the action is taken, in bytes")
 	fs.StringVar(&c.StorageAction, "low-available-storage-action", "none", "none (log), handover or terminate")
@@ -109,7 +109,7 @@ func addFlags(fs *pflag.FlagSet, c *Config, raw *rawFlags) {
 // finish checks what the flag parser could not.
 func (c *Config) finish(fs *pflag.FlagSet, raw rawFlags) error {
 	if raw.diskMode {
-		return fmt.Errorf("--disk-mode is not offered: dqlite has dropped it; remove the flag from the argument file")
+		return fmt.Errorf("--disk-mode is not supported: dqlite has dropped it; remove the flag from the argument file")
 	}
 	versions := map[string]uint16{"tls10": tls.VersionTLS10, "tls11": tls.VersionTLS11, "tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
 	v, ok := versions[raw.minTLS]

@@ -256,7 +256,7 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 		switch {
 		case err == nil:
 			if mig := l.Migrated; mig != nil {
-				m.opt.Logger.Info("the data of upstream k8s-dqlite was taken over; its daemon cannot use the directory any more",
+				m.opt.Logger.Info("the data of upstream's k8s-dqlite was migrated; its daemon can no longer use the directory",
 					"keys", mig.Keys, "revision", mig.Revision, "compacted", mig.Compacted)
 			}
 			return l, nil

@@ -73,7 +73,7 @@ func (m *Member) watchView(events *os.File) {
 		now := m.View()
 		if was.Leader.ID != now.Leader.ID {
 			if now.Leader.ID != 0 {
-				m.opt.Logger.Info("who leads has changed", "leader", now.Leader.Address, "self", now.Leader.ID == m.node.ID)
+				m.opt.Logger.Info("the leader has changed", "leader", now.Leader.Address, "self", now.Leader.ID == m.node.ID)
 			} else {
 				m.opt.Logger.Info("nobody leads, as far as this member knows")
 			}
@@ -86,7 +86,7 @@ func (m *Member) watchView(events *os.File) {
 		was = now
 		if _, err := events.Read(count); err != nil {
 			if !errors.Is(err, os.ErrClosed) {
-				m.opt.Logger.Error("cannot wait for changes of who leads", "err", err)
+				m.opt.Logger.Error("cannot watch for a change of leader", "err", err)
 			}
 			return
 		}
@@ -98,11 +98,11 @@ func (m *Member) viewEvents() (*os.File, error) {
 	name := append([]byte(m.socket), 0)
 	fd, err := C.dqlite_view_fd((*C.char)(unsafe.Pointer(&name[0])))
 	if fd < 0 {
-		return nil, fmt.Errorf("cannot wait for changes of who leads: %w", err)
+		return nil, fmt.Errorf("cannot watch for a change of leader: %w", err)
 	}
 	if err := unix.SetNonblock(int(fd), true); err != nil { // for the poller of os.File
 		unix.Close(int(fd))
-		return nil, fmt.Errorf("cannot wait for changes of who leads: %w", err)
+		return nil, fmt.Errorf("cannot watch for a change of leader: %w", err)
 	}
 	return os.NewFile(uintptr(fd), "eventfd"), nil
 }

@@ -42,7 +42,7 @@ func (r *Replica) lookAtDisk() {
 		if noRoom {
 			r.log.Error("writes are refused: the disks of too many voters are full")
 		} else {
-			r.log.Info("writes are taken again: there is space")
+			r.log.Info("writes are accepted again: there is space")
 		}
 	}
 	if full && !noRoom {

@@ -226,7 +226,7 @@ func (r *Replica) serveFollow(q *followRequest, stream grpc.ServerStream) error 
 		case <-beat.C:
 			idle = true
 			if !r.isMember(q.ID) {
-				return status.Error(codes.PermissionDenied, "this node is not a member of the datastore any more")
+				return status.Error(codes.PermissionDenied, "this node is no longer a member of the datastore")
 			}
 		}
 		for more := true; more; {
