@@ -171,7 +171,7 @@ func TestAddonsCluster(t *testing.T) {
 	step("root on the worker, with what its pods have", func(t *testing.T) { c.testWorkerRoot(t, "n1", "w1") })
 	step("the data of another node stays", func(t *testing.T) {
 		out := c.run(t, "n1", "microk8s", "disable", "hostpath-storage:destroy-storage")
-		if !strings.Contains(out, "The data of volumes on other nodes stays: w1 (") {
+		if !strings.Contains(out, "Data of volumes on other nodes is kept: w1 (") {
 			t.Errorf("disable printed %q", out)
 		}
 		c.run(t, "w1", "sh", "-c", "cat /var/snap/microk8s/common/default-storage/default-data-*/file")
