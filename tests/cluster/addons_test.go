@@ -96,7 +96,7 @@ func TestAddonsCluster(t *testing.T) {
 			return err
 		})
 		r := c.try(t, "n1", "microk8s", "enable", "registry")
-		if r.code != 0 || !strings.Contains(r.err, "nodes that are not ready get it when they are back: w1") {
+		if r.code != 0 || !strings.Contains(r.err, "nodes that are not ready get it once they are: w1") {
 			t.Errorf("enable registry: %s", r)
 		}
 		if r := c.try(t, "n1", "microk8s", "images", "import", "/web.tar"); r.code != 1 || !strings.Contains(r.err, "1 of 2 nodes have not imported the images") {

@@ -322,7 +322,7 @@ func (m *machine) testSettings(t *testing.T) {
 	if code == 0 {
 		t.Error("a wrong launch configuration was accepted")
 	}
-	for _, want := range []string{"version is 7.1.0", "line 3: a text is wanted", "no such key"} {
+	for _, want := range []string{"version is 7.1.0", "line 3: a string is required here", "no such key"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("the refusal does not say %q:\n%s", want, out)
 		}
