@@ -270,7 +270,7 @@ func (b *Broker) reservedProblem(ctx context.Context, j *joining) error {
 // A control-plane node serves the API itself, under all of its names.
 func (b *Broker) nameOf(ctx context.Context, name string, worker bool) (string, error) {
 	name = strings.ToLower(strings.TrimSuffix(name, "."))
-	domain := strings.ToLower(strings.Trim(b.config().DNS.Domain, "."))
+	domain := strings.ToLower(strings.Trim(b.config().ClusterDomain, "."))
 	under := func(suffix string) bool { return name == suffix || strings.HasSuffix(name, "."+suffix) }
 	if _, err := netip.ParseAddr(name); err == nil {
 		return "an address", nil

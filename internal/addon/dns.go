@@ -88,7 +88,7 @@ func renderDNS(ctx context.Context, s *Set, words []string) (any, error) {
 	if _, err := nodeconfig.File(s.Env, nodeconfig.Kubelet); err != nil {
 		return nil, err // the domain is in it
 	}
-	v.Domain = nodeconfig.Load(s.Env).DNS.Domain
+	v.Domain = nodeconfig.Load(s.Env).ClusterDomain
 	if given.domain != "" {
 		v.Domain = given.domain
 	}

@@ -29,10 +29,10 @@ import (
 const (
 	DefaultAPIServerPort = 16443
 	DefaultAgentPort     = 25000
-	DefaultDomain        = "cluster.local"
 
 	defaultServiceCIDR = "10.152.183.0/24"
 	defaultAgentHost   = "0.0.0.0"
+	defaultDomain      = "cluster.local"
 )
 
 // DefaultAgentBind is where the cluster agent listens, host:port.
@@ -40,11 +40,10 @@ var DefaultAgentBind = net.JoinHostPort(defaultAgentHost, strconv.Itoa(DefaultAg
 
 // Names of argument files whose flags others than their program look at.
 const (
-	Kubelet           = "kubelet"
-	KubeProxy         = "kube-proxy"
-	APIServer         = "kube-apiserver"
-	ControllerManager = "kube-controller-manager"
-	agentFile         = "cluster-agent"
+	Kubelet   = "kubelet"
+	KubeProxy = "kube-proxy"
+	APIServer = "kube-apiserver"
+	agentFile = "cluster-agent"
 )
 
 // OwnEtcdServers is the value of --etcd-servers for the product's own datastore.
@@ -66,12 +65,9 @@ type Config struct {
 
 	ClusterCIDRs []netip.Prefix // addresses of pods, --cluster-cidr of kube-proxy; nil where it is not set
 	NodeIPs      []netip.Addr   // --node-ip of the kubelet: one, or one of each family; nil where it is not set
-	DNS          DNS
-
-	// AgentHost and AgentPort are --bind of the cluster agent. All nodes of a cluster have the
-	// same port.
-	AgentHost string
-	AgentPort int
+	// ClusterDomain is that of the names of Services, as the kubelet tells pods.
+	ClusterDomain string
+	AgentPort     int // of the cluster agent; all nodes of a cluster have the same
 
 	errs map[Part]error
 }
@@ -123,12 +119,6 @@ func JoinPrefixes(list []netip.Prefix) string {
 	return strings.Join(out, ",")
 }
 
-// DNS is what the kubelet tells pods about the cluster's DNS service.
-type DNS struct {
-	IP     netip.Addr // the zero value where it is not set
-	Domain string
-}
-
 // Part is one of the things that can be configured wrongly, for [Config.Err].
 type Part string
 
@@ -140,7 +130,6 @@ const (
 	PartServiceCIDRs Part = "range of Services"
 	PartClusterCIDRs Part = "range of pods"
 	PartNodeIP       Part = "node IP"
-	PartDNS          Part = "DNS"
 	PartAgent        Part = "cluster agent"
 	partFiles        Part = "argument files"
 )
@@ -191,17 +180,12 @@ func load(env snapenv.Env, hostname func() (string, error)) Config {
 	note(PartClusterCIDRs, err)
 	c.NodeIPs, err = list(r, Kubelet, "node-ip", netip.ParseAddr)
 	note(PartNodeIP, err)
-	ips, err := list(r, Kubelet, "cluster-dns", netip.ParseAddr)
-	note(PartDNS, err)
-	if len(ips) > 0 {
-		c.DNS.IP = ips[0]
-	}
-	c.DNS.Domain = DefaultDomain
+	c.ClusterDomain = defaultDomain
 	if v, ok := r.value(Kubelet, "cluster-domain"); ok {
-		c.DNS.Domain = v
+		c.ClusterDomain = v
 	}
 
-	c.AgentHost, c.AgentPort, err = r.agent()
+	c.AgentPort, err = r.agentPort()
 	note(PartAgent, err)
 	c.Datastore = r.datastore(c.State)
 	for _, err := range r.errs {
@@ -276,20 +260,19 @@ func parsePort(text string) (int, error) {
 	return int(n), nil
 }
 
-func (r *reader) agent() (host string, port int, err error) {
-	const flag = "bind"
-	text, ok := r.value(agentFile, flag)
+func (r *reader) agentPort() (int, error) {
+	text, ok := r.value(agentFile, "bind")
 	if !ok {
-		return defaultAgentHost, DefaultAgentPort, nil
+		return DefaultAgentPort, nil
 	}
-	host, p, err := net.SplitHostPort(text)
+	_, port, err := net.SplitHostPort(text)
 	if err == nil {
-		port, err = parsePort(p)
+		var n int
+		if n, err = parsePort(port); err == nil {
+			return n, nil
+		}
 	}
-	if err != nil {
-		return defaultAgentHost, DefaultAgentPort, r.wrong(agentFile, flag, text, err)
-	}
-	return host, port, nil
+	return DefaultAgentPort, r.wrong(agentFile, "bind", text, err)
 }
 
 func (r *reader) datastore(s State) (d Datastore) {

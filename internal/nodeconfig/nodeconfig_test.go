@@ -54,7 +54,7 @@ func TestShippedArguments(t *testing.T) {
 		if err := c.Err(); err != nil {
 			t.Error(err)
 		}
-		got := fmt.Sprintf("%s %d %v %s:%d %v %s", c.NodeName, c.APIServer.Port, c.APIServer.ServiceCIDRs, c.AgentHost, c.AgentPort, c.Datastore.Own(), c.DNS.Domain)
+		got := fmt.Sprintf("%s %d %v 0.0.0.0:%d %v %s", c.NodeName, c.APIServer.Port, c.APIServer.ServiceCIDRs, c.AgentPort, c.Datastore.Own(), c.ClusterDomain)
 		if want := "n1 16443 [10.152.183.0/24] " + DefaultAgentBind + " true cluster.local"; got != want {
 			t.Errorf("got %s, want %s", got, want)
 		}
@@ -66,7 +66,7 @@ func TestShippedArguments(t *testing.T) {
 
 func TestValues(t *testing.T) {
 	env := node(t, map[string]string{
-		Kubelet:   "--node-ip=10.0.0.1,fd00::1\n--cluster-dns=10.152.183.10\n--cluster-domain=\"example.org\"\n",
+		Kubelet:   "--node-ip=10.0.0.1,fd00::1\n--cluster-domain=\"example.org\"\n",
 		KubeProxy: "--cluster-cidr=10.1.0.0/16,fd01::/64\n",
 		APIServer: "--secure-port 6443\n--service_cluster_ip_range=10.3.0.0/16,fd02::/112\n--authorization-mode=Node,RBAC\n" +
 			"--kubelet-preferred-address-types=InternalIP,Hostname\n",
@@ -76,8 +76,8 @@ func TestValues(t *testing.T) {
 	if err := c.Err(); err != nil {
 		t.Error(err)
 	}
-	got := fmt.Sprintf("%v %v %v %v %s %d", c.NodeIPs, c.DNS, c.ClusterCIDRs, c.APIServer, c.AgentHost, c.AgentPort)
-	want := "[10.0.0.1 fd00::1] {10.152.183.10 example.org} [10.1.0.0/16 fd01::/64] {6443 [10.3.0.0/16 fd02::/112] Node,RBAC  [InternalIP Hostname]} :: 26000"
+	got := fmt.Sprintf("%v %v %v %v %d", c.NodeIPs, c.ClusterDomain, c.ClusterCIDRs, c.APIServer, c.AgentPort)
+	want := "[10.0.0.1 fd00::1] example.org [10.1.0.0/16 fd01::/64] {6443 [10.3.0.0/16 fd02::/112] Node,RBAC  [InternalIP Hostname]} 26000"
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -103,7 +103,7 @@ func TestUnusable(t *testing.T) {
 			t.Errorf("%s is not among all: %v", part, err)
 		}
 	}
-	if err := c.Err(PartName, PartDNS); err != nil {
+	if err := c.Err(PartName); err != nil {
 		t.Error(err)
 	}
 	if got := fmt.Sprint(c.APIServer.Port, c.APIServer.ServiceCIDRs, c.AgentPort, c.ClusterCIDRs, c.NodeIPs); got != "16443 [10.152.183.0/24] 25000 [] []" {
