@@ -279,6 +279,9 @@ type ConfigureRequest struct {
 	Callback string             `json:"callback"`
 	Services []ConfigureService `json:"service,omitempty"`
 	Addons   []ConfigureAddon   `json:"addon,omitempty"`
+	// Encryption replaces the keys of encryption at rest of a control-plane node, before its services are
+	// restarted; see internal/encryption. It is never kept for a node that is not reached. Ours.
+	Encryption string `json:"encryption,omitempty"`
 }
 
 // ConfigureService is one argument file and its service.

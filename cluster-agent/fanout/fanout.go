@@ -176,6 +176,40 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 	return results, err
 }
 
+// Encryption gives the named control-plane nodes their keys of encryption at rest and restarts the API
+// server of each, one after the other, so that one of them always answers. It stops at the first node
+// that fails: the others keep the keys that they have. Nothing is kept for a node that is not
+// reached, because keys are not written down where they could be read.
+func (c *Cluster) Encryption(ctx context.Context, content string, names ...string) error {
+	var stopped error
+	req := api.ConfigureRequest{Encryption: content, Services: []api.ConfigureService{{Name: "kube-apiserver", Restart: true}}}
+	results, err := c.each(ctx, callTimeout, 1, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+		if stopped != nil {
+			return stopped
+		}
+		mine := req
+		mine.Callback = secret
+		body, err := json.Marshal(mine)
+		if err == nil {
+			_, err = post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
+		}
+		if err == nil {
+			err = c.waitReady(ctx, http, c.apiServer(t))
+		}
+		if err != nil {
+			stopped = fmt.Errorf("it was left as it is, because of %s", t.Name)
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if len(results) != len(names) {
+		return fmt.Errorf("of the control-plane nodes %s only %d are nodes of the cluster", strings.Join(names, ", "), len(results))
+	}
+	return Failed(results)
+}
+
 // restarts reports whether a request restarts a service.
 func restarts(req api.ConfigureRequest) bool {
 	return slices.ContainsFunc(req.Services, func(s api.ConfigureService) bool { return bool(s.Restart) })

@@ -34,6 +34,8 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/coalesce"
 	"microk8s/internal/defence"
+	"microk8s/internal/encryption"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/images"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
@@ -289,6 +291,9 @@ func (n *Node) apply(ctx context.Context, req api.ConfigureRequest) (self bool, 
 			return false, fmt.Errorf("Failed to enable addon %q: it is not the name of an addon", shorten(a.Name)) //nolint:staticcheck // as upstream's agent says it
 		}
 	}
+	if err := n.encryption(req.Encryption); err != nil {
+		return false, err
+	}
 	for _, s := range req.Services {
 		if err := n.update(s); err != nil {
 			return self, fmt.Errorf("Failed to update arguments of service %q: %w", s.Name, err) //nolint:staticcheck // as upstream's agent says it
@@ -323,6 +328,35 @@ func (n *Node) apply(ctx context.Context, req api.ConfigureRequest) (self bool, 
 		}
 	}
 	return self, nil
+}
+
+// encryption replaces the keys of encryption at rest, where this node's are kept as the product
+// keeps them. A key with which data may have been written is only dropped by a set that shares its
+// first key: what two nodes disagree about is left to a person.
+func (n *Node) encryption(content string) error {
+	if content == "" {
+		return nil
+	}
+	refuse := func(err error) error { return fmt.Errorf("Failed to replace the keys of encryption at rest: %w", err) } //nolint:staticcheck // as the other texts of this call
+	if nodeconfig.Load(n.Env).Worker {
+		return refuse(errors.New("this node is a worker"))
+	}
+	keys, err := encryption.Parse([]byte(content))
+	if err != nil {
+		return refuse(err)
+	}
+	old, err := os.ReadFile(encryption.Path(n.Env))
+	if err != nil {
+		return refuse(err)
+	}
+	have, err := encryption.Parse(old)
+	if err != nil {
+		return refuse(err)
+	}
+	if !slices.Contains(keys.Names(), have[0].Name) {
+		return refuse(fmt.Errorf("new data is encrypted with %s here, which is not among the new keys", have[0].Name))
+	}
+	return fileaccess.For(n.Env).WriteSecret(encryption.Path(n.Env), keys.Encode())
 }
 
 var (

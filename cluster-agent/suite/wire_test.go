@@ -25,6 +25,7 @@ import (
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/args"
+	"microk8s/internal/encryption"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
@@ -435,6 +436,41 @@ func TestServerArguments(t *testing.T) {
 	r.ServerArguments = map[string]string{"carries": "1"}
 	if _, _, refusal := s.join(from{address: "10.0.0.30"}, r); refusal.Code != api.CodeArguments || !strings.Contains(refusal.Message, "--audit-webhook-config-file: ") || !strings.Contains(refusal.Message, "--oidc-ca-file: ") {
 		t.Errorf("what cannot be carried: %+v", refusal)
+	}
+}
+
+// TestEncryptionKeys is about the keys of encryption at rest that another control-plane node sends:
+// they are taken only where nothing that was encrypted gets lost.
+func TestEncryptionKeys(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	a, b := encryption.NewKey(), encryption.NewKey()
+	path := encryption.Path(s.env)
+	send := func(text string) (int, string) { return s.configure(api.ConfigureRequest{Encryption: text}) }
+	if status, _ := send(string(encryption.New())); status == http.StatusOK {
+		t.Error("a node that does not encrypt took a key")
+	}
+	s.write(path, string(encryption.Keys{a}.Encode()))
+	for name, text := range map[string]string{"no configuration": "hello", "without the key that data has": string(encryption.Keys{b}.Encode())} {
+		if status, _ := send(text); status == http.StatusOK {
+			t.Errorf("%s was taken", name)
+		}
+	}
+	for _, keys := range []encryption.Keys{{a, b}, {b, a}, {b}} { // a rotation
+		if status, answer := send(string(keys.Encode())); status != http.StatusOK {
+			t.Fatalf("%v: %d %s", keys.Names(), status, answer)
+		}
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := encryption.Parse(data); err != nil || !slices.Equal(got, keys) {
+			t.Errorf("%v, %v, want %v", got.Names(), err, keys.Names())
+		}
+	}
+	s.write(s.env.Lock(snapenv.LockWorker), "")
+	if status, _ := send(string(encryption.Keys{b}.Encode())); status == http.StatusOK {
+		t.Error("a worker took keys")
 	}
 }
 

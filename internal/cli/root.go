@@ -50,6 +50,7 @@ func (a *App) commands() []command {
 		{name: "config", group: groupTools, usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
 		{name: "dbctl", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, build: a.newDbctl},
+		{name: "encryption", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, sudo: true, build: a.newEncryption},
 		{name: "disable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
 		{name: "enable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
 		{name: "helm", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
