@@ -14,20 +14,34 @@ import (
 
 func (a *App) newConfig() *cobra.Command {
 	var loopback bool
+	var user configUserFlags
 	cmd := &cobra.Command{
-		Use:   "config [-l|--use-loopback]",
+		Use:   "config [-l|--use-loopback] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list | --revoke NAME]",
 		Short: "Print the administrator's kubeconfig of this node",
 		Long: `Print the administrator's kubeconfig of this node, with the address of the machine's default
-interface as its server, for use on other machines. It grants full control of the cluster.`,
+interface as its server, for use on other machines. It grants full control of the cluster.
+
+With --user, make a kubeconfig with fewer rights and an end, for everybody who is not an
+administrator. The roles are Kubernetes' own: view reads all but Secrets, edit changes workloads
+and reads Secrets, admin also gives rights within a namespace, cluster-admin may do everything.
+
+    microk8s config --user ann --role view > ann.kubeconfig          for 8 hours
+    microk8s config --user bob --role edit --namespace shop --ttl 72h
+    microk8s config --list                                           who has which role
+    microk8s config --revoke ann                                     end all kubeconfigs of ann`,
 		Args: noArgs,
-		RunE: func(*cobra.Command, []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := a.perm(a.Err)(); err != nil {
 				return err
+			}
+			if user.asked(cmd) {
+				return a.configUser(cmd, &user, loopback)
 			}
 			return a.config(loopback)
 		},
 	}
 	cmd.Flags().BoolVarP(&loopback, "use-loopback", "l", false, "leave the server's address as it is, 127.0.0.1")
+	user.add(cmd)
 	return cmd
 }
 

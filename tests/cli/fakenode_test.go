@@ -102,6 +102,9 @@ type node struct {
 	mu      sync.Mutex
 	secrets map[string]map[string]any // of kube-system, by name
 	version int
+
+	keptMu sync.Mutex
+	kept   map[string]json.RawMessage // of users, by path
 }
 
 // listen serves HTTP/1 and unencrypted HTTP/2, as gRPC servers do, on a unix socket.
@@ -174,6 +177,9 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"Ready","status":%q,"message":%q}]}}`, i+1, status, message))
 		}
 		fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[%s]}`, strings.Join(items, ","))
+	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"), strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/microk8s-users/"),
+		r.URL.Path == "/api/v1/namespaces" && r.Method == http.MethodPost:
+		f.objects(w, r)
 	case strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/kube-system/secrets"):
 		f.secret(w, r)
 	default:
@@ -217,4 +223,67 @@ func (f *node) secret(w http.ResponseWriter, r *http.Request) {
 	}
 	f.secrets[name] = in
 	_ = json.NewEncoder(w).Encode(in)
+}
+
+// objects keeps what is posted, by path, and makes tokens of service accounts.
+func (f *node) objects(w http.ResponseWriter, r *http.Request) {
+	f.keptMu.Lock()
+	defer f.keptMu.Unlock()
+	refuse := func(code int, reason string) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":%q,"code":%d}`, reason, code)
+	}
+	var o struct {
+		Metadata struct {
+			Name, Namespace string
+			Labels          map[string]string
+		}
+		Spec struct{ ExpirationSeconds int64 }
+	}
+	switch r.Method {
+	case http.MethodPost:
+		body, err := io.ReadAll(r.Body)
+		if err != nil || json.Unmarshal(body, &o) != nil {
+			refuse(http.StatusBadRequest, "BadRequest")
+			return
+		}
+		if account, ok := strings.CutSuffix(r.URL.Path, "/token"); ok {
+			if _, there := f.kept[account]; !there {
+				refuse(http.StatusNotFound, "NotFound")
+				return
+			}
+			end := time.Date(2026, 11, 28, 0, 0, 0, 0, time.UTC).Add(time.Duration(o.Spec.ExpirationSeconds) * time.Second)
+			fmt.Fprintf(w, `{"status":{"token":"the-token","expirationTimestamp":%q}}`, end.Format(time.RFC3339))
+			return
+		}
+		path := r.URL.Path + "/" + o.Metadata.Name
+		if _, there := f.kept[path]; there {
+			refuse(http.StatusConflict, "AlreadyExists")
+			return
+		}
+		if f.kept == nil {
+			f.kept = map[string]json.RawMessage{}
+		}
+		f.kept[path] = body
+		w.WriteHeader(http.StatusCreated)
+		_, _ = w.Write(body)
+	case http.MethodDelete:
+		if _, there := f.kept[r.URL.Path]; !there {
+			refuse(http.StatusNotFound, "NotFound")
+			return
+		}
+		delete(f.kept, r.URL.Path)
+		fmt.Fprint(w, "{}")
+	default: // a list, over all namespaces
+		resource := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/'):] + "/"
+		key, value, one := strings.Cut(r.URL.Query().Get("labelSelector"), "=")
+		items := []json.RawMessage{}
+		for path, body := range f.kept {
+			if o.Metadata.Labels = nil; strings.Contains(path, resource) && json.Unmarshal(body, &o) == nil && o.Metadata.Labels[key] != "" && (!one || o.Metadata.Labels[key] == value) {
+				items = append(items, body)
+			}
+		}
+		_ = json.NewEncoder(w).Encode(map[string]any{"items": items})
+	}
 }

@@ -41,6 +41,7 @@ func TestNode(t *testing.T) {
 	step("stop and start", n.testStopStart)
 	step("status while the API server is down", n.testStatusAPIDown)
 	step("inspect", n.testInspect)
+	step("security", n.testSecurity)
 	step("reset", n.testReset)
 	step("remove leaves nothing on the host", func(t *testing.T) {
 		n.run(t, "/snap/microk8s/current/bin/microk8s", "hook", "remove")
@@ -204,6 +205,26 @@ func (n *node) testStatusAPIDown(t *testing.T) {
 	out, err := n.tryAll(t, "", "microk8s", "status")
 	if exitCode(err) != 1 || !strings.Contains(out, "microk8s is not running") || !strings.Contains(out, "datastore master nodes: 127.0.0.1:19001") {
 		t.Errorf("status with the API unreachable: %v\n%s", err, out)
+	}
+}
+
+// testSecurity compares a running node with the CIS benchmark.
+func (n *node) testSecurity(t *testing.T) {
+	out, err := n.tryAll(t, "", "microk8s", "inspect", "--security", "-o", "json")
+	var report struct {
+		Summary  map[string]int
+		Controls []struct{ ID, Title, Status, Found string }
+	}
+	if jsonErr := json.Unmarshal([]byte(out), &report); jsonErr != nil {
+		t.Fatalf("inspect --security: %v, %v\n%s", err, jsonErr, out)
+	}
+	for _, c := range report.Controls {
+		if c.Status == "fail" && c.ID != "1.2.3" { // a policy decides about external addresses
+			t.Errorf("%s %s: found %s", c.ID, c.Title, c.Found)
+		}
+	}
+	if report.Summary["pass"] == 0 {
+		t.Errorf("nothing passes: %v", report.Summary)
 	}
 }
 
