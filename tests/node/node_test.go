@@ -44,7 +44,12 @@ func TestNode(t *testing.T) {
 	step("security", n.testSecurity)
 	step("reset", n.testReset)
 	step("remove leaves nothing on the host", func(t *testing.T) {
+		// What Docker, k3s and Calico would have there stays.
+		n.run(t, "sh", "-ec", `mkdir -p /run/containerd/io.containerd.runtime.v2.task/moby/x /var/log/pods/kube-system_x_of-k3s /run/netns
+			touch /run/containerd/containerd.sock /var/log/pods/kube-system_x_of-k3s/0.log /run/netns/cni-other; ip link add cali0 type bridge`)
 		n.run(t, "/snap/microk8s/current/bin/microk8s", "hook", "remove")
+		n.run(t, "sh", "-ec", `rm /run/containerd/containerd.sock /var/log/pods/kube-system_x_of-k3s/0.log /run/netns/cni-other; ip link del cali0
+			cd /run; rmdir -p containerd/io.containerd.runtime.v2.task/moby/x; rmdir netns; cd /var/log; rmdir -p pods/kube-system_x_of-k3s`)
 		if diff := cmp.Diff(untouched, n.traces(t)); diff != "" {
 			t.Errorf("the host is not as it was before the first start (-before +after):\n%s", diff)
 		}
