@@ -176,7 +176,7 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 	return results, err
 }
 
-// Encryption gives the named control-plane nodes their keys of encryption at rest and restarts the API
+// Encryption hands the named control-plane nodes their keys of encryption at rest and restarts the API
 // server of each, one after the other, so that one of them always answers. It stops at the first node
 // that fails: the others keep the keys that they have. Nothing is kept for a node that is not
 // reached, because keys are not written down where they could be read.

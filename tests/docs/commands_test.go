@@ -113,6 +113,21 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// TestCommandsHaveARow wants each command in the table of refusals of docs/spec.
+func TestCommandsHaveARow(t *testing.T) {
+	_, table, _ := strings.Cut(tree(t)["docs/spec/cli.md"], "### 1.0")
+	table, _, _ = strings.Cut(table, "### 1.1")
+	names := regexp.MustCompile(`(?m)^\s+([a-z][a-z0-9-]+)`).FindAllStringSubmatch(output(t, "help"), -1)
+	if len(names) < 20 {
+		t.Fatalf("only %d commands are listed", len(names))
+	}
+	for _, m := range names {
+		if !strings.Contains(table, "`"+m[1]+"`") {
+			t.Errorf("docs/spec/cli.md 1.0 does not name the command %s", m[1])
+		}
+	}
+}
+
 // TestNames wants the make targets, scripts and tests that pages name to exist.
 func TestNames(t *testing.T) {
 	files := tree(t)

@@ -23,7 +23,6 @@ var plain = []struct {
 	{regexp.MustCompile(`(?i)\bbelongs? into\b`), "belongs in"},
 	{regexp.MustCompile(`(?i)\bsays whether\b`), "reports whether"},
 	{regexp.MustCompile(`(?i)\b(refuses|rejects|wakes|answers|tells|for|by) who (is|has|may|can|does|wants|knows)\b`), "a noun before who: callers who are not root"},
-	{regexp.MustCompile(`^\w+ gives (the|a|an|its|whether) `), "returns"},
 	{regexp.MustCompile(`(?i)\b(was|were) taken back\b|\btaking (it|that) back\b`), "undone, rolled back, revoked"},
 }
 
