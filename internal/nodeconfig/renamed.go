@@ -55,10 +55,17 @@ func CheckRegistered(env snapenv.Env, name string) error {
 	if err != nil || before == "" || name == "" || before == name || s.Changing {
 		return err
 	}
+	why := fmt.Sprintf("the host is called %s now", name)
 	next := fmt.Sprintf("go back with: hostnamectl set-hostname %s; or keep both names with --%s=%s in %s; then run: microk8s start",
 		before, overrideFlag, before, env.Args(Kubelet))
+	if f, err := File(env, Kubelet); err == nil {
+		if v, _ := f.Get(overrideFlag); v != "" {
+			why = fmt.Sprintf("--%s in %s is %s now", overrideFlag, env.Args(Kubelet), name)
+			next = fmt.Sprintf("change it to %s there and run: microk8s start", before)
+		}
+	}
 	if !s.Clustered && !s.Worker {
 		next += "; or make it a new node with: microk8s start --new-name"
 	}
-	return fmt.Errorf("this node is %s in its cluster, and the host is called %s now: %s", before, name, next)
+	return fmt.Errorf("this node is %s in its cluster, and %s: %s", before, why, next)
 }

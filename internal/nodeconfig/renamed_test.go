@@ -22,7 +22,7 @@ func TestRenamed(t *testing.T) {
 		{name: "the same name, written otherwise", keep: "n1", host: "N1\n"},
 		{name: "another name", keep: "n1", host: "n1b", says: []string{"is n1 in its cluster", "called n1b now", "hostnamectl set-hostname n1", "start --new-name"}},
 		{name: "another name, and the old one kept", files: map[string]string{Kubelet: "--hostname-override=n1\n"}, keep: "n1", host: "n1b"},
-		{name: "an override set later", files: map[string]string{Kubelet: "--hostname-override=n2\n"}, keep: "n1", host: "n1", says: []string{"is n1 in its cluster"}},
+		{name: "an override set later", files: map[string]string{Kubelet: "--hostname-override=n2\n"}, keep: "n1", host: "n1", says: []string{"is n1 in its cluster", "args/kubelet is n2 now: change it to n1 there", "start --new-name"}, not: "hostnamectl"},
 		{name: "in a cluster", locks: []string{snapenv.LockNoReissue}, keep: "n1", host: "n1b", says: []string{"hostnamectl"}, not: "--new-name"},
 		{name: "a worker", locks: []string{snapenv.LockWorker}, keep: "n1", host: "n1b", says: []string{"hostnamectl"}, not: "--new-name"},
 		{name: "while it joins", locks: []string{snapenv.LockJoining}, keep: "n1", host: "n1b"},
