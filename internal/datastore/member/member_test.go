@@ -82,6 +82,9 @@ func TestInitializeIsRepeatable(t *testing.T) {
 			if err := d.write(storedir.InitFile, tc.init); err != nil {
 				t.Fatal(err)
 			}
+			if err := d.write(storedir.EncryptionFile, "the installation's key"); err != nil {
+				t.Fatal(err)
+			}
 			got, err := d.prepare(nil)
 			known := tc.cluster == nil || done >= 2 // with info.yaml the id is known
 			if err != nil || got.Address != tc.node.Address || got.Role != tc.node.Role || got.ID == 0 || known && got != tc.node || d.Has(storedir.InitFile) {
