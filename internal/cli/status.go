@@ -27,6 +27,21 @@ type statusOptions struct {
 // notRunning is what scripts look for.
 const notRunning = "microk8s is not running. Use microk8s inspect for a deeper inspection."
 
+// slow stands in its place where the node's processes run and do not answer: nobody knows then
+// whether the node can be used.
+const slow = "microk8s is slow to answer. Wait for it with microk8s status --wait-ready, or see microk8s inspect."
+
+// headline is the first line of a report.
+func headline(r status.Report) string {
+	switch {
+	case r.Ready:
+		return "microk8s is running"
+	case r.Slow:
+		return slow
+	}
+	return notRunning
+}
+
 // policyNote is said wherever a person could believe otherwise (design, decision 3).
 const policyNote = "network policy: not enforced (see docs/scope.md)"
 
@@ -36,8 +51,8 @@ func (a *App) newStatus() *cobra.Command {
 		Use:   "status [--format pretty|yaml|short|json] [-w|--wait-ready] [-t|--timeout SECONDS] [-a|--addon NAME]",
 		Short: "Show the status of this node",
 		Long: `Show the status of this node, and if something is wrong, what, and what to do about it. It answers
-within 100 ms; what did not answer by then is named. Exit code 0 means that the node can be
-used, 1 that it cannot.`,
+within 100 ms when everything does; what is slow is waited for, up to a second in all, and then
+named. Exit code 0 means that the node can be used, 1 that it cannot or that nobody knows.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !slices.Contains([]string{"pretty", "yaml", "short", "json"}, o.format) {
@@ -146,17 +161,17 @@ func printAddon(w io.Writer, r status.Report, name string) error {
 		}
 		return x.Enabled && x.Name == name
 	})
-	_, err := fmt.Fprintln(w, state(on))
+	answer := state(on)
+	if r.Slow { // the addons are in the cluster, which does not answer
+		answer = "unknown"
+	}
+	_, err := fmt.Fprintln(w, answer)
 	return err
 }
 
 func printPretty(w io.Writer, r status.Report) error {
 	var b strings.Builder
-	if r.Ready {
-		b.WriteString("microk8s is running\n")
-	} else {
-		b.WriteString(notRunning + "\n")
-	}
+	b.WriteString(headline(r) + "\n")
 	printHA(&b, r.HA)
 	if r.Ready {
 		b.WriteString(policyNote + "\n")
@@ -226,7 +241,7 @@ func printProblems(b *strings.Builder, r status.Report) {
 func printShort(w io.Writer, r status.Report) error {
 	var b strings.Builder
 	if !r.Ready {
-		b.WriteString(notRunning + "\n")
+		b.WriteString(headline(r) + "\n")
 		printProblems(&b, r)
 	} else {
 		b.WriteString("microk8s is running\naddons:\n")
@@ -250,6 +265,7 @@ type statusJSON struct {
 type runningJSON struct {
 	Running bool   `json:"running"`
 	Message string `json:"message,omitempty"`
+	Slow    bool   `json:"slow,omitempty"` // it runs and does not answer
 }
 
 type haJSON struct {
@@ -291,7 +307,7 @@ func jsonOf(r status.Report) statusJSON {
 			out.Addons = append(out.Addons, addonJSON{x.Name, x.Repository, x.Description, x.Version, state(x.Enabled)})
 		}
 	} else {
-		out.MicroK8s.Message = notRunning
+		out.MicroK8s.Message, out.MicroK8s.Slow = headline(r), r.Slow
 	}
 	for _, p := range r.Problems {
 		out.Problems = append(out.Problems, problemJSON(p))
@@ -365,7 +381,7 @@ func fullDocument(r status.Report) *yaml.Node {
 
 func shortDocument(r status.Report) *yaml.Node {
 	if !r.Ready {
-		return yamlMap("microk8s", yamlMap("running", false, "message", notRunning))
+		return yamlMap("microk8s", yamlMap("running", false, "message", headline(r)))
 	}
 	list := yamlMap()
 	for _, x := range addons(r) {

@@ -79,11 +79,36 @@ func Run(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) er
 	}
 	setLimit(log, unix.RLIMIT_NOFILE, "open files", cmd.NoFile)
 	setLimit(log, unix.RLIMIT_MEMLOCK, "locked memory", cmd.MemLock)
+	if err := protect("/proc/self/oom_score_adj", name); err != nil {
+		log.Info("the kernel may end this service when memory is short, before it ends pods", "service", name, "error", err)
+	}
 	if err := os.Chdir(cmd.Dir); err != nil {
 		return fmt.Errorf("cannot start %s: %w", name, err)
 	}
 	err = unix.Exec(cmd.Path, append([]string{cmd.Path}, cmd.Args...), cmd.Env)
 	return fmt.Errorf("cannot start %s: %s: %w", name, cmd.Path, err)
+}
+
+// scores are what the kernel's OOM killer adds to the services' badness. The kubelet gives
+// guaranteed pods -997, and itself, which is kubelite, -999: services without which nothing goes
+// on are to outlive every pod, and so are the others, which take little.
+var scores = map[string]int{
+	"containerd": -999, "k8s-dqlite": -999, "kubelite": -999, "cluster-agent": -998, "apiserver-proxy": -998,
+}
+
+// protect writes the score of a service. Lowering it takes CAP_SYS_RESOURCE, which a container
+// that is the machine may lack.
+func protect(file, name string) error {
+	score, ok := scores[name]
+	if !ok {
+		return nil
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprint(f, score)
+	return errors.Join(err, f.Close())
 }
 
 // setLimit sets a resource limit, or as much of it as this process may.

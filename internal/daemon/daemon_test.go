@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -531,5 +532,25 @@ func TestHostIsProbedOnce(t *testing.T) {
 	n.Host = &hostprobe.Host{BootID: "given"}
 	if got := n.host().BootID; got != "given" {
 		t.Errorf("BootID = %q", got)
+	}
+}
+
+// TestServicesOutlivePods has a score for every service, below that of a guaranteed pod (-997).
+func TestServicesOutlivePods(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "oom_score_adj")
+	for _, name := range []string{"containerd", "k8s-dqlite", "kubelite", "cluster-agent", "apiserver-proxy"} {
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := protect(file, name); err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(file)
+		if score, bad := strconv.Atoi(string(text)); err != nil || bad != nil || score >= -997 {
+			t.Errorf("%s has the score %q (%v)", name, text, err)
+		}
+	}
+	if err := protect(filepath.Join(t.TempDir(), "nonesuch", "file"), "kubelite"); err == nil {
+		t.Error("a score that cannot be written is not reported")
 	}
 }

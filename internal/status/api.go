@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -89,6 +91,7 @@ func (c *apiClient) decodeAs(ctx context.Context, path, accept string, into any)
 // apiState is what the API server said.
 type apiState struct {
 	err     error // it cannot be reached or used
+	late    bool  // it takes connections and did not answer in time
 	healthy error // /readyz
 	service error // the service `kubernetes`
 	nodes   []corev1.Node
@@ -107,10 +110,12 @@ type apiState struct {
 	local   string
 }
 
-// nodesPath lists enough nodes to find one that is Ready.
-const nodesPath = "/api/v1/nodes?limit=500"
+// nodesPath lists some nodes, so that one that is not Ready is seen in a cluster of a few. The
+// local one is asked for besides: what status costs does not grow with the cluster.
+const nodesPath = "/api/v1/nodes?limit=50"
 
-func (p *Prober) probeAPI(ctx context.Context) apiState {
+// probeAPI asks the API server of the node called local.
+func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	s := apiState{}
 	c, err := p.client()
 	if err != nil {
@@ -118,6 +123,7 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 		return s
 	}
 	var list corev1.NodeList
+	var own corev1.Node
 	var records corev1.ConfigMapList
 	var foreign map[string]bool
 	var foreignErr error
@@ -127,6 +133,11 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
 		"addons":  func() { s.recordErr = c.decode(ctx, recordsPath, &records) },
 		"nodes":   func() { s.nodeErr = c.decode(ctx, nodesPath, &list) },
+		"own": func() { // where it is not registered the list says so
+			if local == "" || c.decode(ctx, "/api/v1/nodes/"+url.PathEscape(local), &own) != nil {
+				own = corev1.Node{}
+			}
+		},
 	})
 	if missed["foreign"] {
 		s.foreignErr = errors.New("the API server does not answer in time")
@@ -135,9 +146,12 @@ func (p *Prober) probeAPI(ctx context.Context) apiState {
 		s.foreign, s.foreignErr = foreign, foreignErr
 	}
 	if len(missed) > 0 || errors.Is(s.healthy, context.DeadlineExceeded) { // the same, told by the connection
-		return apiState{err: errors.New("the API server accepts connections and does not answer in time")}
+		return apiState{late: true, err: errors.New("the API server accepts connections and does not answer in time")}
 	}
 	s.nodes, s.version = list.Items, list.ResourceVersion
+	if own.Name != "" && !slices.ContainsFunc(s.nodes, func(n corev1.Node) bool { return n.Name == own.Name }) {
+		s.nodes = append(s.nodes, own)
+	}
 	s.records = records.Items
 	if s.healthy != nil {
 		var status *errStatus

@@ -23,14 +23,18 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Budget is how long each question may take; they are asked at the same time (design,
+// Budget is how long each question may take; they are asked at the same time, and the report is
+// made as soon as all are answered. What is slow is waited for so long, and then called slow (design,
 // promise 6).
-const Budget = 60 * time.Millisecond
+const Budget = time.Second
 
 // Report is the state of this node.
 type Report struct {
 	// Ready: the API server answers, has the service `kubernetes`, and some node is Ready.
 	Ready bool
+	// Slow: the API server's process runs and did not answer in time, so that nothing is known of
+	// the node and of the addons. Ready is then false.
+	Slow bool
 
 	HA       HA
 	Services []service.State // nil when the manager did not answer
@@ -121,9 +125,10 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		ports    []PortProblem
 		away     elsewhere
 	)
+	config := nodeconfig.Load(p.Env)
 	missed := gather(ctx, map[string]func(){
 		"services":   func() { services, svcErr = p.Manager.Status(ctx) },
-		"API":        func() { api = p.probeAPI(ctx) },
+		"API":        func() { api = p.probeAPI(ctx, config.NodeName) },
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
 		"members":    func() { ha = askHA(ctx, p.Env) },
@@ -152,7 +157,6 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	if !missed["disk"] {
 		r.Problems = append(r.Problems, local...)
 	}
-	config := nodeconfig.Load(p.Env)
 	if err := config.Err(nodeconfig.PartName); err != nil {
 		r.add("%v", err)("")
 	}
@@ -186,7 +190,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
 		}
 	}
-	answer := apiState{err: fmt.Errorf("the API server did not answer within %s", budget)}
+	answer := apiState{late: true, err: fmt.Errorf("the API server did not answer within %s", budget)}
 	if !missed["API"] {
 		answer = api
 	}
@@ -197,6 +201,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	r.addons(p.Env, answer)
 	p.seen(answer)
 	r.Ready = answer.ready()
+	r.Slow = answer.late && running(service.Kubelite)
 	if !r.Ready && len(r.Problems) == 0 {
 		r.add("%s", answer.why())("wait a moment, or see microk8s logs kubelite")
 	}

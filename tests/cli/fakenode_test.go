@@ -35,7 +35,7 @@ import (
 //	fakenode becomes    the node is not Ready until a watch of the nodes is opened
 func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
-		ts.Fatalf("usage: fakenode ready|notready|nodes N|failing|silent|becomes")
+		ts.Fatalf("usage: fakenode ready|notready|nodes N|failing|silent|mute|becomes")
 	}
 	env := snapenv.FromEnviron(ts.Getenv)
 	f := &node{kind: args[0], count: 1, watched: make(chan struct{})}
@@ -139,7 +139,7 @@ func (f *node) services(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (f *node) api(w http.ResponseWriter, r *http.Request) {
-	if f.kind == "silent" {
+	if f.kind == "silent" || f.kind == "mute" {
 		<-r.Context().Done()
 		return
 	}
