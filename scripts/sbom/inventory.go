@@ -17,6 +17,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/mod/modfile"
+
 	"microk8s/scripts/catalog"
 )
 
@@ -174,11 +176,13 @@ func (c *collector) modules(info *debug.BuildInfo) ([]string, error) {
 		from, note := m, ""
 		switch {
 		case m.Replace == nil:
-		case m.Replace.Version != "":
+		case strings.HasPrefix(m.Replace.Path, "./"): // beside the component's go.mod: ours, in place of it
+			continue
+		case modfile.IsDirectoryPath(m.Replace.Path):
+			note = "with changes of this repository"
+		default:
 			from = m.Replace
 			note = "in place of " + m.Path
-		default:
-			note = "with changes of this repository"
 		}
 		if ours(from.Path) {
 			continue
