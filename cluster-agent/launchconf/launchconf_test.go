@@ -107,8 +107,8 @@ version: 0.1.0
 containerdRegistryConfigs:
   docker.io: |
     server = "http://my.proxy:5000"
-  localhost:32000: x
-`, nil, nil, map[string]string{"certs.d/docker.io/hosts.toml": "server = \"http://my.proxy:5000\"\n", "certs.d/localhost:32000/hosts.toml": "x"}},
+  localhost:32000: x = 1
+`, nil, nil, map[string]string{"certs.d/docker.io/hosts.toml": "server = \"http://my.proxy:5000\"\n", "certs.d/localhost:32000/hosts.toml": "x = 1"}},
 		{"five daemons, one restart", `
 version: 0.1.0
 extraKubeAPIServerArgs: {--a: 1}
@@ -200,7 +200,7 @@ addons: [{name: --help}, {name: ../x}]
 addonRepositories: [{name: 'a b', url: x}, {name: ok, url: '--upload-pack=x'}]
 persistentClusterToken: short
 extraConfigFiles: {../evil: x, ..: x, a/b: x}
-containerdRegistryConfigs: {../certs.d2: x}
+containerdRegistryConfigs: {../certs.d2: x, docker.io: 'server = ['}
 extraKubeletArgs: {--v: "1\n--anonymous-auth", "no good": x}
 extraKubeliteEnv: {"A B": x, C: $(reboot)}
 extraSANs: [10.0.0.1, ok.example.com, "bad name", "x\n[v3_ext]"]
@@ -209,7 +209,7 @@ join: {url: nonsense}
 version: 9.9.9
 `, []string{
 			`"--help" is not the name of an addon`, `"../x" is not the name of an addon`, `"a b" is not the name of a repository`, `"--upload-pack=x" is neither`,
-			"persistentClusterToken: the token must have 32 characters", "openssl rand -hex 16", `"../evil" is not the name of a file`, `".." is not`, `"a/b" is not`, `"../certs.d2" is not the name of a registry`,
+			"persistentClusterToken: the token must have 32 characters", "openssl rand -hex 16", `"../evil" is not the name of a file`, `".." is not`, `"a/b" is not`, `"../certs.d2" is not the name of a registry`, "containerdRegistryConfigs: docker.io/hosts.toml:1: ",
 			"the value of --v is not one line", `"no good" is not the name of an option`, `"A B" is not the name of a variable`, "the value of C",
 			`"bad name" is neither`, "x\\n[v3_ext]", "join: Invalid connection", "document 2: config file version is 9.9.9",
 		}},

@@ -26,6 +26,7 @@ import (
 
 	"microk8s/cluster-agent/client"
 	"microk8s/cluster-agent/node"
+	"microk8s/internal/registryhosts"
 	"microk8s/internal/token"
 )
 
@@ -313,6 +314,10 @@ func (d *Document) check() (errs []error) {
 	for _, name := range slices.Sorted(maps.Keys(d.ContainerdRegistryFiles)) {
 		if !plainName(name) {
 			add(fmt.Errorf("containerdRegistryConfigs: %q is not the name of a registry", name))
+			continue
+		}
+		if err := registryhosts.Check(name+"/hosts.toml", []byte(d.ContainerdRegistryFiles[name])); err != nil {
+			add(fmt.Errorf("containerdRegistryConfigs: %w", err))
 		}
 	}
 	if d.Join != nil {

@@ -210,6 +210,9 @@ func TestNoSecretGetsOut(t *testing.T) {
 	}
 	files := unpack(t, path)
 	files["the terminal"] = out.String()
+	if !strings.Contains(out.String(), "certs.d/docker.io/hosts.toml:") {
+		t.Errorf("nothing is said of a hosts.toml that containerd cannot read:\n%s", &out)
+	}
 	for name, text := range files {
 		for _, s := range secrets {
 			for _, form := range append(forms(s), base64.StdEncoding.EncodeToString([]byte(s))) {

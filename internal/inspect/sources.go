@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/registryhosts"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -147,6 +148,9 @@ func (in *Inspector) findings(ctx context.Context) {
 	}
 	for _, finding := range hostFindings(in.Env.Host, nodeconfig.Load(in.Env)) {
 		warn("%s", finding)
+	}
+	for _, err := range registryhosts.CheckAll(in.Env.Args("certs.d")) {
+		warn("%v; containerd pulls as if the file were not there, or fails: correct it, no restart is needed", err)
 	}
 	if nodeconfig.ReadState(in.Env).LowMemory {
 		warn("the low memory guard is on: this machine is too small for a control plane")

@@ -58,7 +58,7 @@ func (img image) pack(program, arch string) ([]byte, error) {
 	return ociArchive(made, img.refs)
 }
 
-// labels are those of OCI's image specification (annotations.md). There is no revision: with the
+// labels are those of OCI's image specification (its page on annotations). There is no revision: with the
 // commit in it, an image would be another one, and its pods would be renewed, after each
 // commit, whatever that changed. Of our own programs no source is published under an address.
 func (img image) labels() (map[string]string, error) {
