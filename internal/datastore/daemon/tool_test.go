@@ -64,6 +64,9 @@ func TestDqliteTool(t *testing.T) {
 		{[]string{"k8s", "DELETE FROM log"}, "may write"},
 		{[]string{"k8s", "WITH x AS (SELECT 1) DELETE FROM log"}, "query"},
 		{[]string{"k8s", "SELECT nothing"}, "nothing"},
+		// Errors of a query that runs, not the name of its first column (larger-answers.patch).
+		{[]string{"k8s", "SELECT abs(-9223372036854775807 - 1) AS the_column"}, "integer overflow"},
+		{[]string{"k8s", "SELECT version, json('no json') FROM log"}, "malformed JSON"},
 		{[]string{"-f", "xml", "k8s", ".cluster"}, "xml"},
 		{[]string{"k8s"}, "2 arg"},
 	} {
