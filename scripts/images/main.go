@@ -84,6 +84,15 @@ var images = []image{
 		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/host-access", out) },
 	},
 	{
+		archive: "ingress-secrets",
+		refs:    []string{"microk8s.io/ingress-secrets:1"},
+		program: "/ingress-secrets",
+		user:    "65532:65532",
+		title:   "ingress-secrets",
+		note:    "Serves the ingress controller of MicroK8s the certificates that it may read.",
+		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/ingress-secrets", out) },
+	},
+	{
 		archive:   "metrics-server",
 		refs:      []string{"microk8s.io/metrics-server:0.9.0"},
 		program:   "/metrics-server",
