@@ -31,6 +31,8 @@ import (
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/images"
+	"microk8s/internal/ingressrights"
+	"microk8s/internal/kubelitestate"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -128,6 +130,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	}
 
 	group := daemons.NewGroup(ctx, log)
+	state := kubelitestate.NewWriter(env, log)
 	group.Go("image import", func(ctx context.Context) error {
 		if err := loadImages(ctx, env, log); err != nil && ctx.Err() == nil {
 			return err
@@ -148,13 +151,20 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 			return err
 		}
 		releaseOwnLeases(ctx, admin, log)
-		group.Start(parsed[daemons.ControllerManager])
-		group.Start(parsed[daemons.Scheduler])
+		group.StartAlone(parsed[daemons.ControllerManager], state)
+		group.StartAlone(parsed[daemons.Scheduler], state)
 		group.Go("shipped objects", untilDone(func(ctx context.Context) error {
 			return applyManifests(ctx, admin, env, log)
 		}))
 		group.Go("DNS servers", func(ctx context.Context) error {
 			return keepDNS(ctx, admin, env, log)
+		})
+		group.Go("rights of the ingress controller", func(ctx context.Context) error {
+			return ingressrights.Run(ctx, admin, log)
+		})
+	} else {
+		group.Go("membership", func(ctx context.Context) error {
+			return watchMembership(ctx, config.NodeName, kubeletKubeconfig(env, kubeletArgs), state, log)
 		})
 	}
 	group.Start(parsed[daemons.Proxy])
@@ -356,20 +366,25 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 			log.Warn("programs of this host will not reach Services", "err", err)
 		}
 	}
-	kubeconfig, ok := kubelet.Get("kubeconfig")
-	if !ok {
-		kubeconfig = env.Credential("kubelet.config")
-	}
 	options, err := podNetworkOptions(env)
 	if err != nil {
 		return err
 	}
-	options.Kubeconfig = os.Expand(kubeconfig, func(k string) string { v, _ := env.Lookup(k); return v })
+	options.Kubeconfig = kubeletKubeconfig(env, kubelet)
 	options.NodeName = config.NodeName
 	options.NodeIP = nodeIP
 	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
 	options.Env, options.Log = env, log
 	return network.Run(ctx, options)
+}
+
+// kubeletKubeconfig is the file with the kubelet's credentials.
+func kubeletKubeconfig(env snapenv.Env, kubelet *args.File) string {
+	path, ok := kubelet.Get("kubeconfig")
+	if !ok {
+		return env.Credential("kubelet.config")
+	}
+	return os.Expand(path, func(k string) string { v, _ := env.Lookup(k); return v })
 }
 
 // podNetworkOptions reads args/pod-network; where there is none, defaults hold.

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/status"
 )
 
 // gate refuses a command: it prints the refusal and gives the exit code as an error, or nil
@@ -110,6 +111,9 @@ func (a *App) worker(advice string, code int) gate {
 			sep = ""
 		}
 		fmt.Fprintln(a.Out, workerText+sep+advice)
+		if why := status.Removed(a.Env); why != "" {
+			fmt.Fprintln(a.Out, why)
+		}
 		return exitError(code)
 	}
 }

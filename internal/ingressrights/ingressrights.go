@@ -152,7 +152,7 @@ func (k *keeper) untilDone(ctx context.Context, step func(context.Context) error
 			return
 		}
 		next := pause.Step()
-		k.log.Warn("the rights of the ingress controller do not follow the Ingresses yet", "err", err, "again in", next)
+		k.log.Warn("the rights of the ingress controller do not follow the Ingresses yet", "err", err, "retry_in", next)
 		select {
 		case <-ctx.Done():
 		case <-time.After(next):

@@ -18,6 +18,7 @@ import (
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
+	"microk8s/internal/kubelitestate"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -162,6 +163,9 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	}
 	r.changeProblems(p.Env)
 	r.serviceProblems(p.Env, p.Now())
+	if running(service.Kubelite) {
+		r.daemonProblems(p.Env)
+	}
 	if !missed["ports"] && !missed["services"] { // without these there is no telling whose a port is
 		for _, pr := range ports {
 			if !running(pr.service) {
@@ -321,6 +325,40 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 	default:
 		r.add("services %s are not running", strings.Join(down, ", "))("start them with microk8s start")
 	}
+}
+
+// daemonProblems says which daemons inside kubelite are down while the others go on, with their own
+// words, and that the cluster has removed this node.
+func (r *Report) daemonProblems(env snapenv.Env) {
+	state, err := kubelitestate.Read(env)
+	if err != nil {
+		r.add("%v", err)("")
+		return
+	}
+	if state.Refused != "" {
+		r.add("the cluster has removed this node: %s", shorten(state.Refused))(removedAdvice)
+	}
+	for _, d := range state.Down {
+		times := ""
+		if d.Times > 1 {
+			times = fmt.Sprintf(" %d times", d.Times)
+		}
+		r.add("%s inside kubelite has ended%s and is started again, the other daemons go on; its error: %s", d.Name, times, shorten(d.Why))(
+			"if that names an argument, correct it in " + env.Args(d.Name) + " and run microk8s stop; microk8s start; or see microk8s logs kubelite")
+	}
+}
+
+// removedAdvice is what to do on a node that the cluster has removed.
+const removedAdvice = "to use this machine again: microk8s leave --force, and for a cluster: microk8s add-node on one of its control-plane nodes, and here the command which that prints"
+
+// Removed returns what is wrong with a node that the cluster has removed, as one sentence; "" while
+// it is in the cluster, or nothing is known.
+func Removed(env snapenv.Env) string {
+	state, err := kubelitestate.Read(env)
+	if err != nil || state.Refused == "" {
+		return ""
+	}
+	return Problem{What: "the cluster has removed this node: " + shorten(state.Refused), Do: removedAdvice}.String()
 }
 
 // justStarted is how long after a restart its cause is told.

@@ -18,6 +18,7 @@ import (
 
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/kubelitestate"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -365,5 +366,31 @@ func TestInterruptedChanges(t *testing.T) {
 		if r.changeProblems(env); len(r.Problems) != 1 || !strings.Contains(r.Problems[0].What, want) {
 			t.Errorf("%s: %v", text, r.Problems)
 		}
+	}
+}
+
+// What kubelite says about its daemons and about the node is a problem with its cause.
+func TestDaemonsInsideKubelite(t *testing.T) {
+	for _, tc := range []struct{ name, state, want string }{
+		{"all run", `{}`, ""},
+		{"one is down", `{"down":[{"name":"kube-controller-manager","why":"invalid CIDR","times":1}]}`,
+			"kube-controller-manager inside kubelite has ended and is started again, the other daemons go on; its error: invalid CIDR; if that names an argument, correct it in"},
+		{"again and again", `{"down":[{"name":"kube-scheduler","why":"lost","times":7}]}`, "has ended 7 times and is started again"},
+		{"the node was removed", `{"refused":"node w1 is not registered in this cluster"}`,
+			"the cluster has removed this node: node w1 is not registered in this cluster; to use this machine again: microk8s leave --force"},
+		{"half a file", `{`, "cannot read what kubelite says"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			env := snapenv.Under(t.TempDir())
+			write(t, kubelitestate.Path(env), tc.state)
+			r := Report{}
+			r.daemonProblems(env)
+			if text := fmt.Sprint(r.Problems); (len(r.Problems) == 0) != (tc.want == "") || !strings.Contains(text, tc.want) {
+				t.Errorf("problems: %s, want %q", text, tc.want)
+			}
+			if removed := Removed(env); strings.Contains(tc.state, "refused") != (removed != "") {
+				t.Errorf("removed: %q", removed)
+			}
+		})
 	}
 }

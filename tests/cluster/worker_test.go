@@ -1,10 +1,12 @@
 package cluster
 
 import (
+	"fmt"
 	"net/http"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"microk8s/cluster-agent/api"
 	membership "microk8s/internal/cluster"
@@ -103,6 +105,19 @@ func TestWorker(t *testing.T) {
 		if status, body := c.askAgent(t, "w1", "n1", c.workerPair(t, "w1"), api.PathRenew, api.RenewRequest{}); status != http.StatusUnauthorized {
 			t.Errorf("renew with the certificate of a node that was removed: %d %s", status, body)
 		}
+		removed := func(when string) {
+			eventually(t, time.Minute, func() error {
+				if r := c.status(t, "w1"); !strings.Contains(r.out, "the cluster has removed this node") || !strings.Contains(r.out, "microk8s leave") {
+					return fmt.Errorf("status of w1 %s: %s", when, r)
+				}
+				return nil
+			})
+		}
+		removed("at once")
+		c.run(t, "w1", "microk8s", "stop")
+		c.run(t, "w1", "microk8s", "start")
+		removed("after a restart")
+		c.wantNodes(t, "n1", "n1")
 	})
 }
 

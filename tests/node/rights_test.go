@@ -35,6 +35,9 @@ var verbs = []string{"get", "list", "watch", "create", "update", "patch", "delet
 // and kube-proxy have. What is allowed must be exactly the golden file: a right more is a hole,
 // a right less breaks nodes.
 func (n *node) testRights(t *testing.T) {
+	// A node without a record has no rights at all.
+	n.run(t, "microk8s", "kubectl", "create", "clusterrolebinding", "microk8s:node:worker-1", "--clusterrole=microk8s:registered-node", "--user=system:node:worker-1")
+	defer n.run(t, "microk8s", "kubectl", "delete", "clusterrolebinding", "microk8s:node:worker-1")
 	for _, who := range []struct{ file, cn, group string }{
 		{"kubelet", "system:node:worker-1", "system:nodes"},
 		{"kube-proxy", "system:kube-proxy", ""},

@@ -15,6 +15,8 @@ import (
 	"k8s.io/component-base/cli/globalflag"
 	"k8s.io/component-base/logs"
 	logsapi "k8s.io/component-base/logs/api/v1"
+	"k8s.io/component-base/version"
+	"k8s.io/klog/v2"
 	apiserverapp "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	apiserveroptions "k8s.io/kubernetes/cmd/kube-apiserver/app/options"
 	controllerapp "k8s.io/kubernetes/cmd/kube-controller-manager/app"
@@ -75,8 +77,44 @@ func newAPIServer(words []string) (func(context.Context) error, error) {
 		}
 		utilfeature.DefaultMutableFeatureGate.AddMetrics()
 		componentGlobals.AddMetrics()
-		return apiserverapp.Run(ctx, completed)
+		return serveAPI(ctx, completed)
 	}, nil
+}
+
+// putInFront is guard; a test leaves it out, to see what it is for.
+var putInFront = guard
+
+// serveAPI does what apiserverapp.Run does, with the same functions, and puts the gate of the
+// nodes' records in front (docs/adr/0016).
+func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) error {
+	klog.InfoS("Starting", "daemon", APIServer, "version", version.Get())
+	if options.InformerName == nil {
+		name, err := cache.NewInformerName(APIServer)
+		if err != nil {
+			return err
+		}
+		options.InformerName = name
+	}
+	config, err := apiserverapp.NewConfig(options)
+	if err != nil {
+		return err
+	}
+	if err := putInFront(config); err != nil {
+		return err
+	}
+	completed, err := config.Complete()
+	if err != nil {
+		return err
+	}
+	server, err := apiserverapp.CreateServerChain(completed)
+	if err != nil {
+		return err
+	}
+	prepared, err := server.PrepareRun()
+	if err != nil {
+		return err
+	}
+	return prepared.Run(ctx)
 }
 
 func newControllerManager(words []string) (func(context.Context) error, error) {
@@ -115,6 +153,7 @@ func newScheduler(words []string) (func(context.Context) error, error) {
 		if err != nil {
 			return err
 		}
+		defer name.Release() // for the next run
 		opts.InformerName = name
 		completed, sched, err := schedulerapp.Setup(ctx, opts)
 		if err != nil {

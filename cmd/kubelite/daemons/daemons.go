@@ -31,7 +31,7 @@ const (
 // daemonOrder is the order in which the daemons' words are looked at.
 var daemonOrder = []string{APIServer, ControllerManager, Scheduler, Proxy, Kubelet}
 
-// Daemon is a parsed daemon, ready to run once.
+// Daemon is a parsed daemon, ready to run.
 type Daemon struct {
 	Name string
 	// Run blocks until the daemon ends. It ends in good order when ctx does, unless EndsProcess
@@ -41,6 +41,9 @@ type Daemon struct {
 	// controller manager and the scheduler end the process on the spot, with whatever else
 	// runs in it. They are left to end with the process.
 	EndsProcess bool
+
+	// again makes another Run; nil for a daemon that runs once in a process.
+	again func() (func(ctx context.Context) error, error)
 }
 
 // parsers make a Daemon of command line words. The returned error is about the words.
@@ -73,6 +76,14 @@ func Parse(words map[string][]string) (map[string]*Daemon, error) {
 			continue
 		}
 		out[name] = &Daemon{Name: name, Run: run, EndsProcess: name != APIServer && name != Kubelet}
+		if name == ControllerManager || name == Scheduler {
+			out[name].again = func() (func(context.Context) error, error) {
+				if err := forget(name); err != nil {
+					return nil, err
+				}
+				return parsers[name](w)
+			}
+		}
 	}
 	if len(errs) > 0 {
 		return nil, errors.Join(errs...)
@@ -87,13 +98,15 @@ func Parse(words map[string][]string) (map[string]*Daemon, error) {
 // ErrEnded is the cause when a daemon returned although nobody asked it to.
 var ErrEnded = errors.New("ended by itself")
 
-// Group runs daemons until the first one ends.
+// Group runs daemons until the first one ends, but for those of [Group.StartAlone].
 type Group struct {
 	log  *slog.Logger
 	ctx  context.Context
 	stop context.CancelFunc
 	done chan result
 	run  []string // names of the jobs that end with ctx and still run
+
+	restart time.Duration // see firstRestart; 0 but in tests
 }
 
 type result struct {

@@ -27,7 +27,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apiserver/pkg/storage/cacher/consistency"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	apiserverapp "k8s.io/kubernetes/cmd/kube-apiserver/app"
 
 	"microk8s/internal/args"
 	"microk8s/internal/pki/pkitest"
@@ -41,10 +43,16 @@ const checkPeriod = 2 * time.Second
 
 // The test binary is also the API server: its feature gates belong to a process.
 func TestMain(m *testing.M) {
+	if os.Getenv("TEST_KUBE_CONTROLLERS") != "" {
+		os.Exit(controllersMain())
+	}
 	if os.Getenv("TEST_KUBE_APISERVER") == "" {
 		os.Exit(m.Run())
 	}
 	consistency.CheckPeriod = checkPeriod
+	if os.Getenv("TEST_WITHOUT_GATE") != "" {
+		putInFront = func(*apiserverapp.Config) error { return nil }
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	d, err := Parse(map[string][]string{APIServer: os.Args[1:]})
@@ -60,7 +68,26 @@ func TestMain(m *testing.M) {
 // storage is an API server with the node's own arguments, on the real datastore.
 type storage struct {
 	*kubernetes.Clientset
+	cfg *rest.Config // the administrator's
+	env snapenv.Env
 	log string
+}
+
+// kubeconfig writes the administrator's, with the port of this API server.
+func (s *storage) kubeconfig(t *testing.T) string {
+	t.Helper()
+	c, err := clientcmd.LoadFromFile(s.env.AdminKubeconfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cluster := range c.Clusters {
+		cluster.Server = s.cfg.Host
+	}
+	path := filepath.Join(t.TempDir(), "kubeconfig")
+	if err := clientcmd.WriteToFile(*c, path); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // process runs a program until the test ends; its output goes to a file.
@@ -100,8 +127,9 @@ func freePort(t *testing.T) string {
 	return port
 }
 
-// newStorage sets a node up in a temporary folder and starts its datastore and API server.
-func newStorage(t *testing.T) *storage {
+// newStorage sets a node up in a temporary folder and starts its datastore and its API server, the
+// latter with environment variables besides its own.
+func newStorage(t *testing.T, environ ...string) *storage {
 	t.Helper()
 	build, err := filepath.Abs("../../../build")
 	if err != nil {
@@ -137,7 +165,7 @@ func newStorage(t *testing.T) *storage {
 	if err := os.WriteFile(init, []byte("Address: 127.0.0.1:"+freePort(t)+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := &storage{log: filepath.Join(env.Data, "kube-apiserver.log")}
+	s := &storage{env: env, log: filepath.Join(env.Data, "kube-apiserver.log")}
 	process(t, filepath.Join(env.Data, "k8s-dqlite.log"), exec.Command(filepath.Join(build, "bin/k8s-dqlite"), words("k8s-dqlite")...))
 	eventually(t, "the datastore listens", func() error { _, err := os.Stat(env.DatastoreSocket()); return err })
 
@@ -146,7 +174,7 @@ func newStorage(t *testing.T) *storage {
 		"--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none",
 		// Otherwise a token of a list expires after five minutes only.
 		"--etcd-compaction-interval=5s")...)
-	server.Env = append(os.Environ(), "TEST_KUBE_APISERVER=1")
+	server.Env = append(append(os.Environ(), "TEST_KUBE_APISERVER=1"), environ...)
 	process(t, s.log, server)
 
 	cfg, err := clientcmd.BuildConfigFromFlags("https://127.0.0.1:"+port, env.AdminKubeconfig())
@@ -154,6 +182,7 @@ func newStorage(t *testing.T) *storage {
 		t.Fatal(err)
 	}
 	cfg.QPS, cfg.Burst = -1, -1
+	s.cfg = cfg
 	if s.Clientset, err = kubernetes.NewForConfig(cfg); err != nil {
 		t.Fatal(err)
 	}
