@@ -11,10 +11,12 @@ import (
 	"path/filepath"
 	"strings"
 
+	"microk8s/internal/args"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
 
@@ -209,7 +211,8 @@ func copyOnce(to, from string) (err error) {
 	return part.Sync()
 }
 
-// defaultArgs copies shipped argument files that are not there yet. A colon cannot be in a file
+// defaultArgs copies shipped argument files that are not there yet, and completes those of
+// Kubernetes' daemons in which a person has written something before the first start. A colon cannot be in a file
 // name of every build system, so the package writes two underscores for it in directories.
 func (in *Installer) defaultArgs(context.Context) error {
 	a, from := in.access(), in.Env.DefaultArgs()
@@ -228,8 +231,14 @@ func (in *Installer) defaultArgs(context.Context) error {
 		if d.IsDir() {
 			return a.SharedDir(to)
 		}
-		if _, err := os.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
+		there := false
+		if _, err := os.Lstat(to); err == nil {
+			there = true
+		} else if !errors.Is(err, fs.ErrNotExist) {
 			return err
+		}
+		if there && (nodeconfig.ReadState(in.Env).Installed || args.GrammarFor(rel) != args.GrammarA) {
+			return nil
 		}
 		data, err := os.ReadFile(path)
 		if err != nil {
@@ -240,11 +249,36 @@ func (in *Installer) defaultArgs(context.Context) error {
 				return err
 			}
 		}
+		if there {
+			if data, err = withArguments(data, to); err != nil || data == nil {
+				return err
+			}
+		}
 		if err := a.WriteShared(to, data); err != nil {
 			return err
 		}
 		return in.changed(to)
 	})
+}
+
+// withArguments returns default arguments with those that a person has written into the file at
+// path before the first start, which count; nil where the file has them all.
+func withArguments(defaults []byte, path string) ([]byte, error) {
+	own, err := args.Load(path, args.GrammarA)
+	if err != nil {
+		return nil, err
+	}
+	file, err := args.Parse(defaults, args.GrammarA)
+	if err != nil {
+		return nil, err
+	}
+	for _, flag := range own.Flags() {
+		file.Unset(flag)
+	}
+	if file.Empty() {
+		return nil, nil
+	}
+	return append(file.Bytes(), own.Bytes()...), nil
 }
 
 // setAside is for a release that kept the datastore in $SNAP_DATA: when a refresh from it was

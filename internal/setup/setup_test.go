@@ -156,6 +156,33 @@ func TestInstall(t *testing.T) {
 	}
 }
 
+// TestArgumentsBeforeTheFirstStart has a person write single flags before there is a node.
+func TestArgumentsBeforeTheFirstStart(t *testing.T) {
+	in := machine(t)
+	path := in.Env.Args("kubelet")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("# mine\n--hostname-override=blue\n--fail-swap-on=true"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second run is that of a later version
+		if err := in.Install(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		f, err := args.Load(path, args.GrammarA)
+		if err != nil {
+			t.Fatal(err)
+		}
+		none := func(string) (string, bool) { return "", false }
+		for flag, want := range map[string]string{"hostname-override": "blue", "fail-swap-on": "true", "anonymous-auth": "false"} {
+			if got := f.Values(flag, none); len(got) != 1 || got[0] != want {
+				t.Errorf("--%s is %q, want %s", flag, got, want)
+			}
+		}
+	}
+}
+
 func TestKilledAnywhereAndRunAgain(t *testing.T) {
 	whole := machine(t)
 	points := 0
@@ -227,7 +254,7 @@ func TestNothingOfTheUsersIsTouched(t *testing.T) {
 	in := machine(t)
 	env := in.Env
 	for path, text := range map[string]string{
-		env.Args("kubelet"):                            "--mine=1\n",
+		env.Args("containerd-env"):                     "MINE=1\n",
 		env.HostPath("etc/cni/net.d/10-mine.conflist"): "{}",
 		env.HostPath("var/lib/kubelet/file"):           "x",
 		filepath.Join(env.CNIBin(), "bridge"):          "my own",
@@ -244,7 +271,7 @@ func TestNothingOfTheUsersIsTouched(t *testing.T) {
 			t.Fatal(err)
 		}
 		for path, text := range map[string]string{
-			env.Args("kubelet"): "--mine=1\n", env.HostPath("etc/cni/net.d/10-mine.conflist"): "{}",
+			env.Args("containerd-env"): "MINE=1\n", env.HostPath("etc/cni/net.d/10-mine.conflist"): "{}",
 			env.HostPath("var/lib/kubelet/file"): "x", filepath.Join(env.CNIBin(), "bridge"): "my own",
 		} {
 			if got, err := os.ReadFile(path); err != nil || string(got) != text {
