@@ -47,10 +47,6 @@ var never = []authorizationv1.ResourceAttributes{
 	{Verb: "delete", Resource: "validatingadmissionpolicybindings", Group: "admissionregistration.k8s.io"},
 }
 
-// ingressReads: the addon ingress reads the Secrets of all namespaces. Its rights are to follow the
-// Ingresses; then this goes.
-const ingressReads = true
-
 // testWorkerRoot plays root on a worker: every credential on its disk and in its pods' mounts is tried
 // with the API, the agent of a control-plane node, and the datastore.
 func (c *cluster) testWorkerRoot(t *testing.T, server, worker string) {
@@ -83,9 +79,6 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string) {
 			t.Fatal(err)
 		}
 		for _, right := range never {
-			if ingressReads && right.Resource == "secrets" && strings.HasPrefix(name, "the token ") {
-				continue
-			}
 			review, err := k.AuthorizationV1().SelfSubjectAccessReviews().Create(t.Context(), &authorizationv1.SelfSubjectAccessReview{
 				Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &right},
 			}, metav1.CreateOptions{})
