@@ -216,9 +216,7 @@ func TestLeaveOnACopyOfAMember(t *testing.T) {
 				t.Error("it is not recognised")
 			}
 			n := s.node()
-			var dialled []string
 			n.Dial = func(ctx context.Context, network, address string) (net.Conn, error) {
-				dialled = append(dialled, address)
 				if address == "10.9.0.77:19001" {
 					return nil, errors.New("nobody there")
 				}

@@ -84,8 +84,8 @@ func helperSupervise() int {
 }
 
 // sleeper is a service that runs until it is told to end, and says so in order.log.
-const sleeper = `echo "$0 started with $SNAP_DATA"
-trap 'echo $(basename $0) >> $SNAP_COMMON/order.log; exit 0' TERM
+const sleeper = `trap 'echo $(basename $0) >> $SNAP_COMMON/order.log; exit 0' TERM
+echo "$0 started with $SNAP_DATA"
 while :; do sleep 0.05; done`
 
 type harness struct {

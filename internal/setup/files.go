@@ -250,7 +250,7 @@ func (in *Installer) defaultArgs(context.Context) error {
 			}
 		}
 		if there {
-			if data, err = withArguments(data, to); err != nil || data == nil {
+			if data, err = withArguments(data, in.Env, rel); err != nil || data == nil {
 				return err
 			}
 		}
@@ -261,10 +261,10 @@ func (in *Installer) defaultArgs(context.Context) error {
 	})
 }
 
-// withArguments returns default arguments with those that a person has written into the file at
-// path before the first start, which count; nil where the file has them all.
-func withArguments(defaults []byte, path string) ([]byte, error) {
-	own, err := args.Load(path, args.GrammarA)
+// withArguments returns default arguments with those that a person has written into the file of
+// this name before the first start, which count; nil where the file has them all.
+func withArguments(defaults []byte, env snapenv.Env, name string) ([]byte, error) {
+	own, err := nodeconfig.File(env, name)
 	if err != nil {
 		return nil, err
 	}
