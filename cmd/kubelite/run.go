@@ -359,9 +359,15 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
 		return err
 	}
+	// Of the arguments in use and not of the file: a host without a default route adds it.
 	var nodeIP netip.Addr // the first one when there is one of each family
-	if len(config.NodeIPs) > 0 {
-		nodeIP = config.NodeIPs[0]
+	if v, ok := kubelet.Get("node-ip"); ok {
+		first, _, _ := strings.Cut(v, ",")
+		ip, err := netip.ParseAddr(first)
+		if err != nil {
+			return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
+		}
+		nodeIP = ip
 		if err := hostnet.ServiceRoutes(config.APIServer.ServiceCIDRs, nodeIP); err != nil {
 			log.Warn("programs of this host will not reach Services", "err", err)
 		}
