@@ -355,7 +355,10 @@ func TestDbctl(t *testing.T) {
 	if code := d.run("backup", "-o", keep, "--keep", "1"); code != 1 || !strings.Contains(d.err.String(), "Backup process failed. ") || strings.Contains(d.out.String(), "The backup is") {
 		t.Errorf("%d: %s%s", code, &d.out, &d.err)
 	}
-	if code := d.run("restore", renamed); code != 3 {
+	if code := d.run("restore", renamed); code != 2 || !strings.Contains(d.err.String(), "cannot keep a copy") {
+		t.Errorf("%d: %s", code, &d.err)
+	}
+	if code := d.run("restore", "--no-copy", renamed); code != 3 {
 		t.Errorf("%d: %s", code, &d.err)
 	}
 	if now := strings.Join(names(t, keep), " "); now != kept {

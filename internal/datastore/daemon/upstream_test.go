@@ -178,7 +178,7 @@ func TestUpstreamDirectoryIsMigrated(t *testing.T) {
 			u.close()
 
 			p := start(t, dir)
-			if !strings.Contains(p.log.String(), "taken over") {
+			if !strings.Contains(p.log.String(), "was migrated") {
 				t.Error("the log does not tell")
 			}
 			// 22 is our health key.
