@@ -205,6 +205,10 @@ type cluster struct {
 }
 
 func newCluster(cfg *rest.Config, log *slog.Logger) (*cluster, error) {
+	// Some dozens of requests, to our own machine. With client-go's 5 a second they would take
+	// longer than everything else of a node's start.
+	cfg = rest.CopyConfig(cfg)
+	cfg.QPS, cfg.Burst = 100, 200
 	client, err := dynamic.NewForConfig(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("cannot reach the cluster: %w", err)

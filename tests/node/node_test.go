@@ -208,7 +208,7 @@ func (n *node) testStatusAPIDown(t *testing.T) {
 	defer n.waitReady(t)
 	defer n.run(t, "nft", "delete table inet down_test")
 	out, err := n.tryAll(t, "", "microk8s", "status")
-	if exitCode(err) != 1 || !strings.Contains(out, "microk8s is not running") || !strings.Contains(out, "datastore master nodes: 127.0.0.1:19001") {
+	if exitCode(err) != 1 || !strings.Contains(out, "microk8s is slow to answer") || !strings.Contains(out, "datastore master nodes: 127.0.0.1:19001") {
 		t.Errorf("status with the API unreachable: %v\n%s", err, out)
 	}
 }
