@@ -11,7 +11,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -367,38 +366,4 @@ func (s *Set) Digests() map[string]string {
 		out[flag] = hex.EncodeToString(sum[:6])
 	}
 	return out
-}
-
-// Differences lists the flags in which two nodes differ, by name.
-func Differences(a, b map[string]string) (flags []string) {
-	for flag, d := range a {
-		if b[flag] != d {
-			flags = append(flags, flag)
-		}
-	}
-	for flag := range b {
-		if _, both := a[flag]; !both {
-			flags = append(flags, flag)
-		}
-	}
-	slices.Sort(flags)
-	return flags
-}
-
-// Encode returns digests as a line of JSON, which [Decode] reads.
-func Encode(digests map[string]string) string {
-	data, err := json.Marshal(digests)
-	if err != nil {
-		return "{}" // cannot be: strings only
-	}
-	return string(data)
-}
-
-// Decode reads what [Encode] wrote; nil where it is not that.
-func Decode(text string) map[string]string {
-	var d map[string]string
-	if json.Unmarshal([]byte(text), &d) != nil {
-		return nil
-	}
-	return d
 }

@@ -89,7 +89,7 @@ func TestCarried(t *testing.T) {
 	put(t, elsewhere+"/pods.yaml", "a standard")
 	second := node(t, mine+"--feature-gates=C=true\n--anonymous-auth=false\n--service-account-key-file=${SNAP_DATA}/certs/serviceaccount.key\n--profiling=false\n", nil)
 
-	if d := Differences(digests(t, first), digests(t, second)); !slices.Contains(d, "service-account-issuer") || !slices.Contains(d, "anonymous-auth") || slices.Contains(d, "service-account-key-file") {
+	if d := differences(digests(t, first), digests(t, second)); !slices.Contains(d, "service-account-issuer") || !slices.Contains(d, "anonymous-auth") || slices.Contains(d, "service-account-key-file") {
 		t.Errorf("they differ in %v", d)
 	}
 	changed := carry(t, first, second)
@@ -98,7 +98,7 @@ func TestCarried(t *testing.T) {
 			t.Errorf("--%s was not carried: %v", want, changed)
 		}
 	}
-	if d := Differences(digests(t, first), digests(t, second)); len(d) > 0 {
+	if d := differences(digests(t, first), digests(t, second)); len(d) > 0 {
 		t.Errorf("after it they differ in %v", d)
 	}
 	f, err := args.Load(second.Args(service), args.GrammarA)
@@ -152,7 +152,7 @@ func TestShippedArguments(t *testing.T) {
 	first := node(t, string(text), files)
 	files["var/kubernetes/backend/"+encryption.FileName] = string(encryption.New())
 	second := node(t, string(text), files)
-	if d := Differences(digests(t, first), digests(t, second)); !slices.Equal(d, []string{encryption.Flag}) {
+	if d := differences(digests(t, first), digests(t, second)); !slices.Equal(d, []string{encryption.Flag}) {
 		t.Fatalf("two new nodes differ in %v", d)
 	}
 	set, problems, err := Read(first)
@@ -232,13 +232,23 @@ func TestHostileSets(t *testing.T) {
 func TestDigestsAreOfMeaning(t *testing.T) {
 	a := digests(t, node(t, "--enable-admission-plugins=A,B\n--service-account-issuer=x\n--service-account-issuer=y\n", nil))
 	b := digests(t, node(t, "--enable-admission-plugins=\"B,A\"\n--service-account-issuer=y\n--service-account-issuer=x\n", nil))
-	if d := Differences(a, b); !slices.Equal(d, []string{"service-account-issuer"}) {
+	if d := differences(a, b); !slices.Equal(d, []string{"service-account-issuer"}) {
 		t.Errorf("they differ in %v", d)
 	}
-	if back := Decode(Encode(a)); len(Differences(a, back)) > 0 || Decode("[") != nil {
-		t.Errorf("%v became %v", a, back)
+}
+
+// differences lists the flags in which two nodes differ, by name.
+func differences(a, b map[string]string) (flags []string) {
+	for flag, d := range a {
+		if b[flag] != d {
+			flags = append(flags, flag)
+		}
 	}
-	if strings.Contains(Encode(a), `"x"`) {
-		t.Error("a value is in the digests")
+	for flag := range b {
+		if _, both := a[flag]; !both {
+			flags = append(flags, flag)
+		}
 	}
+	slices.Sort(flags)
+	return flags
 }
