@@ -25,7 +25,7 @@ func WriteConflist(env snapenv.Env, subnets []netip.Prefix, mtu int) error {
 	if err := os.MkdirAll(env.CNIConf(), 0o755); err != nil {
 		return fmt.Errorf("cannot write the CNI configuration: %w", err)
 	}
-	return atomicfile.Write(path, data, 0o644, nil)
+	return atomicfile.Write(path, data, 0o600, nil) // only containerd reads it, which is root
 }
 
 func conflist(env snapenv.Env, subnets []netip.Prefix, mtu int) ([]byte, error) {
