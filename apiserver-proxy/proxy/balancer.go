@@ -155,7 +155,7 @@ func (b *Balancer) retire(s *server) {
 	})
 }
 
-// rebuild gives new connections to the healthy servers, or to all if none is. mu is held.
+// rebuild sends new connections to the healthy servers, or to all if none is. mu is held.
 func (b *Balancer) rebuild() {
 	var well, rest []*server
 	for _, s := range b.servers {

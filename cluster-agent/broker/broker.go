@@ -5,7 +5,7 @@
 // A call first finds everything that speaks against it, then reserves the token, and only then
 // changes anything. What a join changes here is the datastore's address, once, when the first
 // member still listens on the loopback; nothing takes that back (ADR 10). A token for a
-// node that was installed anew also removes the dead member that it was before.
+// node that was reinstalled also removes the dead member that it was before.
 //
 // Statuses and texts are upstream's (cluster-agent.md 3.3); what is said beside them is in the
 // member `code` of an error. What one node is asked to do by others is in cluster-agent/node.

@@ -62,7 +62,7 @@ type joining struct {
 	members []storedir.Member // nil with an external etcd
 
 	arguments *serverargs.Set // of the API server, for a control-plane node
-	replaces  string          // address of the datastore's member that this node was before it was installed anew
+	replaces  string          // address of the datastore's member that this node was before it was reinstalled
 }
 
 func (b *Broker) join(w http.ResponseWriter, r *http.Request) {
@@ -302,7 +302,7 @@ func (b *Broker) nameOf(ctx context.Context, name string, worker bool) (string, 
 
 // memberProblem refuses an address that a member of the datastore has. The file that lists the
 // members may be a moment old, so the daemon is asked. A token for this node's name says that it was
-// installed anew: then its old member goes, if it does not live.
+// reinstalled: then its old member goes, if it does not live.
 func (b *Broker) memberProblem(ctx context.Context, j *joining) error {
 	live, err := b.Live(ctx)
 	if err != nil {

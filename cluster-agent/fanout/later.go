@@ -64,7 +64,7 @@ func (c *Cluster) late(ctx context.Context) (map[string]late, error) {
 	return decodeLate(secret), nil
 }
 
-// changeLate replaces the pending changes of one node by what change gives; an empty one is
+// changeLate replaces the pending changes of one node by what change returns; an empty one is
 // removed. change is called again when somebody else was faster. Nothing is written where it
 // changes nothing.
 func (c *Cluster) changeLate(ctx context.Context, node string, change func(late) late) error {

@@ -336,7 +336,7 @@ func reconcileAddons(ctx context.Context, admin *rest.Config, env snapenv.Env, l
 }
 
 // keepDNS has a second DNS server started when there is a second node, and all of them started
-// anew when the host gets other name servers.
+// again when the host gets other name servers.
 func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog.Logger) error {
 	set, err := addon.Open(env, admin, log)
 	if err != nil {

@@ -19,14 +19,14 @@ import (
 )
 
 // resolversAnnotation is on the pods of CoreDNS; it changes when they are to read the host's
-// name servers anew, which a pod has from its start.
+// name servers again: a pod reads them only when it starts.
 const resolversAnnotation = "microk8s.io/resolvers-changed"
 
 // resolverPause is how long a resolver configuration must have stayed as it is: programs write it
 // in several steps.
 const resolverPause = time.Second
 
-// FollowResolvers starts the DNS servers anew when the name servers in one of the files change,
+// FollowResolvers restarts the DNS servers when the name servers in one of the files change,
 // until ctx ends. Where `enable dns` was given name servers, the host's do not matter.
 func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 	var real []string

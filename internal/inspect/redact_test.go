@@ -316,7 +316,7 @@ func FuzzRedact(f *testing.F) {
 	const secret = "Zq7wPfX2kVbN"
 	f.Fuzz(func(t *testing.T, before, after string, file bool) {
 		if strings.Contains(before+after, secret) {
-			t.Skip()
+			return
 		}
 		text := before + "\n--password=" + secret + "\n" + after
 		got := r.Redact(text)

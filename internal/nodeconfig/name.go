@@ -36,7 +36,7 @@ func (r *reader) nodeName(hostname func() (string, error)) (string, error) {
 	}
 	name = normalized(name)
 	if err := CheckNodeName(name); err != nil {
-		next := fmt.Sprintf("correct it and run: microk8s start")
+		next := "correct it and run: microk8s start"
 		if override == "" {
 			next = fmt.Sprintf("change it with: hostnamectl set-hostname NAME; or leave it and add --%s=NAME to %s; then run: microk8s start", overrideFlag, r.env.Args(Kubelet))
 		}

@@ -138,7 +138,7 @@ func runToEnd(ctx context.Context, name string, run func(context.Context) error)
 		asked = true
 	default:
 	}
-	// The controller manager gives its lease up, and asks for the end of the process, when it could
+	// The controller manager releases its lease, and asks for the end of the process, when it could
 	// not start; then it returns the cause. Otherwise it returns nothing.
 	if asked && errors.Is(err, ErrEnded) {
 		err = ErrLease
