@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
 
+	"microk8s/cluster-agent/agreement"
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/fanout"
@@ -188,6 +189,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 			}
 			return keeper.Run(ctx)
 		})
+		group.Go(func() error { return (&agreement.Keeper{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })
 		group.Go(func() error {
 			return (&fanout.Keeper{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)
 		})

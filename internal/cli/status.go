@@ -260,6 +260,20 @@ type statusJSON struct {
 	NetworkPolicy policyJSON    `json:"network-policy"`
 	Addons        []addonJSON   `json:"addons,omitempty"`
 	Problems      []problemJSON `json:"problems,omitempty"`
+	// Differences are arguments in which control-plane nodes must agree and do not.
+	Differences []differenceJSON `json:"argument-differences,omitempty"`
+}
+
+type differenceJSON struct {
+	Argument string      `json:"argument"`
+	Values   []valueJSON `json:"values"`
+}
+
+// valueJSON is nodes with the same value. The value itself is not known here.
+type valueJSON struct {
+	Nodes      []string `json:"nodes"`
+	Set        bool     `json:"set"`
+	Unreadable bool     `json:"unreadable,omitempty"` // its file
 }
 
 type runningJSON struct {
@@ -311,6 +325,13 @@ func jsonOf(r status.Report) statusJSON {
 	}
 	for _, p := range r.Problems {
 		out.Problems = append(out.Problems, problemJSON(p))
+	}
+	for _, d := range r.Differences {
+		x := differenceJSON{Argument: "--" + d.Argument}
+		for _, g := range d.Groups {
+			x.Values = append(x.Values, valueJSON(g))
+		}
+		out.Differences = append(out.Differences, x)
 	}
 	return out
 }
@@ -375,6 +396,21 @@ func fullDocument(r status.Report) *yaml.Node {
 	}
 	if len(items) > 0 {
 		doc.Content = append(doc.Content, yamlScalar("problems"), yamlList(items))
+	}
+	items = nil
+	for _, d := range j.Differences {
+		var values []*yaml.Node
+		for _, v := range d.Values {
+			var nodes []*yaml.Node
+			for _, n := range v.Nodes {
+				nodes = append(nodes, yamlScalar(n))
+			}
+			values = append(values, yamlMap("nodes", yamlList(nodes), "set", v.Set))
+		}
+		items = append(items, yamlMap("argument", d.Argument, "values", yamlList(values)))
+	}
+	if len(items) > 0 {
+		doc.Content = append(doc.Content, yamlScalar("argument-differences"), yamlList(items))
 	}
 	return doc
 }

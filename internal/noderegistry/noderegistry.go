@@ -9,6 +9,7 @@
 package noderegistry
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -33,6 +34,8 @@ const (
 	Prefix = "microk8s:node:"
 	// Label marks the records, with the value "true".
 	Label = "microk8s.io/node-record"
+	// ControlPlaneLabel marks those of control-plane nodes besides, with the value "true".
+	ControlPlaneLabel = "microk8s.io/control-plane-record"
 	// UserPrefix is in front of the node's name in the user that its kubelet is.
 	UserPrefix = "system:node:"
 )
@@ -44,8 +47,13 @@ const (
 	annotationSince    = "microk8s.io/since"
 	annotationUntil    = "microk8s.io/until"
 	annotationSecrets  = "microk8s.io/secrets"
+	annotationServer   = "microk8s.io/server-arguments"
 	annotationComplete = "microk8s.io/complete" // of the ClusterRole
 )
+
+// ControlPlanePath lists the bindings that are records of control-plane nodes, for clients that
+// decode them with [Decode].
+const ControlPlanePath = bindings + "?labelSelector=" + ControlPlaneLabel + "%3Dtrue"
 
 // NodeRole is what a node does in the cluster.
 type NodeRole string
@@ -70,6 +78,9 @@ type Record struct {
 	// Secrets is the form of callback secrets that the node's agent is known to speak: 2, or 0
 	// for upstream's and for earlier builds.
 	Secrets int
+	// ServerArguments is what a control-plane node says of its API server's arguments, as
+	// serverargs.Summary.String writes it; "" of workers, and before the node's agent has said it.
+	ServerArguments string
 	// UID is that of the object, and tells a record from a later one of the same name.
 	UID types.UID
 }
@@ -159,7 +170,9 @@ func (g Registry) Put(ctx context.Context, r Record) error {
 			return getErr
 		}
 		if was := decode(old); was.Join == r.Join && was.Role == r.Role {
-			b := encode(r)
+			kept := r
+			kept.ServerArguments = cmp.Or(r.ServerArguments, was.ServerArguments) // the node itself says it
+			b := encode(kept)
 			b.ResourceVersion = old.ResourceVersion
 			return g.write(ctx, "PUT", bindings+"/"+b.Name, b)
 		}
@@ -370,9 +383,16 @@ func encode(r Record) *rbacv1.ClusterRoleBinding {
 	if r.Secrets > 0 {
 		notes[annotationSecrets] = fmt.Sprint(r.Secrets)
 	}
+	if r.ServerArguments != "" {
+		notes[annotationServer] = r.ServerArguments
+	}
+	labels := map[string]string{Label: "true"}
+	if r.Role == ControlPlane {
+		labels[ControlPlaneLabel] = "true"
+	}
 	return &rbacv1.ClusterRoleBinding{
 		TypeMeta:   metav1.TypeMeta{Kind: "ClusterRoleBinding", APIVersion: rbacv1.SchemeGroupVersion.String()},
-		ObjectMeta: metav1.ObjectMeta{Name: Prefix + r.Name, Labels: map[string]string{Label: "true"}, Annotations: notes},
+		ObjectMeta: metav1.ObjectMeta{Name: Prefix + r.Name, Labels: labels, Annotations: notes},
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: Role},
 		Subjects:   []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: UserPrefix + r.Name}},
 	}
@@ -381,7 +401,10 @@ func encode(r Record) *rbacv1.ClusterRoleBinding {
 // decode reads a record. What cannot be read counts as the least that it may be: a worker, a join
 // that is over.
 func decode(b *rbacv1.ClusterRoleBinding) *Record {
-	r := &Record{Name: strings.TrimPrefix(b.Name, Prefix), Join: b.Annotations[annotationJoin], Role: Worker, UID: b.UID}
+	r := &Record{
+		Name: strings.TrimPrefix(b.Name, Prefix), Join: b.Annotations[annotationJoin], Role: Worker, UID: b.UID,
+		ServerArguments: b.Annotations[annotationServer],
+	}
 	if b.Annotations[annotationRole] == string(ControlPlane) {
 		r.Role = ControlPlane
 	}

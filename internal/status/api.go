@@ -14,8 +14,12 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"microk8s/internal/noderegistry"
+	"microk8s/internal/serverargs"
 )
 
 // apiClient asks the API server of this node with the administrator's certificate.
@@ -104,6 +108,8 @@ type apiState struct {
 	foreign    map[string]bool // addons of added repositories that are on, by full name
 	foreignErr error
 
+	differences []serverargs.Difference
+
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
 	started time.Time
@@ -127,11 +133,14 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	var records corev1.ConfigMapList
 	var foreign map[string]bool
 	var foreignErr error
+	var bindings rbacv1.ClusterRoleBindingList
+	var bindingsErr error
 	missed := gather(ctx, map[string]func(){
 		"foreign": func() { foreign, foreignErr = c.foreign(ctx, p.Env) },
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
 		"addons":  func() { s.recordErr = c.decode(ctx, recordsPath, &records) },
+		"records": func() { bindingsErr = c.decode(ctx, noderegistry.ControlPlanePath, &bindings) },
 		"nodes":   func() { s.nodeErr = c.decode(ctx, nodesPath, &list) },
 		"own": func() { // where it is not registered the list says so
 			if local == "" || c.decode(ctx, "/api/v1/nodes/"+url.PathEscape(local), &own) != nil {
@@ -144,6 +153,11 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 		delete(missed, "foreign")
 	} else {
 		s.foreign, s.foreignErr = foreign, foreignErr
+	}
+	if missed["records"] {
+		delete(missed, "records") // one that answers says enough
+	} else if bindingsErr == nil {
+		s.differences = differences(bindings.Items)
 	}
 	if len(missed) > 0 || errors.Is(s.healthy, context.DeadlineExceeded) { // the same, told by the connection
 		return apiState{late: true, err: errors.New("the API server accepts connections and does not answer in time")}

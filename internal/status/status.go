@@ -20,6 +20,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/kubelitestate"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -41,6 +42,8 @@ type Report struct {
 	Services []service.State // nil when the manager did not answer
 	Addons   []Addon
 	Problems []Problem // worst first
+	// Differences are arguments in which the API servers of the cluster do not agree and should.
+	Differences []serverargs.Difference
 }
 
 // HA is the datastore as seen from this node.
@@ -201,6 +204,8 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	answer.started, answer.local = startedAt(r.Services, p.Now()), config.NodeName
 	if running(service.Kubelite) || r.Services == nil {
 		r.apiProblems(answer)
+		r.Differences = answer.differences
+		r.argumentProblems()
 	}
 	r.addons(p.Env, answer)
 	p.seen(answer)

@@ -21,6 +21,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
@@ -177,6 +178,8 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"Ready","status":%q,"message":%q}]}}`, i+1, status, message))
 		}
 		fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[%s]}`, strings.Join(items, ","))
+	case f.kind == "differ" && r.URL.Query().Get("labelSelector") == noderegistry.ControlPlaneLabel+"=true":
+		fmt.Fprint(w, records)
 	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"), strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/microk8s-users/"),
 		r.URL.Path == "/api/v1/namespaces" && r.Method == http.MethodPost:
 		f.objects(w, r)
@@ -187,6 +190,14 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"NotFound","code":404}`)
 	}
 }
+
+// records are those of three control-plane nodes of which one has another issuer, and no audit policy,
+// and of one that is joining.
+const records = `{"items":[
+{"metadata":{"name":"microk8s:node:n1","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n2","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"99\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n3","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n4","annotations":{"microk8s.io/role":"control-plane","microk8s.io/until":"2036-11-28T00:00:00Z","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{}}"}}}]}`
 
 // secret keeps Secrets with resource versions, as far as the command line uses them.
 func (f *node) secret(w http.ResponseWriter, r *http.Request) {

@@ -66,6 +66,7 @@ func TestHA(t *testing.T) {
 			t.Errorf("removing nobody: %s", r)
 		}
 	})
+	step("arguments edited on one node only", func(t *testing.T) { c.testArguments(t, controlPlane) })
 	step("the leader is killed", func(t *testing.T) {
 		leader := c.leader(t, controlPlane)
 		c.testFault(t, controlPlane, leader, "killed",
@@ -372,4 +373,52 @@ func (c *cluster) testInterruptedRemove(t *testing.T, host, node string) {
 		c.wantKilled(t, host, p, "microk8s", "remove-node", node)
 		c.run(t, host, "microk8s", "remove-node", node)
 	})
+}
+
+// testArguments edits an argument of the API server on one node, and the content of a file on another;
+// every member's status names both until they are as before.
+func (c *cluster) testArguments(t *testing.T, members []string) {
+	says := func(want ...string) {
+		t.Helper()
+		for _, n := range members {
+			eventually(t, time.Minute, func() error {
+				var problems []string
+				for line := range strings.Lines(c.status(t, n).out) {
+					if _, rest, ok := strings.Cut(line, "depends on which API server it reaches: "); ok {
+						problems = append(problems, strings.TrimSpace(rest))
+					}
+				}
+				if !slices.Equal(problems, want) {
+					return fmt.Errorf("status of %s names %q, want %q", n, problems, want)
+				}
+				return nil
+			})
+		}
+	}
+	edit := func(n, file string, change func(string) string) (undo func()) {
+		t.Helper()
+		path := c.path(n, "args/"+file)
+		old, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write := func(text string) {
+			if err := os.WriteFile(path, []byte(text), 0o660); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(change(string(old)))
+		return func() { write(string(old)) }
+	}
+	says()
+	undo := []func(){
+		edit("n2", "kube-apiserver", func(s string) string { return s + "\n--feature-gates=AllAlpha=false\n" }),
+		edit("n1", "kube-apiserver", func(s string) string { return s + "\n# a comment is no difference\n" }),
+		edit("n3", "audit-policy.yaml", func(s string) string { return strings.Replace(s, "level: Metadata", "level: None", 1) }),
+	}
+	says("--audit-policy-file differs (n1 and n2 have one value, n3 has another)", "--feature-gates differs (n1 and n3 do not set it, n2 has one value)")
+	for _, u := range undo {
+		u()
+	}
+	says()
 }
