@@ -132,7 +132,7 @@ func (c Control) controlPlane() bool {
 func (n *Node) args(service string) *args.File {
 	f, known := n.files[service]
 	if !known {
-		f, _ = nodeconfig.File(n.Env, service) //nolint:errcheck // a file that cannot be read sets no flag
+		f, _ = nodeconfig.File(n.Env, service)
 		n.files[service] = f
 	}
 	return f

@@ -110,7 +110,7 @@ func (a *App) printSecurity(results []cis.Result, count map[cis.Status]int) {
 	for _, r := range results {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", r.ID, r.Status, r.Title, r.Wanted, r.Found)
 	}
-	w.Flush() //nolint:errcheck // as every other line on standard output
+	w.Flush()
 	for _, r := range results {
 		if r.Status == cis.Fail && r.Do != "" {
 			fmt.Fprintf(a.Out, "\n%s %s: %s\n  %s\n", r.ID, r.Title, r.Found, r.Do)

@@ -243,11 +243,6 @@ func withoutNode(all []peers.Member, nodes []corev1.Node) []peers.Member {
 	})
 }
 
-func isIP(text string) bool {
-	_, err := netip.ParseAddr(text)
-	return err == nil
-}
-
 func sameIP(x, y string) bool {
 	a, err1 := netip.ParseAddr(x)
 	b, err2 := netip.ParseAddr(y)

@@ -80,7 +80,7 @@ func Run(ctx context.Context, env snapenv.Env, name string, log *slog.Logger) er
 	setLimit(log, unix.RLIMIT_NOFILE, "open files", cmd.NoFile)
 	setLimit(log, unix.RLIMIT_MEMLOCK, "locked memory", cmd.MemLock)
 	if err := protect("/proc/self/oom_score_adj", name); err != nil {
-		log.Info("the kernel may end this service when memory is short, before it ends pods", "service", name, "error", err)
+		log.Info("the kernel may end this service when memory is short, before it ends pods", "service", name, "err", err)
 	}
 	if err := os.Chdir(cmd.Dir); err != nil {
 		return fmt.Errorf("cannot start %s: %w", name, err)

@@ -82,8 +82,8 @@ type (
 func NewKey() Key {
 	var id [4]byte
 	var secret [32]byte
-	rand.Read(id[:])     //nolint:errcheck // never fails
-	rand.Read(secret[:]) //nolint:errcheck // never fails
+	rand.Read(id[:])
+	rand.Read(secret[:])
 	return Key{Name: "key-" + hex.EncodeToString(id[:]), Secret: base64.StdEncoding.EncodeToString(secret[:])}
 }
 

@@ -349,7 +349,7 @@ func Supervise(ctx context.Context, env snapenv.Env, log *slog.Logger, environ [
 	}
 	// The services set scores of their own; without their supervisor none would be restarted.
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-999"), 0); err != nil {
-		log.Info("the kernel may end the supervisor when memory is short, before it ends pods", "error", err)
+		log.Info("the kernel may end the supervisor when memory is short, before it ends pods", "err", err)
 	}
 	s := &Supervisor{Env: env, Log: log, Environ: ServiceEnviron(env, environ)}
 	return s.Run(ctx, start, func() {

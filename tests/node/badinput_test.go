@@ -222,7 +222,7 @@ func (n *node) testDaemonEnds(t *testing.T) {
 		out, err := n.tryAll(t, "", "microk8s", "status")
 		// The API server goes on.
 		if err != nil || !strings.Contains(out, "microk8s is running") || !strings.Contains(out, "kube-scheduler inside kubelite has ended") || !strings.Contains(out, "/does/not/exist") {
-			return fmt.Errorf("status: %v\n%s", err, out)
+			return fmt.Errorf("status: %v\n%s", fmt.Sprint(err), out)
 		}
 		return nil
 	})

@@ -159,7 +159,7 @@ func (a *Agent) Honest(ctx context.Context) (time.Duration, error) {
 		answer, err := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		if err != nil || resp.StatusCode != http.StatusOK {
-			return 0, fmt.Errorf("%s: %d %s (%v)", call.path, resp.StatusCode, answer, err)
+			return 0, fmt.Errorf("%s: %d %s (%v)", call.path, resp.StatusCode, answer, fmt.Sprint(err))
 		}
 		slowest = max(slowest, time.Since(began))
 	}

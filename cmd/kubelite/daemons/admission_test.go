@@ -494,7 +494,7 @@ func TestNodeGate(t *testing.T) {
 		t.Helper()
 		eventually(t, what+" is refused", func() error {
 			if err := get(who); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), message) {
-				return fmt.Errorf("got %v, want a refusal with %q", err, message)
+				return fmt.Errorf("got %v, want a refusal with %q", fmt.Sprint(err), message)
 			}
 			return nil
 		})
