@@ -30,6 +30,7 @@ import (
 	"microk8s/internal/bootstrap"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/hostwatch"
 	"microk8s/internal/images"
 	"microk8s/internal/ingressrights"
 	"microk8s/internal/kubelitestate"
@@ -168,8 +169,13 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		})
 	}
 	group.Start(parsed[daemons.Proxy])
+	watch := hostwatch.New(log)
+	group.Go("watch of the host's network", func(ctx context.Context) error {
+		watch.Run(ctx)
+		return nil
+	})
 	group.Go("pod network", func(ctx context.Context) error {
-		return runNetwork(ctx, env, config, kubeletArgs, log)
+		return runNetwork(ctx, env, config, kubeletArgs, watch, log)
 	})
 	group.Start(parsed[daemons.Kubelet])
 	return group.WaitFor(func() time.Duration {
@@ -355,7 +361,7 @@ func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog
 	return nil
 }
 
-func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, kubelet *args.File, log *slog.Logger) error {
+func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, kubelet *args.File, watch *hostwatch.Watcher, log *slog.Logger) error {
 	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
 		return err
 	}
@@ -380,7 +386,7 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	options.NodeName = config.NodeName
 	options.NodeIP = nodeIP
 	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
-	options.Env, options.Log = env, log
+	options.Env, options.Log, options.Watch = env, log, watch
 	return network.Run(ctx, options)
 }
 

@@ -1,16 +1,19 @@
 package hostnet
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+
+	"microk8s/internal/hostwatch"
 )
 
 // Firewall keeps the host's own firewall from dropping the traffic of pods, as Docker's and
@@ -23,7 +26,22 @@ import (
 // Chains that let pods through anyway are not touched.
 type Firewall struct {
 	Cluster []netip.Prefix // pod addresses of the cluster
-	Log     *slog.Logger
+}
+
+// legacyRecheck is how often legacy iptables is looked at, which has no events.
+const legacyRecheck = time.Minute
+
+// Owner keeps the rules in place: it adds them, and again whenever somebody changed the firewall.
+func (f *Firewall) Owner() hostwatch.Owner {
+	return hostwatch.Owner{
+		Name: "accept rules for pods",
+		// kube-proxy writes its own table very often.
+		Concerns: func(c hostwatch.Change) bool {
+			return (c.Kind == hostwatch.Table || c.Kind == hostwatch.Chain || c.Kind == hostwatch.Rule) && !otherOwner(c.Table)
+		},
+		Sync:  func(context.Context) ([]string, error) { return f.Ensure() },
+		Every: legacyRecheck,
+	}
 }
 
 // otherOwners are tables whose programs deal with pods themselves.

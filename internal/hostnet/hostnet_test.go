@@ -1,7 +1,6 @@
 package hostnet
 
 import (
-	"context"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -16,6 +15,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 
+	"microk8s/internal/hostwatch"
+	"microk8s/internal/hostwatch/hosttest"
 	"microk8s/internal/snapenv"
 )
 
@@ -250,7 +251,7 @@ func TestFirewallLetsPodsThrough(t *testing.T) {
 			if !w.drops(w.pod, w.outside, outsideAddr) {
 				t.Fatal("the firewall does not drop: the test is wrong")
 			}
-			f := &Firewall{Cluster: []netip.Prefix{cluster}, Log: quietly}
+			f := &Firewall{Cluster: []netip.Prefix{cluster}}
 			changed, err := f.Ensure()
 			if err != nil {
 				t.Fatal(err)
@@ -290,7 +291,7 @@ func TestIptablesCanListTheRules(t *testing.T) {
 	newWorld(t)
 	run(t, "", "iptables-nft", "-P", "FORWARD", "DROP")
 	run(t, "", "iptables-nft", "-P", "INPUT", "DROP")
-	if _, err := (&Firewall{Cluster: []netip.Prefix{cluster}, Log: quietly}).Ensure(); err != nil {
+	if _, err := (&Firewall{Cluster: []netip.Prefix{cluster}}).Ensure(); err != nil {
 		t.Fatal(err)
 	}
 	got := run(t, "", "iptables-nft", "-S")
@@ -308,7 +309,7 @@ func TestFirewallKeepsTheOwnersRules(t *testing.T) {
 	w := newWorld(t)
 	run(t, "", "iptables-nft", "-A", "FORWARD", "-d", outsideAddr, "-j", "DROP")
 	run(t, "", "iptables-nft", "-P", "FORWARD", "DROP")
-	if _, err := (&Firewall{Cluster: []netip.Prefix{cluster}, Log: quietly}).Ensure(); err != nil {
+	if _, err := (&Firewall{Cluster: []netip.Prefix{cluster}}).Ensure(); err != nil {
 		t.Fatal(err)
 	}
 	if !w.drops(w.pod, w.outside, outsideAddr) {
@@ -326,7 +327,7 @@ func TestOpenFirewallIsNotTouched(t *testing.T) {
 		chain INPUT { type filter hook input priority filter; policy accept; }
 	}`, "nft", "-f", "-")
 	before := ruleset(t)
-	changed, err := (&Firewall{Cluster: []netip.Prefix{cluster}, Log: quietly}).Ensure()
+	changed, err := (&Firewall{Cluster: []netip.Prefix{cluster}}).Ensure()
 	if err != nil || len(changed) > 0 || ruleset(t) != before {
 		t.Errorf("changed %v (%v)\n%s", changed, err, ruleset(t))
 	}
@@ -334,41 +335,38 @@ func TestOpenFirewallIsNotTouched(t *testing.T) {
 
 // Rules come back when somebody reloads the firewall, without anybody asking.
 func TestRulesComeBackAfterAReload(t *testing.T) {
-	w := newWorld(t)
+	if !hosttest.Alone(t) {
+		return
+	}
 	reload := func() {
 		run(t, `flush ruleset; table inet filter { chain forward { type filter hook forward priority filter; policy drop; }; }`, "nft", "-f", "-")
 	}
 	reload()
-	f := &Firewall{Cluster: []netip.Prefix{cluster}, Log: quietly}
-	ctx, cancel := context.WithCancel(t.Context())
-	ended := make(chan struct{})
-	ready := make(chan struct{})
-	go func() {
-		defer close(ended)
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err := netns.Set(w.machine); err != nil {
-			t.Error(err)
-			return
-		}
-		close(ready)
-		f.Run(ctx)
-	}()
-	<-ready
+	watch(t, (&Firewall{Cluster: []netip.Prefix{cluster}}).Owner())
 	present := func() bool { return strings.Count(ruleset(t), Comment) == 2 }
-	await := func(what string) {
-		t.Helper()
-		for deadline := time.Now().Add(20 * time.Second); !present(); {
-			if time.Now().After(deadline) {
-				t.Fatalf("no rules %s\n%s", what, ruleset(t))
-			}
-			time.Sleep(20 * time.Millisecond) // between looks; the condition is what counts
+	await(t, "rules at the start", present)
+	reload()
+	await(t, "rules after a reload", present)
+}
+
+// watch runs a watcher with one owner until the test ends.
+func watch(t *testing.T, o hostwatch.Owner) *hostwatch.Registration {
+	w := hostwatch.New(quietly)
+	ended := make(chan struct{})
+	go func() { defer close(ended); w.Run(t.Context()) }()
+	r := w.Register(t.Context(), o)
+	t.Cleanup(func() { <-ended })
+	return r
+}
+
+// await fails the test unless a condition becomes true; it, and not the time, is what counts.
+func await(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not seen: %s\n%s", what, ruleset(t))
 		}
 	}
-	await("at the start")
-	reload()
-	await("after a reload")
-	cancel()
-	<-ended
 }
 
 func TestMasquerade(t *testing.T) {
@@ -464,7 +462,7 @@ func TestCleanupLeavesTheHostAsItWas(t *testing.T) {
 	// What a node puts on the host.
 	cidrs := []netip.Prefix{cluster}
 	must(Rules{Cluster: cidrs, Node: []netip.Prefix{podNet}}.Apply())
-	_, err = (&Firewall{Cluster: cidrs, Log: quietly}).Ensure()
+	_, err = (&Firewall{Cluster: cidrs}).Ensure()
 	must(err)
 	must(WriteConflist(env, []netip.Prefix{podNet}, 1450))
 	must(os.MkdirAll(filepath.Dir(SubnetEnv(env)), 0o755))

@@ -29,6 +29,7 @@ import (
 
 	"microk8s/internal/backoff"
 	"microk8s/internal/hostnet"
+	"microk8s/internal/hostwatch"
 	"microk8s/internal/snapenv"
 )
 
@@ -59,6 +60,9 @@ type Options struct {
 	Interface string
 	Backend   string // BackendVXLAN (also "") or BackendHostGW
 	MTU       int    // of pods; 0 takes that of the interface less the encapsulation
+
+	// Watch reports changes of the host's network; nil starts one.
+	Watch *hostwatch.Watcher
 
 	Ready func() // called once, when pods can be started; may be nil
 	Log   *slog.Logger
@@ -101,8 +105,12 @@ func Run(ctx context.Context, o Options) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	firewall := &hostnet.Firewall{Cluster: cidrs, Log: o.Log}
-	wg.Go(func() { firewall.Run(ctx) })
+	if n.Watch == nil {
+		n.Watch = hostwatch.New(o.Log)
+		wg.Go(func() { n.Watch.Run(ctx) })
+	}
+	firewall := n.Watch.Register(ctx, (&hostnet.Firewall{Cluster: cidrs}).Owner())
+	defer firewall.Close()
 
 	if err := n.watchNodes(ctx, &wg); err != nil {
 		return nil // ctx ended
