@@ -20,7 +20,6 @@ import (
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
-	"microk8s/internal/defence"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/kube"
@@ -33,9 +32,6 @@ import (
 
 // checkName refuses what cannot be a node's name. It gets into files, subjects and objects.
 func checkName(name string) error {
-	if !defence.On(defence.NodeName) {
-		return nil
-	}
 	if err := nodeconfig.CheckNodeName(name); err != nil {
 		return fail(http.StatusBadRequest, api.CodeRequest, "the hostname %v", err)
 	}
@@ -94,7 +90,7 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	}
 	j.joiner.Join = token.NewJoin()
 	record := c.b.record(j.joiner)
-	if req.Secrets < 2 || !defence.On(defence.Callback) {
+	if req.Secrets < 2 {
 		// Upstream's clients, and those of the build before, want it now. It is of this join: it opens
 		// nothing before the join is confirmed, and nothing of any other node at any time.
 		answer.CallbackToken = key.Secret(record)
@@ -245,9 +241,6 @@ func (b *Broker) serving() *x509.Certificate {
 // reservedProblem refuses names under which something else is known in the cluster: the API server,
 // a Service, another node, an address. A node's certificate serves under its name.
 func (b *Broker) reservedProblem(ctx context.Context, j *joining) error {
-	if !defence.On(defence.ServiceNames) {
-		return nil
-	}
 	name := j.req.Hostname
 	whose, err := b.nameOf(ctx, name, bool(j.req.Worker))
 	if err != nil {
@@ -390,7 +383,7 @@ func (b *Broker) clientProblem(req api.JoinRequest) error {
 			return fail(http.StatusInternalServerError, api.CodeOldClient,
 				"This MicroK8s cluster uses a custom etcd endpoint. update MicroK8s to version 1.28 or newer and retry the join operation")
 		}
-	} else if req.DatastoreProtocol != api.DatastoreProtocol && defence.On(defence.Datastore) {
+	} else if req.DatastoreProtocol != api.DatastoreProtocol {
 		return fail(http.StatusNotImplemented, api.CodeDatastore,
 			"This cluster's datastore is not one that the joining node's can be a member of: it speaks %q, and %q was offered. Upstream's MicroK8s can join it with --worker only",
 			api.DatastoreProtocol, shorten(req.DatastoreProtocol))
@@ -432,7 +425,7 @@ func (b *Broker) argumentsProblem(j *joining) error {
 // nameProblem keeps a name for the machine that has it. A token that is bound to the name is
 // its owner's word, once the old machine is silent.
 func (j *joining) nameProblem() error {
-	if !defence.On(defence.NameTaken) || j.record.Knows(j.req.Hostname) {
+	if j.record.Knows(j.req.Hostname) {
 		return nil
 	}
 	for _, n := range j.nodes {
@@ -453,9 +446,6 @@ func (j *joining) nameProblem() error {
 
 // ownerProblem refuses an address that another node has.
 func (j *joining) ownerProblem() error {
-	if !defence.On(defence.Advertised) {
-		return nil
-	}
 	for _, n := range j.nodes {
 		if n.Name != j.req.Hostname && slices.Contains(addresses(n), j.address) {
 			return fail(http.StatusBadRequest, api.CodeMember, "The address %s is that of the node %s", j.address, n.Name)
@@ -648,7 +638,7 @@ func (b *Broker) ownAddress(local netip.Addr, host string) (netip.Addr, error) {
 	}
 	candidate := local
 	if h, _, err := net.SplitHostPort(host); err == nil {
-		if a, err := netip.ParseAddr(h); err == nil && (!local.IsGlobalUnicast() || !defence.On(defence.HostHeader)) {
+		if a, err := netip.ParseAddr(h); err == nil && !local.IsGlobalUnicast() {
 			candidate = a.Unmap()
 		}
 	}
@@ -656,9 +646,6 @@ func (b *Broker) ownAddress(local netip.Addr, host string) (netip.Addr, error) {
 		return fail(http.StatusInternalServerError, api.CodeAddress,
 			"Failed to retrieve dqlite cluster nodes: failed to find matching dqlite bind address for %s: address %s was not found in any host interface. refuse to update dqlite bind address to %s as it would break the cluster",
 			shorten(host), a, a)
-	}
-	if !defence.On(defence.HostHeader) {
-		return candidate, nil
 	}
 	if !candidate.IsGlobalUnicast() {
 		return netip.Addr{}, refuse(candidate)

@@ -21,7 +21,6 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/server"
-	"microk8s/internal/defence"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/tokenstore"
@@ -134,7 +133,7 @@ func parseCSR(text string) (*x509.CertificateRequest, error) {
 	if err != nil {
 		return nil, refuse("the request cannot be read: %v", err)
 	}
-	if err := csr.CheckSignature(); err != nil && defence.On(defence.CSRSignature) {
+	if err := csr.CheckSignature(); err != nil {
 		return nil, refuse("the request is not signed with its own key: %v", err)
 	}
 	if key, ok := csr.PublicKey.(*rsa.PublicKey); ok && key.N.BitLen() < 2048 {
@@ -158,11 +157,8 @@ func (b *Broker) allowed(ctx context.Context, csr *x509.CertificateRequest, kube
 	if kubelet {
 		want = pkix.Name{CommonName: nodePrefix + node, Organization: []string{nodesGroup}}
 	}
-	if defence.On(defence.CSRSubject) && !sameName(csr.Subject, want) {
+	if !sameName(csr.Subject, want) {
 		return names{}, refuse("the subject %q is not that of this node, %q", shorten(csr.Subject.String()), want.String())
-	}
-	if !defence.On(defence.CSRNames) {
-		return names{dns: csr.DNSNames, ips: csr.IPAddresses}, nil
 	}
 	if len(csr.EmailAddresses)+len(csr.URIs) > 0 || !kubelet && len(csr.DNSNames)+len(csr.IPAddresses) > 0 {
 		return names{}, refuse("the request has names that this certificate cannot have")
@@ -174,12 +170,9 @@ func (b *Broker) allowed(ctx context.Context, csr *x509.CertificateRequest, kube
 			leaveOut("the name %q is not that of this node", shorten(name))
 			continue
 		}
-		whose := ""
-		if defence.On(defence.ServiceNames) {
-			var err error
-			if whose, err = b.nameOf(ctx, name, true); err != nil {
-				return names{}, err
-			}
+		whose, err := b.nameOf(ctx, name, true)
+		if err != nil {
+			return names{}, err
 		}
 		if whose != "" { // a node that was let in before this was looked at keeps its identity, and serves under no name
 			leaveOut("the name %q is that of %s", name, whose)
@@ -322,12 +315,6 @@ func (c *call) issue(csr *x509.CertificateRequest, n names, who identity, days i
 	if who.kubelet {
 		req.ServerAuth, req.DNSNames, req.IPs = true, n.dns, n.ips
 	}
-	if !defence.On(defence.CSRSubject) {
-		req.Subject = csr.Subject
-	}
-	if !defence.On(defence.CSRNames) {
-		req.DNSNames, req.IPs = csr.DNSNames, csr.IPAddresses
-	}
 	der, err := c.b.Maker.Issue(req, csr.PublicKey, ca, key)
 	if err != nil {
 		return failed(err)
@@ -421,7 +408,7 @@ func (c *call) member(cert *x509.Certificate, node string, req api.RenewRequest)
 		if err != nil {
 			return nil, unavailable(err)
 		}
-		if complete && defence.On(defence.Registered) {
+		if complete {
 			return nil, gone
 		}
 		// A control-plane node of the build before has let it in, or nobody has made the records yet.
@@ -429,7 +416,7 @@ func (c *call) member(cert *x509.Certificate, node string, req api.RenewRequest)
 		if err != nil {
 			return nil, unavailable(err)
 		}
-		if !slices.ContainsFunc(nodes, func(n corev1.Node) bool { return n.Name == node }) && defence.On(defence.Member) {
+		if !slices.ContainsFunc(nodes, func(n corev1.Node) bool { return n.Name == node }) {
 			return nil, gone
 		}
 		record = &noderegistry.Record{Name: node, Role: noderegistry.Worker, Secrets: req.Secrets}
@@ -439,7 +426,7 @@ func (c *call) member(cert *x509.Certificate, node string, req api.RenewRequest)
 		return nil, unavailable(err)
 	}
 	// Control-plane nodes make their own certificates; one of theirs is not renewed here.
-	if (record.Join != joinOf(cert) || record.Role != noderegistry.Worker) && defence.On(defence.Registered) {
+	if record.Join != joinOf(cert) || record.Role != noderegistry.Worker {
 		return nil, gone
 	}
 	late := record.Pending() && b.Now().After(record.Until) // it is in, and could not say so
@@ -485,7 +472,7 @@ func (b *Broker) clientNode(r *http.Request) (*x509.Certificate, string, error) 
 		at = cert.NotAfter
 	}
 	opts := x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, CurrentTime: at}
-	if _, err := cert.Verify(opts); err != nil && defence.On(defence.ClientCert) {
+	if _, err := cert.Verify(opts); err != nil {
 		return nil, "", unknown
 	}
 	node, ok := strings.CutPrefix(cert.Subject.CommonName, nodePrefix)

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"microk8s/internal/connlimit"
-	"microk8s/internal/defence"
 )
 
 // Defaults of a Limiter.
@@ -55,9 +54,6 @@ func (l *Limiter) now() time.Time {
 
 // Busy reports whether so many wrong answers to this source are waiting that no more are looked at.
 func (l *Limiter) Busy(from netip.Addr) bool {
-	if !defence.On(defence.Delay) {
-		return false
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s := l.sources[connlimit.Source(from)]
@@ -66,9 +62,6 @@ func (l *Limiter) Busy(from netip.Addr) bool {
 
 // Failed notes a wrong token and waits before it is answered.
 func (l *Limiter) Failed(ctx context.Context, from netip.Addr) {
-	if !defence.On(defence.Delay) {
-		return
-	}
 	s, wait := l.note(connlimit.Source(from))
 	defer func() {
 		l.mu.Lock()

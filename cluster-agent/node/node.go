@@ -33,7 +33,6 @@ import (
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/args"
 	"microk8s/internal/coalesce"
-	"microk8s/internal/defence"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/images"
@@ -135,7 +134,7 @@ func (n *Node) caller(r *http.Request, given string) (string, error) {
 		return "", fmt.Errorf("cannot read the cluster's CA: %w", err)
 	}
 	name, err := callback.CheckCaller(r.TLS, ca, time.Now())
-	if err != nil && defence.On(defence.CallerCert) {
+	if err != nil {
 		return "", err
 	}
 	server.Authenticated(r)
@@ -198,10 +197,7 @@ func (n *Node) knows(r *http.Request, given string) bool {
 		n.Log.Error("cannot read this node's callback secret", "err", err)
 	}
 	want, given = strings.TrimSpace(want), strings.TrimSpace(given)
-	good := equal(given, want) || !defence.On(defence.Callback)
-	if want == "" && defence.On(defence.CallbackEmpty) {
-		good = false
-	}
+	good := want != "" && equal(given, want)
 	if !good && n.Fresh != nil && given != "" {
 		taken, err := n.ask(r.Context())
 		if err != nil {
@@ -217,9 +213,6 @@ func (n *Node) knows(r *http.Request, given string) bool {
 // ask calls Fresh, at most once each freshEvery: callers that come meanwhile share the next
 // answer, which is never older than their call.
 func (n *Node) ask(ctx context.Context) ([]string, error) {
-	if !defence.On(defence.SharedReads) {
-		return n.Fresh(ctx)
-	}
 	return n.fresh.Do(ctx, n.Fresh)
 }
 
@@ -232,10 +225,6 @@ var argumentFiles = []string{
 func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
 	body, ok := server.ReadBody(w, r)
 	if !ok {
-		return
-	}
-	var req api.ConfigureRequest
-	if !defence.On(defence.SecretFirst) && !server.Decode(w, body, &req) {
 		return
 	}
 	// Nothing but the secret is decoded before it is known to be right: a list of empty objects
@@ -258,6 +247,7 @@ func (n *Node) configure(w http.ResponseWriter, r *http.Request) {
 		answerRefusal(w, http.StatusInternalServerError, err)
 		return
 	}
+	var req api.ConfigureRequest
 	if !server.Decode(w, body, &req) {
 		n.audit(r, "configure", errors.New("the request cannot be read"))
 		return
@@ -287,7 +277,7 @@ func (n *Node) apply(ctx context.Context, req api.ConfigureRequest) (self bool, 
 		}
 	}
 	for _, a := range req.Addons {
-		if !addonName.MatchString(a.Name) && defence.On(defence.Addons) {
+		if !addonName.MatchString(a.Name) {
 			return false, fmt.Errorf("Failed to enable addon %q: it is not the name of an addon", shorten(a.Name)) //nolint:staticcheck // as upstream's agent says it
 		}
 	}
@@ -373,14 +363,11 @@ func shorten(s string) string {
 
 func checkService(s api.ConfigureService) error {
 	changes := len(s.Update)+len(s.Remove) > 0
-	if changes && !slices.Contains(argumentFiles, s.Name) && defence.On(defence.Services) {
+	if changes && !slices.Contains(argumentFiles, s.Name) {
 		return errors.New("it is not one of the product's argument files")
 	}
-	if _, err := service.Resolve(s.Name); bool(s.Restart) && err != nil && defence.On(defence.Services) {
+	if _, err := service.Resolve(s.Name); bool(s.Restart) && err != nil {
 		return err
-	}
-	if !defence.On(defence.ArgumentValues) {
-		return nil
 	}
 	for _, m := range s.Update {
 		for key, value := range m {
@@ -432,11 +419,6 @@ func Update(env snapenv.Env, name string, update []map[string]string, remove []s
 		}
 		for _, key := range slices.Sorted(maps.Keys(merged)) {
 			if err := f.Set(key, merged[key]); err != nil {
-				if !defence.On(defence.ArgumentValues) {
-					// The attack suite shows what the editor and the check before it are for.
-					raw := append(f.Bytes(), []byte("--"+key+"="+merged[key]+"\n")...)
-					return errors.Join(err, os.WriteFile(env.Args(name), raw, 0o600))
-				}
 				return err
 			}
 		}
@@ -516,11 +498,7 @@ func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	given, right := strings.TrimSpace(r.Header.Get(api.HeaderCAPI)), strings.TrimSpace(string(want))
-	good := equal(given, right) || !defence.On(defence.CAPI)
-	if right == "" && defence.On(defence.CAPIEmpty) {
-		good = false
-	}
-	if !good {
+	if right == "" || !equal(given, right) {
 		n.Limit.Failed(r.Context(), server.Source(r))
 		answer(http.StatusUnauthorized, api.CodeToken, errors.New("invalid CAPI auth token"))
 		return
@@ -545,9 +523,6 @@ func (n *Node) dqliteRemove(w http.ResponseWriter, r *http.Request) {
 
 // checkEndpoint wants host:port, so that nothing else gets into a command of the dqlite program.
 func checkEndpoint(endpoint string) error {
-	if !defence.On(defence.Endpoint) {
-		return nil
-	}
 	host, port, err := net.SplitHostPort(endpoint)
 	if err != nil {
 		return fmt.Errorf("%q is not host:port", shorten(endpoint))

@@ -28,7 +28,6 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/limit"
 	"microk8s/internal/connlimit"
-	"microk8s/internal/defence"
 )
 
 // Limits of every connection. A request may not wait longer than its header needs, nor hold
@@ -127,7 +126,7 @@ func (s *Server) HandleAny(path string, h http.Handler) {
 // body is read.
 func BusyFirst(l *limit.Limiter, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if from := Source(r); defence.On(defence.BusyFirst) && l.Busy(from) {
+		if from := Source(r); l.Busy(from) {
 			w.Header().Set("Connection", "close")
 			WriteFailure(w, http.StatusTooManyRequests, api.CodeBusy,
 				fmt.Sprintf("too many wrong tokens came from %s just now; try again in a few seconds", from))
@@ -180,13 +179,9 @@ func (t *timed) Read(p []byte) (int, error) {
 
 // bounded limits the size, in bytes, and the time of bodies.
 func (s *Server) bounded(size int64, h http.Handler) http.Handler {
-	if defence.On(defence.BodyLimit) {
-		h = http.MaxBytesHandler(h, size)
-	}
+	h = http.MaxBytesHandler(h, size)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if defence.On(defence.BodyTime) {
-			r.Body = &timed{ReadCloser: r.Body, control: http.NewResponseController(w), limit: s.opts.BodyTime}
-		}
+		r.Body = &timed{ReadCloser: r.Body, control: http.NewResponseController(w), limit: s.opts.BodyTime}
 		h.ServeHTTP(w, r)
 	})
 }
@@ -232,9 +227,7 @@ func WriteJSON(w http.ResponseWriter, status int, v any) {
 		status, data = http.StatusInternalServerError, []byte(`{"error":"Cannot encode the answer"}`)
 	}
 	w.Header().Set("Content-Type", "application/json")
-	if defence.On(defence.NoStore) {
-		w.Header().Set("Cache-Control", "no-store")
-	}
+	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
 	_, _ = w.Write(data) // the client may have gone
 }
@@ -264,7 +257,7 @@ func (s *Server) Handler() http.Handler {
 			r = r.WithContext(ctx)
 		}
 		level := slog.LevelInfo
-		if c := connlimit.From(r.Context()); c != nil && defence.On(defence.CallRate) {
+		if c := connlimit.From(r.Context()); c != nil {
 			waited, err := c.Call(r.Context())
 			if err != nil {
 				panic(http.ErrAbortHandler) // the caller has gone, or the agent ends
@@ -332,9 +325,7 @@ func (r *response) Unwrap() http.ResponseWriter { return r.ResponseWriter }
 // It speaks HTTP/1.1 only, as every client of the wire can: one connection is then one call at
 // a time, and what bounds connections bounds calls.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	if defence.On(defence.Connections) {
-		l = connlimit.Wrap(l, s.opts.Limits)
-	}
+	l = connlimit.Wrap(l, s.opts.Limits)
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
 	srv := &http.Server{

@@ -23,86 +23,87 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/server"
-	"microk8s/internal/defence"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
 )
 
-// attacks has what is tried against each defence. An attack fails its test where it succeeds.
+// attacks has what is tried against each defence of the folder mutants. An attack fails its test where it succeeds.
 var attacks = []struct {
-	against defence.Name
+	against string
 	name    string
 	try     func(t *testing.T, s *site)
 }{
-	{defence.TokenKey, "another token with the id of one that is known", sameID},
-	{defence.TokenKey, "guesses, blanks, padding, prefixes, bars", malformedTokens},
-	{defence.TokenSpent, "a token again after its join was confirmed", replay},
-	{defence.TokenExpiry, "a token after its time", expired},
-	{defence.TokenRevoked, "a token that was taken back", revoked},
-	{defence.TokenRole, "a worker's token for the control plane's keys", workerToken},
-	{defence.TokenName, "a token for another node's name", otherName},
-	{defence.TokenHeld, "a token with which another node joins just now", whileHeld},
-	{defence.TokenNames, "joins under one name after the other with one token", manyNames},
-	{defence.ProofChosen, "a proof of a chosen token, to guess it offline", proofOfChosen},
-	{defence.NodeName, "host names that are paths, lines and subjects", nodeNames},
-	{defence.NameTaken, "the name of a node that is there", takenName},
-	{defence.Datastore, "an upstream control plane node", upstreamControlPlane},
-	{defence.HostHeader, "a Host header that moves the datastore", hostHeader},
-	{defence.Advertised, "the address of another node", othersAddress},
-	{defence.CSRSubject, "certificates of others' subjects", subjects},
-	{defence.CSRNames, "certificates with others' names", names},
-	{defence.CSRSignature, "a request for somebody else's key", foreignKey},
-	{defence.SignOnce, "a second certificate", signTwice},
-	{defence.SignExpiry, "a certificate an hour after the join", signLate},
-	{defence.CSRSubject, "a worker's certificate for other identities", workerRenewsOthers},
-	{defence.CAPI, "a worker's credentials against every call of the control plane", workerCredentials},
-	{defence.ClientCert, "renewal with a certificate of another CA", foreignClient},
-	{defence.Member, "renewal of a node that was removed", removedNode},
-	{defence.Callback, "calls with a worker's callback secret, or none", wrongCallback},
-	{defence.Callback, "secrets made of all that the API holds", secretsFromTheAPI},
-	{defence.Callback, "a secret that was collected before the node came", collectedSecret},
-	{defence.CallerCert, "the right secret from who is no control plane node", wrongCaller},
-	{defence.Registered, "certificates of a node that was removed, or was another", formerNodes},
-	{defence.ServiceNames, "a node that is called as a Service, the API server or an address", serviceNamed},
-	{defence.OneName, "identities of several nodes with one token", severalIdentities},
-	{defence.NameTaken, "the name of a node that has joined with the same token", sameTokenSameName},
-	{defence.CallbackEmpty, "an empty secret where the node has none", emptyCallback},
-	{defence.CAPI, "a wrong Cluster API token", wrongCAPI},
-	{defence.CAPIEmpty, "no Cluster API token where the file is empty", emptyCAPI},
-	{defence.Services, "argument files outside of args", serviceNames},
-	{defence.ArgumentValues, "values that are several lines or commands", values},
-	{defence.Addons, "addons that are options and paths", addonNames},
-	{defence.Endpoint, "datastore endpoints that are commands", endpoints},
-	{defence.BodyLimit, "bodies without an end", largeBody},
-	{defence.BodyTime, "bodies that trickle", slowBody},
-	{defence.Delay, "thousands of guesses", guessing},
-	{defence.NoStore, "keys from a cache", caching},
-	{defence.SecretFirst, "lists that take memory, with a wrong secret", secretFirst},
-	{defence.BusyFirst, "bodies while wrong secrets wait", busyFirst},
-	{defence.SharedReads, "wrong secrets that ask the API server", sharedReads},
-	{defence.Connections, "connections that say nothing", manyConnections},
-	{defence.CallRate, "calls as fast as they are answered", manyCalls},
+	{"token-key", "another token with the id of one that is known", sameID},
+	{"token-key", "guesses, blanks, padding, prefixes, bars", malformedTokens},
+	{"token-spent", "a token again after its join was confirmed", replay},
+	{"token-expiry", "a token after its time", expired},
+	{"token-revoked", "a token that was taken back", revoked},
+	{"token-role", "a worker's token for the control plane's keys", workerToken},
+	{"token-name", "a token for another node's name", otherName},
+	{"token-held", "a token with which another node joins just now", whileHeld},
+	{"token-names", "joins under one name after the other with one token", manyNames},
+	{"proof-chosen", "a proof of a chosen token, to guess it offline", proofOfChosen},
+	{"node-name", "host names that are paths, lines and subjects", nodeNames},
+	{"name-taken", "the name of a node that is there", takenName},
+	{"datastore", "an upstream control plane node", upstreamControlPlane},
+	{"host-header", "a Host header that moves the datastore", hostHeader},
+	{"advertised", "the address of another node", othersAddress},
+	{"csr-subject", "certificates of others' subjects", subjects},
+	{"csr-names", "certificates with others' names", names},
+	{"csr-signature", "a request for somebody else's key", foreignKey},
+	{"sign-once", "a second certificate", signTwice},
+	{"sign-expiry", "a certificate an hour after the join", signLate},
+	{"csr-subject", "a worker's certificate for other identities", workerRenewsOthers},
+	{"capi", "a worker's credentials against every call of the control plane", workerCredentials},
+	{"client-cert", "renewal with a certificate of another CA", foreignClient},
+	{"renew-member", "renewal of a node that was removed", removedNode},
+	{"callback", "calls with a worker's callback secret, or none", wrongCallback},
+	{"callback", "secrets made of all that the API holds", secretsFromTheAPI},
+	{"callback", "a secret that was collected before the node came", collectedSecret},
+	{"caller-cert", "the right secret from who is no control plane node", wrongCaller},
+	{"registered", "certificates of a node that was removed, or was another", formerNodes},
+	{"service-names", "a node that is called as a Service, the API server or an address", serviceNamed},
+	{"one-name", "identities of several nodes with one token", severalIdentities},
+	{"name-taken", "the name of a node that has joined with the same token", sameTokenSameName},
+	{"callback-empty", "an empty secret where the node has none", emptyCallback},
+	{"capi", "a wrong Cluster API token", wrongCAPI},
+	{"capi-empty", "no Cluster API token where the file is empty", emptyCAPI},
+	{"services", "argument files outside of args", serviceNames},
+	{"argument-values", "values that are several lines or commands", values},
+	{"addons", "addons that are options and paths", addonNames},
+	{"endpoint", "datastore endpoints that are commands", endpoints},
+	{"body-limit", "bodies without an end", largeBody},
+	{"body-time", "bodies that trickle", slowBody},
+	{"delay", "thousands of guesses", guessing},
+	{"no-store", "keys from a cache", caching},
+	{"secret-first", "lists that take memory, with a wrong secret", secretFirst},
+	{"busy-first", "bodies while wrong secrets wait", busyFirst},
+	{"shared-reads", "wrong secrets that ask the API server", sharedReads},
+	{"connections", "connections that say nothing", manyConnections},
+	{"call-rate", "calls as fast as they are answered", manyCalls},
 }
 
 func TestAttacks(t *testing.T) {
 	t.Parallel()
 	for _, a := range attacks {
-		t.Run(string(a.against)+"/"+a.name, func(t *testing.T) {
+		t.Run(a.against+"/"+a.name, func(t *testing.T) {
 			t.Parallel()
 			a.try(t, newSite(t))
 		})
 	}
-	for _, name := range defence.All() {
-		if !slices.ContainsFunc(attacks, func(a struct {
-			against defence.Name
-			name    string
-			try     func(*testing.T, *site)
-		}) bool {
-			return a.against == name
-		}) {
-			t.Errorf("nothing is tried against the defence %s", name)
+	have := defences(t)
+	tried := map[string]bool{}
+	for _, a := range attacks {
+		tried[a.against] = true
+		if !slices.Contains(have, a.against) {
+			t.Errorf("the attack %q names the defence %q, of which there is no mutants/%s.patch", a.name, a.against, a.against)
+		}
+	}
+	for _, name := range have {
+		if !tried[name] {
+			t.Errorf("nothing is tried against the defence of mutants/%s.patch", name)
 		}
 	}
 }

@@ -13,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/coalesce"
-	"microk8s/internal/defence"
 	"microk8s/internal/kube"
 	"microk8s/internal/token"
 )
@@ -34,7 +33,7 @@ type Secret struct {
 // read returns the Secret as it is after the call began. The result may be shared.
 func (s Secret) read(ctx context.Context, core *kube.Core) (*corev1.Secret, error) {
 	get := func(ctx context.Context) (*corev1.Secret, error) { return core.Secret(ctx, SecretName) }
-	if s.Reads == nil || !defence.On(defence.SharedReads) {
+	if s.Reads == nil {
 		return get(ctx)
 	}
 	return s.Reads.Do(ctx, get)

@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"microk8s/internal/defence"
 	"microk8s/internal/token"
 )
 
@@ -87,11 +86,11 @@ type Joiner struct {
 // Over says why the token cannot be used any more, or nil.
 func (r *Record) Over(now time.Time) error {
 	switch {
-	case !r.Revoked.IsZero() && defence.On(defence.TokenRevoked):
+	case !r.Revoked.IsZero():
 		return ErrRevoked
 	case r.Uses == 0:
 		return ErrUsed
-	case !r.Expires.IsZero() && !now.Before(r.Expires) && defence.On(defence.TokenExpiry):
+	case !r.Expires.IsZero() && !now.Before(r.Expires):
 		return ErrExpired
 	}
 	return nil
@@ -124,7 +123,7 @@ func (s *State) find(t token.Token) (*Record, error) {
 	if !ok {
 		r = &Record{} // compared all the same
 	}
-	if !ok || !r.Key.Equal(key) && defence.On(defence.TokenKey) {
+	if !ok || !r.Key.Equal(key) {
 		return nil, ErrUnknown
 	}
 	return r, nil
@@ -150,7 +149,7 @@ func (s *State) Add(t token.Token, r Record, now time.Time) (*Record, error) {
 // proof: it would tell whoever asks whether a guess was right.
 func (s *State) Key(id token.ID, now time.Time) (token.Key, error) {
 	r, ok := s.Records[id]
-	if !ok || !r.Generated && defence.On(defence.ProofChosen) || r.Over(now) != nil && len(r.Holds) == 0 && !s.lately(r, now) {
+	if !ok || !r.Generated || r.Over(now) != nil && len(r.Holds) == 0 && !s.lately(r, now) {
 		return token.Key{}, ErrUnknown
 	}
 	return r.Key, nil
@@ -189,10 +188,10 @@ func (r *Record) admits(j Joiner, now time.Time) error {
 	if err := r.Over(now); err != nil {
 		return err
 	}
-	if r.Worker && !j.Worker && defence.On(defence.TokenRole) {
+	if r.Worker && !j.Worker {
 		return ErrRole
 	}
-	if r.Name != "" && r.Name != j.Name && defence.On(defence.TokenName) {
+	if r.Name != "" && r.Name != j.Name {
 		return ErrName
 	}
 	held := 0
@@ -201,13 +200,13 @@ func (r *Record) admits(j Joiner, now time.Time) error {
 			held++
 		}
 	}
-	if (r.Uses != Unlimited && held >= r.Uses || held >= maxHolds) && defence.On(defence.TokenHeld) {
+	if r.Uses != Unlimited && held >= r.Uses || held >= maxHolds {
 		return ErrHeld
 	}
-	if r.Uses != Unlimited && len(r.Names) >= maxNames*r.Uses && !slices.Contains(r.Names, j.Name) && defence.On(defence.TokenNames) {
+	if r.Uses != Unlimited && len(r.Names) >= maxNames*r.Uses && !slices.Contains(r.Names, j.Name) {
 		return ErrUsed
 	}
-	if r.Uses != Unlimited && len(r.Signed) >= r.Uses && !slices.Contains(r.Signed, j.Name) && defence.On(defence.OneName) {
+	if r.Uses != Unlimited && len(r.Signed) >= r.Uses && !slices.Contains(r.Signed, j.Name) {
 		return ErrBound
 	}
 	return nil
@@ -251,7 +250,7 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time, al
 	var found *Hold // the one of that name, else one that has no such certificate yet, else any
 	for i := range r.Holds {
 		h := &r.Holds[i]
-		if !h.Worker || !now.Before(h.Until) && defence.On(defence.SignExpiry) {
+		if !h.Worker || !now.Before(h.Until) {
 			continue
 		}
 		if h.Name == name {
@@ -265,7 +264,7 @@ func (s *State) Sign(t token.Token, kubelet bool, name string, now time.Time, al
 	switch {
 	case found == nil:
 		return Hold{}, ErrUnknown
-	case !open(found) && defence.On(defence.SignOnce):
+	case !open(found):
 		return Hold{}, ErrSigned
 	}
 	if err := allow(*found); err != nil {
@@ -291,7 +290,7 @@ func (r *Record) spend(name string, now time.Time) {
 	r.Holds = slices.DeleteFunc(r.Holds, func(h Hold) bool { return h.Name == name })
 	r.Names = slices.DeleteFunc(r.Names, same)
 	r.Signed = slices.DeleteFunc(r.Signed, same)
-	if r.Uses > 0 && defence.On(defence.TokenSpent) {
+	if r.Uses > 0 {
 		r.Uses--
 		r.SpentAt = now
 		r.SpentBy = append(r.SpentBy, name)
