@@ -49,7 +49,7 @@ func Remove(ctx context.Context, env snapenv.Env) error {
 	step(removeLinks(pods))
 	step(removeRoutes(network))
 	step(removeServiceRoutes())
-	step(removeTables(func(t *nftables.Table) bool { return t.Name == Table }))
+	step(removeTables(func(t *nftables.Table) bool { return t.Name == Table || t.Name == PolicyTable }))
 	step(RemoveAccepts())
 	step(os.RemoveAll(leasesDir(env)))
 	os.Remove(filepath.Dir(leasesDir(env))) // stays if others use it

@@ -46,7 +46,7 @@ func (f *Firewall) Owner() hostwatch.Owner {
 
 // otherOwners are tables whose programs deal with pods themselves.
 func otherOwner(table string) bool {
-	return table == Table || table == "kube-proxy" || table == "cni_hostport" || strings.HasPrefix(table, "cali") || strings.HasPrefix(table, "cilium")
+	return table == Table || table == PolicyTable || table == "kube-proxy" || table == "cni_hostport" || strings.HasPrefix(table, "cali") || strings.HasPrefix(table, "cilium")
 }
 
 // Ensure adds the rules that are missing and gives the chains it had to change, such as

@@ -21,10 +21,11 @@ import (
 
 // Names that the pod network gives to things on the host.
 const (
-	Bridge       = "cni0"          // the bridge the pods of a node are on
-	Tunnel       = "flannel.1"     // VXLAN device; flannel names it after VNI 1
-	Tunnel6      = "flannel-v6.1"  // the same for IPv6
-	Table        = "microk8s-pods" // our nftables table, families ip and ip6
+	Bridge       = "cni0"            // the bridge the pods of a node are on
+	Tunnel       = "flannel.1"       // VXLAN device; flannel names it after VNI 1
+	Tunnel6      = "flannel-v6.1"    // the same for IPv6
+	Table        = "microk8s-pods"   // our nftables table, families ip and ip6
+	PolicyTable  = "microk8s-policy" // the table of NetworkPolicies, family inet (internal/netpolicy/nft)
 	Comment      = "generated for MicroK8s pods"
 	NetworkName  = "microk8s" // of the CNI network; prefix of the CNI library's result files
 	ConflistName = "10-microk8s.conflist"
