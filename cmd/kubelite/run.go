@@ -7,10 +7,12 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -211,6 +213,7 @@ func readArgs(env snapenv.Env, node string, f *flags, host hostprobe.Host, log *
 		return os.LookupEnv(name)
 	}
 	words = map[string][]string{}
+	files := map[string]*args.File{}
 	var errs []error
 	for _, name := range names {
 		file, err := args.Load(*f.files[name], args.GrammarA)
@@ -232,12 +235,19 @@ func readArgs(env snapenv.Env, node string, f *flags, host hostprobe.Host, log *
 		for _, o := range added {
 			log.Info("this host needs an argument", "daemon", name, "flag", "--"+o.Flag+"="+o.Value, "why", o.Why)
 		}
-		words[name] = file.Words(lookup)
-		if name == daemons.Kubelet {
-			kubelet = file
-		}
+		files[name] = file
 	}
-	return words, kubelet, errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return nil, nil, err
+	}
+	kubelet = files[daemons.Kubelet]
+	if _, err := defaultKubeletConfig(kubelet, slices.Collect(maps.Values(files)), env.KubeletConfig()); err != nil {
+		return nil, nil, err
+	}
+	for name, file := range files {
+		words[name] = file.Words(lookup)
+	}
+	return words, kubelet, nil
 }
 
 // untilDone makes a daemon of a job that ends: when the job is done the daemon stays until

@@ -131,6 +131,9 @@ func (e Env) Bin(name string) string { return filepath.Join(e.Snap, "bin", name)
 // DefaultArgs is the directory of shipped argument files, $SNAP/default-args.
 func (e Env) DefaultArgs() string { return filepath.Join(e.Snap, "default-args") }
 
+// KubeletConfig is the kubelet's configuration file of the product: what is not a flag of the kubelet.
+func (e Env) KubeletConfig() string { return filepath.Join(e.Snap, "kubelet.yaml") }
+
 // Images is the directory of the OCI archives that travel with the product.
 func (e Env) Images() string { return filepath.Join(e.Snap, "images") }
 

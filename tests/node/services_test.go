@@ -377,6 +377,25 @@ func (n *node) testImages(t *testing.T) {
 	if out := n.run(t, "microk8s", "images", "list"); !strings.Contains(out, webImage) {
 		t.Errorf("the image was not imported:\n%s", out)
 	}
+	n.testImportedStays(t)
+}
+
+// testImportedStays pulls the digest of an imported image by another name, of which the kubelet keeps a
+// record, and uses the imported name then (docs/adr/0030).
+func (n *node) testImportedStays(t *testing.T) {
+	const pulled = "localhost:32000/web:1"
+	n.run(t, "microk8s", "enable", "registry")
+	n.run(t, "microk8s", "ctr", "images", "tag", webImage, pulled)
+	n.run(t, "microk8s", "ctr", "images", "push", "--plain-http", pulled) // without a second try: it is ready
+	n.run(t, "microk8s", "ctr", "images", "rm", pulled)
+	n.pullPod(t, "by-another-name", pulled, "")
+	n.waitPod(t, "by-another-name")
+	for name, policy := range map[string]string{"imported-never": "Never", "imported-present": "IfNotPresent"} {
+		n.run(t, "microk8s", "kubectl", "run", name, "--image="+webImage, "--image-pull-policy="+policy)
+		n.waitPod(t, name)
+	}
+	n.run(t, "microk8s", "kubectl", "delete", "pod", "--wait=false", "by-another-name", "imported-never", "imported-present")
+	n.run(t, "microk8s", "disable", "registry")
 }
 
 // testMetrics asks for figures about the node and its pods.
