@@ -37,6 +37,13 @@ const (
 	// it is known; this is for what does not end by itself.
 	addonReadyWait = 3 * time.Minute
 
+	// addonAnswerWait bounds the wait for answers of an addon whose pods are ready. kube-proxy takes
+	// up to some seconds to let traffic through to them.
+	addonAnswerWait = time.Minute
+
+	// addonGoneWait bounds the wait for the end of a disabled addon's pods, which get 30 s by default.
+	addonGoneWait = time.Minute
+
 	// hookGrace is how long a hook may go on when the command is interrupted.
 	hookGrace = 10 * time.Second
 
@@ -63,7 +70,7 @@ a colon:
     microk8s enable dns 192.0.2.1,192.0.2.2
     microk8s enable dns:192.0.2.1 hostpath-storage
 
-It returns when the addon's pods are ready, or with --no-wait at once. Enabling an addon again
+It returns when the addon's pods are ready and what they serve answers, or with --no-wait at once. Enabling an addon again
 changes its arguments, and otherwise does nothing. microk8s status lists the addons.
 
 An addon that needs objects which others have made, Helm or a person for instance, is refused. With
@@ -76,7 +83,8 @@ Arguments of addons:
 
 func (a *App) newDisable() *cobra.Command {
 	return a.addonCommand("disable", "Disable addons on this cluster", `Disable one or more addons: everything they brought into the cluster is removed. What others
-made stays, and is named.
+made stays, and is named. It returns when the addon's pods have ended, after a minute at the latest with those
+that have not, or with --no-wait at once.
 
     microk8s disable dns
     microk8s disable hostpath-storage [destroy-storage]
@@ -318,6 +326,7 @@ func (a *App) refuseAddon(err error) error {
 func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb string, r request, err error) error {
 	var wrong *addon.ArgumentError
 	var late *addon.NotReadyError
+	var mute *addon.NoAnswerError
 	var theirs *bootstrap.ForeignError
 	var exit exitError
 	switch {
@@ -325,6 +334,8 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 		return err
 	case errors.As(err, &wrong):
 		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
+	case errors.As(err, &mute):
+		return failf("see the pods with microk8s kubectl get pods -A -o wide, or disable it with microk8s disable "+r.addon.Name, "%s is enabled and its pods are ready, but %w", r.addon.Name, err)
 	case errors.As(err, &late):
 		return failf("see more with microk8s kubectl get events -A, or disable it with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
 	}
@@ -399,6 +410,13 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 			defer cancel()
 			return set.Wait(wait, applied, func(reason string) { fmt.Fprintf(a.Err, "  %s\n", reason) })
 		})
+		if err == nil {
+			err = p.step("Waiting for answers of "+r.addon.Name, func() error {
+				wait, cancel := context.WithTimeout(ctx, addonAnswerWait)
+				defer cancel()
+				return set.Answers(wait, applied, nodeconfig.Load(a.Env).NodeName, func(reason string) { fmt.Fprintf(a.Err, "  %s\n", reason) })
+			})
+		}
 		if err != nil {
 			return err
 		}
@@ -436,7 +454,7 @@ func (a *App) kubeletDNS(ctx context.Context, p *progress, ip, domain string) er
 	})
 }
 
-func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) error {
+func (a *App) disable(ctx context.Context, set *addon.Set, r request, wait bool) error {
 	_, on, err := set.Enabled(ctx, r.addon.Name)
 	if err != nil {
 		return err
@@ -447,10 +465,25 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) er
 			return err
 		}
 	}
+	left, err := set.Leftover(ctx, r.addon.Name)
+	if err != nil {
+		return err
+	}
 	if err := a.progress().step("Disabling "+r.addon.Name, func() error {
 		return set.Disable(ctx, r.addon.Name) // also finishes one that was interrupted
 	}); err != nil {
 		return err
+	}
+	var ending []string
+	if on && wait {
+		if err := a.progress().step("Waiting for the end of its pods", func() error {
+			wait, cancel := context.WithTimeout(ctx, addonGoneWait)
+			defer cancel()
+			ending = left.Gone(wait)
+			return ctx.Err()
+		}); err != nil {
+			return err
+		}
 	}
 	if destroy {
 		if err := a.progress().step("Deleting "+a.Env.DefaultStorage(), func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
@@ -463,6 +496,9 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, _ bool) er
 	if !on {
 		fmt.Fprintf(a.Out, "Addon %s is already disabled\n", r.addon.FullName())
 		return nil
+	}
+	if len(ending) > 0 {
+		fmt.Fprintf(a.Err, "still ending: %s\nwatch them with: microk8s kubectl get pods -A -w\n", strings.Join(ending, ", "))
 	}
 	fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
 	return nil
