@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"microk8s/apiserver-proxy/config"
+	"microk8s/internal/longtest"
 	"microk8s/internal/snapenv"
 )
 
@@ -175,10 +176,7 @@ func TestWritersAndReaders(t *testing.T) {
 	defer os.RemoveAll(dir)
 	path := filepath.Join(dir, "provider.yaml")
 	const writers = 200
-	rounds := 20
-	if os.Getenv("MICROK8S_TEST_LONG") != "" {
-		rounds = 200
-	}
+	rounds := longtest.Of(200, 20)
 	texts := map[string]bool{}
 	lists := make([][]string, writers)
 	for i := range writers {

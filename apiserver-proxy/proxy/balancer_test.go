@@ -7,13 +7,13 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"microk8s/internal/longtest"
 	"microk8s/internal/pki"
 )
 
@@ -174,10 +174,7 @@ func TestChurn(t *testing.T) {
 				}
 			})
 		}
-		rounds := 15
-		if os.Getenv("MICROK8S_TEST_LONG") != "" {
-			rounds = 100
-		}
+		rounds := longtest.Of(100, 15)
 		for round := range rounds {
 			well := rnd.IntN(len(c.servers))
 			var undo []func()

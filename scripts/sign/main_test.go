@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"microk8s/internal/longtest"
 )
 
 func pass(p string) func() (string, error) { return func() (string, error) { return p, nil } }
@@ -139,7 +141,7 @@ func TestKeys(t *testing.T) {
 	if fi, err := os.Stat(key + ".key"); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("the private key's mode: %v, %v", fi.Mode(), err)
 	}
-	if os.Getenv("MICROK8S_TEST_LONG") == "" {
+	if !longtest.Enabled() {
 		return // the rest takes a gigabyte of memory and seconds, so that guessing passwords does
 	}
 	locked := filepath.Join(dir, "locked")

@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/longtest"
 )
 
 // TestHA joins three control-plane nodes and a worker, and takes each of them away in turn.
@@ -88,7 +89,7 @@ func TestHA(t *testing.T) {
 				})
 			})
 	}
-	if !long() { // one of each kind
+	if !longtest.Enabled() { // one of each kind
 		i := 2 * c.rand.IntN(len(controlPlane))
 		j := 2 * c.rand.IntN(len(controlPlane))
 		faults = []func(){faults[i], faults[j+1]}

@@ -71,9 +71,6 @@ func seed(t *testing.T) uint64 {
 	return 1
 }
 
-// long says whether every case is to be run, and not a sample.
-func long() bool { return os.Getenv("MICROK8S_TEST_LONG") != "" }
-
 // steps gives a function that runs the parts of a story: a part that fails ends it, since what
 // follows stands on it.
 func steps(t *testing.T) func(name string, f func(t *testing.T)) {

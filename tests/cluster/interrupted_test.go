@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	membership "microk8s/internal/cluster"
+
+	"microk8s/internal/longtest"
 )
 
 // TestInterrupted kills every command that changes a cluster at every point of its journal, on a
@@ -14,6 +16,7 @@ import (
 // It takes a quarter of an hour, so the gate leaves it out (scripts/test); TestHA and TestWorker
 // have some of the points.
 func TestInterrupted(t *testing.T) {
+	longtest.Only(t)
 	c := newCluster(t, "n1", "n2", "w1")
 	step := steps(t)
 	flags := map[string][]string{"n2": nil, "w1": {"--worker"}}

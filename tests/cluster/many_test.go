@@ -12,11 +12,13 @@ import (
 	membership "microk8s/internal/cluster"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
+	"microk8s/internal/longtest"
 )
 
 // TestMany grows a cluster to five control-plane nodes under bad circumstances. It takes several
 // minutes, so the gate leaves it out (scripts/test).
 func TestMany(t *testing.T) {
+	longtest.Only(t)
 	all := []string{"n1", "n2", "n3", "n4", "n5"}
 	c := newCluster(t, all...)
 	step := steps(t)

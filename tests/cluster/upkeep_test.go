@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"microk8s/internal/kubeconfig"
+	"microk8s/internal/longtest"
 	"microk8s/internal/pki"
 	"microk8s/tests/lab"
 	"microk8s/tests/lab/labtest"
@@ -25,6 +26,7 @@ import (
 // join by IPv6, by name and through a balancer, certificates are renewed, and a worker that was
 // installed anew comes back. It takes several minutes, so the gate leaves it out (scripts/test).
 func TestUpkeep(t *testing.T) {
+	longtest.Only(t)
 	nodes := []string{"n1", "n2", "n3", "w1"}
 	c := newCluster(t, append(nodes, "lb")...)
 	c.port = "25555"

@@ -10,6 +10,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	membership "microk8s/internal/cluster"
+	"microk8s/internal/longtest"
 )
 
 const killed = 128 + 9
@@ -175,7 +176,7 @@ func (c *cluster) testRefused(t *testing.T, from, host string) {
 func (c *cluster) points(t *testing.T, operation string, some int) []string {
 	t.Helper()
 	all := c.allPoints(t, operation)
-	if long() {
+	if longtest.Enabled() {
 		return all
 	}
 	c.rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"microk8s/internal/longtest"
 	"microk8s/tests/lab"
 )
 
@@ -24,6 +25,7 @@ const (
 // TestRegistries has containerd pull from registries of the user's own, which are on another
 // host: the program is the one of the addon.
 func TestRegistries(t *testing.T) {
+	longtest.Only(t)
 	n := newNode(t, "registries")
 	step := n.steps(t)
 	ca := n.startRegistries(t, "registries")

@@ -15,6 +15,7 @@ import (
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"microk8s/internal/longtest"
 	"microk8s/tests/lab"
 	"microk8s/tests/lab/labtest"
 )
@@ -22,6 +23,7 @@ import (
 // TestUpgradeOfAddons starts a node with newer definitions of its enabled addons: every pod is
 // renewed, and data and arguments of the user are what they were.
 func TestUpgradeOfAddons(t *testing.T) {
+	longtest.Only(t)
 	labtest.NeedRoot(t)
 	// The tree that the host sees is one of the test's own, whose files it replaces.
 	snap, err := os.MkdirTemp(build, "upgraded-")

@@ -15,11 +15,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/internal/longtest"
 )
 
 // Three machines make a cluster and are refreshed one by one, under steady writing through
 // whichever API server answers. It takes many minutes, so the gate leaves it out (scripts/test).
 func TestClusterIsRefreshedNodeByNode(t *testing.T) {
+	longtest.Only(t)
 	prepare(t)
 	var nodes []*machine
 	for _, name := range []string{"n1", "n2", "n3"} {
@@ -93,6 +96,7 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 // A node that was refreshed and has joined a cluster after that cannot go back to the revision
 // from before: that has the certificates of the single node. It says how to go forward again.
 func TestRevertToBeforeTheJoin(t *testing.T) {
+	longtest.Only(t)
 	prepare(t)
 	n1, n2 := newMachine(t, "n1"), newMachine(t, "n2")
 	for _, m := range []*machine{n1, n2} {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/longtest"
 
 	"github.com/anishathalye/porcupine"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -825,7 +826,7 @@ func TestFaults(t *testing.T) {
 				return
 			}
 			faults := map[int]int{3: 120, 5: 80}[members]
-			if os.Getenv("MICROK8S_TEST_LONG") != "" {
+			if longtest.Enabled() {
 				faults *= 10
 			}
 			if n := os.Getenv("TEST_FAULT_COUNT"); n != "" {

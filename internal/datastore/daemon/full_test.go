@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/peers"
+	"microk8s/internal/longtest"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -180,6 +181,7 @@ func smallCluster(t *testing.T, args ...string) *testCluster {
 // As long as a majority has space writes go on; then they are refused, and reads go on. Whoever
 // leads has space, if there is such a one. With space again everything works, without a restart.
 func TestFullDisksOfMembers(t *testing.T) {
+	longtest.Only(t)
 	t.Parallel()
 	c := smallCluster(t)
 	w := &bigWrites{t: t}
@@ -287,6 +289,7 @@ func TestLowDiskHandsOver(t *testing.T) {
 // A node that could not write its vote takes no part any more, and would never say so. Its daemon
 // notices, ends with the reason, and is well when it is started again.
 func TestNodeThatCannotVote(t *testing.T) {
+	longtest.Only(t)
 	t.Parallel()
 	c := newCluster(t, 3)
 	leader := c.leader()

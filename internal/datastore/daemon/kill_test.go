@@ -18,6 +18,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"microk8s/internal/longtest"
 )
 
 // failedSeeds are those with which a test of this package ever failed; they always run.
@@ -103,10 +105,7 @@ func TestKillUnderLoad(t *testing.T) {
 }
 
 func killUnderLoad(t *testing.T, rnd *rand.Rand) {
-	rounds := 6
-	if os.Getenv("MICROK8S_TEST_LONG") != "" {
-		rounds = 60
-	}
+	rounds := longtest.Of(60, 6)
 	dir := newDir(t)
 	const writers = 12
 	var mu sync.Mutex

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"microk8s/internal/longtest"
 )
 
 // repair runs a command of k8s-dqlite as a process.
@@ -147,7 +149,7 @@ func TestReseed(t *testing.T) {
 	withSeeds(t, func(t *testing.T, rnd *rand.Rand) {
 		rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 		some := all
-		if os.Getenv("MICROK8S_TEST_LONG") == "" {
+		if !longtest.Enabled() {
 			some = all[:6]
 		}
 		for i, tc := range some {

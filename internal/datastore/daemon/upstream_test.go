@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/member"
+	"microk8s/internal/longtest"
 
 	"github.com/canonical/go-dqlite/v3/client"
 	dqdriver "github.com/canonical/go-dqlite/v3/driver"
@@ -326,10 +327,7 @@ func migrationSurvivesKills(t *testing.T, rnd *rand.Rand) {
 	whole := start(t, move(t, image(t, dir)))
 	took := time.Since(began)
 	whole.stop()
-	rounds := 6
-	if os.Getenv("MICROK8S_TEST_LONG") != "" {
-		rounds = 40
-	}
+	rounds := longtest.Of(40, 6)
 	killed := 0
 	for round := range rounds {
 		copied := move(t, image(t, dir))
