@@ -52,12 +52,13 @@ type addNodeFlags struct {
 	format       string
 	worker, list bool
 	name, revoke string
+	out          *output
 }
 
 func (a *App) newAddNode() *cobra.Command {
 	f := addNodeFlags{}
 	cmd := &cobra.Command{
-		Use:   "add-node [--worker] [--expires DURATION|never] [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--name NODE] [--format FORMAT]",
+		Use:   "add-node [--worker] [--expires DURATION|never] [-l|--token-ttl SECONDS] [-t|--token TOKEN] [--name NODE] [--format FORMAT | -o json|yaml]",
 		Short: "Make a token for another machine, and print how it joins",
 		Long: `Make a token with which another machine joins this cluster, and print what to type there.
 
@@ -86,7 +87,7 @@ with HOST:PORT/TOKEN, without the fingerprint that machines of another version w
 			case f.list && f.revoke != "":
 				return &usageError{cmd, errors.New("--list and --revoke cannot be used together")}
 			case f.list:
-				return a.listTokens(cmd.Context(), f.format)
+				return a.listTokens(cmd.Context(), f)
 			case cmd.Flags().Changed("revoke"):
 				return a.revokeToken(cmd.Context(), f.revoke)
 			case f.expires != "" && cmd.Flags().Changed("token-ttl"):
@@ -101,11 +102,14 @@ with HOST:PORT/TOKEN, without the fingerprint that machines of another version w
 	set.Lookup("token-ttl").DefValue = "0" // not shown: without the flag it is one node and an hour
 	set.StringVar(&f.expires, "expires", "", "lifetime for one node, such as 30m or 72h, or never (default 1h)")
 	set.StringVarP(&f.token, "token", "t", "", "use this token, of at least 32 characters, instead of a generated one")
-	set.StringVar(&f.format, "format", "pretty", "pretty, short, token, token-check, json or yaml")
+	set.StringVar(&f.format, "format", "pretty", "pretty, short, token, token-check, or json or yaml as upstream prints it")
+	f.out = addOutput(cmd, "pretty")
+	completeFlag(cmd, "format", "pretty", "short", "token", "token-check", "json", "yaml")
 	set.BoolVar(&f.worker, "worker", false, "the token joins workers only")
 	set.StringVar(&f.name, "name", "", "the token joins the node of this name only")
 	set.BoolVar(&f.list, "list", false, "list the tokens instead")
 	set.StringVar(&f.revoke, "revoke", "", "revoke the token with this id instead")
+	_ = cmd.RegisterFlagCompletionFunc("revoke", a.tokenIDs)
 	return cmd
 }
 
@@ -168,6 +172,9 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		first = addr.String()
 	}
 	c := connection{token: tok.Reveal(), check: check, port: strconv.Itoa(nodeconfig.Load(a.Env).AgentPort), first: first, all: all, worker: f.worker, ha: a.state().HA}
+	if f.out.document() {
+		return a.print(f.out, c.document(opts, a.Now()))
+	}
 	if err := c.print(a.Out, f.format); err != nil {
 		return err
 	}
@@ -334,7 +341,7 @@ func (c connection) print(w io.Writer, format string) error {
 	return nil
 }
 
-// listedToken is one token of --list --format json.
+// listedToken is one token of --list --format json, and one item of the kind JoinTokenList.
 type listedToken struct {
 	ID      string   `json:"id"`
 	Role    string   `json:"role"`
@@ -375,7 +382,38 @@ func listed(r tokenstore.Record, now time.Time) listedToken {
 	return l
 }
 
-func (a *App) listTokens(ctx context.Context, format string) error {
+// joinTokenDocument is the kind JoinToken.
+type joinTokenDocument struct {
+	documentMeta
+	Token       string `json:"token"`
+	Fingerprint string `json:"fingerprint"` // of the agent's certificate, the first digits or all 64
+	Role        string `json:"role"`
+	Node        string `json:"node,omitempty"`
+	Expires     string `json:"expires,omitempty"`
+	// Commands are what is typed on the joining machine, one for each address of this node, that of
+	// the default route first; Connections are their connection strings.
+	Connections []string `json:"connections"`
+	Commands    []string `json:"commands"`
+}
+
+func (c connection) document(use tokenUse, now time.Time) joinTokenDocument {
+	d := joinTokenDocument{documentMeta: documentOf("JoinToken"), Token: c.token, Fingerprint: c.check, Role: "control-plane", Node: use.Name}
+	if c.worker {
+		d.Role = "worker"
+	}
+	if use.TTL > 0 {
+		d.Expires = now.Add(use.TTL).UTC().Format(time.RFC3339)
+	}
+	for _, address := range append([]string{c.first}, c.all...) {
+		if u := c.url(address); address != "none" && !slices.Contains(d.Connections, u) {
+			d.Connections = append(d.Connections, u)
+			d.Commands = append(d.Commands, c.command(address))
+		}
+	}
+	return d
+}
+
+func (a *App) listTokens(ctx context.Context, f addNodeFlags) error {
 	ctx, cancel := context.WithTimeout(ctx, tokenWait)
 	defer cancel()
 	records, err := a.tokens().List(ctx)
@@ -386,7 +424,10 @@ func (a *App) listTokens(ctx context.Context, format string) error {
 	for _, r := range records {
 		all = append(all, listed(r, a.Now()))
 	}
-	if format == "json" {
+	if f.out.document() {
+		return a.print(f.out, listOf("JoinTokenList", all))
+	}
+	if f.format == "json" {
 		enc := json.NewEncoder(a.Out)
 		enc.SetIndent("", "  ")
 		return enc.Encode(all)

@@ -71,15 +71,21 @@ programs enable and disable. Those that come with the product are in the reposit
 	update.Flags().BoolVar(&noSkipRoot, "no-skip-check-root", false, "require root (default)")
 
 	var format string
+	var out *output
 	list := &cobra.Command{
-		Use:   "list [--format table|json|yaml]",
+		Use:   "list [-o json|yaml] [--format table|json|yaml]",
 		Short: "List the repositories",
 		Args:  noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.listRepositories(cmd.Context(), cmd, format)
+			return a.listRepositories(cmd.Context(), cmd, format, out)
 		},
 	}
-	list.Flags().StringVar(&format, "format", "table", "layout: table, json or yaml")
+	out = addOutput(list, "table")
+	list.Flags().StringVar(&format, "format", "table", "layout: table, or json or yaml as upstream prints it")
+	completeFlag(list, "format", "table", "json", "yaml")
+	for _, c := range []*cobra.Command{remove, update} {
+		c.ValidArgsFunction = first(a.repositoryNames)
+	}
 	repo.AddCommand(add, remove, update, list)
 	return root
 }
@@ -121,11 +127,14 @@ func (a *App) repositories(ctx context.Context, do func(*addon.Repositories) err
 	return err
 }
 
-func (a *App) listRepositories(ctx context.Context, cmd *cobra.Command, format string) error {
+func (a *App) listRepositories(ctx context.Context, cmd *cobra.Command, format string, out *output) error {
 	r := &addon.Repositories{Env: a.Env, Out: a.Out, Err: a.Err}
 	all, broken := r.List(ctx)
 	for _, err := range broken {
 		fmt.Fprintln(a.Err, err)
+	}
+	if out.document() {
+		return a.print(out, listOf("AddonRepositoryList", all))
 	}
 	switch format {
 	case "table":

@@ -184,5 +184,10 @@ func (a *App) root() *cobra.Command {
 	for _, c := range a.commands() {
 		root.AddCommand(c.build())
 	}
+	help := root.HelpFunc()
+	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		help(cmd, args)
+		fmt.Fprint(cmd.OutOrStdout(), a.exitHelp(cmd))
+	})
 	return root
 }

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -16,7 +17,7 @@ func (a *App) newConfig() *cobra.Command {
 	var loopback bool
 	var user configUserFlags
 	cmd := &cobra.Command{
-		Use:   "config [-l|--use-loopback] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list | --revoke NAME]",
+		Use:   "config [-l|--use-loopback] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list [-o json|yaml] | --revoke NAME]",
 		Short: "Print the administrator's kubeconfig of this node",
 		Long: `Print the administrator's kubeconfig of this node, with the address of the machine's default
 interface as its server, for use on other machines. It grants full control of the cluster.
@@ -37,11 +38,16 @@ and reads Secrets, admin also gives rights within a namespace, cluster-admin may
 			if user.asked(cmd) {
 				return a.configUser(cmd, &user, loopback)
 			}
+			if user.out.document() {
+				return &usageError{cmd, errors.New("-o is for --list; a kubeconfig is YAML")}
+			}
 			return a.config(loopback)
 		},
 	}
 	cmd.Flags().BoolVarP(&loopback, "use-loopback", "l", false, "leave the server's address as it is, 127.0.0.1")
 	user.add(cmd)
+	user.out = addOutput(cmd, "table")
+	completeFlag(cmd, "role", userRoles...)
 	return cmd
 }
 

@@ -42,6 +42,7 @@ type configUserFlags struct {
 	user, role, namespace, revoke string
 	ttl                           time.Duration
 	list                          bool
+	out                           *output
 }
 
 // userRoles are the roles of Kubernetes that may be given.
@@ -83,9 +84,12 @@ func (a *App) configUser(cmd *cobra.Command, f *configUserFlags, loopback bool) 
 		}
 		return failf("see what is wrong with: microk8s status", "%w", err)
 	}
+	if f.out.document() && !f.list {
+		return wrong("-o is for --list")
+	}
 	switch {
 	case f.list:
-		return failed(a.listUsers(ctx, u))
+		return failed(a.listUsers(ctx, u, f.out))
 	case f.revoke != "":
 		found, err := u.remove(ctx, f.revoke)
 		if err == nil && !found {
@@ -160,10 +164,25 @@ func (a *App) userKubeconfig(f *configUserFlags, token string, loopback bool) ([
 	return text, nil
 }
 
-func (a *App) listUsers(ctx context.Context, u users) error {
+// listedUser is one item of the kind UserList.
+type listedUser struct {
+	User      string    `json:"user"`
+	Role      string    `json:"role"`
+	Namespace string    `json:"namespace,omitempty"` // "" for all
+	Since     time.Time `json:"since"`
+}
+
+func (a *App) listUsers(ctx context.Context, u users, out *output) error {
 	list, err := u.bindings(ctx, "")
 	if err != nil {
 		return err
+	}
+	if out.document() {
+		var items []listedUser
+		for _, b := range list {
+			items = append(items, listedUser{b.Labels[userLabel], b.RoleRef.Name, b.Namespace, b.CreationTimestamp.UTC()})
+		}
+		return a.print(out, listOf("UserList", items))
 	}
 	if len(list) == 0 {
 		fmt.Fprintln(a.Err, "There are no users. Make a kubeconfig with: microk8s config --user NAME --role view")

@@ -118,16 +118,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 			}
 			return a.addons(cmd.Context(), verb, words, !wait, adopt, run)
 		},
-		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			all, _, _ := addon.Catalogue(a.Env)
-			var names []string
-			for _, x := range all {
-				if x.Builtin == "" {
-					names = append(names, x.Name+"\t"+x.Description)
-				}
-			}
-			return names, cobra.ShellCompDirectiveNoFileComp
-		},
+		ValidArgsFunction: a.addonNames,
 	}
 }
 

@@ -43,17 +43,12 @@ their key.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	var format string
+	var out *output
 	status := &cobra.Command{
-		Use: "status [-o json]", Short: "Show the keys by name", Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if format != "text" && format != "json" {
-				return &usageError{cmd, fmt.Errorf("invalid value of -o: %s (choose from text, json)", format)}
-			}
-			return a.encryptionStatus(format == "json")
-		},
+		Use: "status [-o json|yaml]", Short: "Show the keys by name", Args: noArgs,
+		RunE: func(*cobra.Command, []string) error { return a.encryptionStatus(out) },
 	}
-	status.Flags().StringVarP(&format, "output", "o", "text", "text or json")
+	out = addOutput(status, "text")
 	root.AddCommand(status, &cobra.Command{
 		Use: "rotate", Short: "Encrypt everything with a new key", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.encryptionRotate(cmd.Context()) },
@@ -84,23 +79,23 @@ func (a *App) ownKeys() (encryption.Keys, error) {
 	return keys, nil
 }
 
-func (a *App) encryptionStatus(asJSON bool) error {
+// encryptionDocument is the kind EncryptionStatus.
+type encryptionDocument struct {
+	documentMeta
+	Provider string   `json:"provider"`
+	Keys     []string `json:"keys"` // the first one encrypts
+	Rotating bool     `json:"rotating"`
+}
+
+func (a *App) encryptionStatus(out *output) error {
 	keys, err := a.ownKeys()
 	if err != nil {
 		return err
 	}
 	_, err = os.Stat(a.rotationFile())
 	rotating := err == nil
-	if asJSON {
-		enc := json.NewEncoder(a.Out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(struct {
-			APIVersion string   `json:"apiVersion"`
-			Kind       string   `json:"kind"`
-			Provider   string   `json:"provider"`
-			Keys       []string `json:"keys"` // the first one encrypts
-			Rotating   bool     `json:"rotating"`
-		}{"microk8s.io/v1", "EncryptionStatus", "secretbox", keys.Names(), rotating})
+	if out.document() {
+		return a.print(out, encryptionDocument{documentOf("EncryptionStatus"), "secretbox", keys.Names(), rotating})
 	}
 	fmt.Fprintf(a.Out, "Secrets and ConfigMaps are encrypted with secretbox\nfile: %s\nkeys:\n", encryption.Path(a.Env))
 	for i, name := range keys.Names() {

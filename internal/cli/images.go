@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,11 +32,11 @@ node, and see which there are.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.AddCommand(
-		&cobra.Command{
-			Use:   "import [IMAGE]",
-			Short: "Import an OCI or docker archive on all nodes; - or nothing reads standard input",
-			Long: `Import the images of an archive, as docker save, skopeo copy or nerdctl save write it, on all
+	var imported, listed *output
+	importer := &cobra.Command{
+		Use:   "import [IMAGE] [-o json|yaml]",
+		Short: "Import an OCI or docker archive on all nodes; - or nothing reads standard input",
+		Long: `Import the images of an archive, as docker save, skopeo copy or nerdctl save write it, on all
 nodes. It may be compressed with gzip or zstd. Without a name, or with -, it is read from
 standard input.
 
@@ -45,23 +46,27 @@ standard input.
 Images need a name. Short ones are completed as docker does it: busybox:1 becomes
 docker.io/library/busybox:1, under which pods find it. For each node the images are printed that
 it has imported; one that cannot use any of them is an error.`,
-			Args: atMost(1),
-			RunE: func(cmd *cobra.Command, args []string) error {
-				return a.importImages(cmd.Context(), append(args, "-")[0])
-			},
+		Args: atMost(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.importImages(cmd.Context(), append(args, "-")[0], imported)
 		},
+	}
+	imported = addOutput(importer, "text")
+	list := &cobra.Command{
+		Use:   "list [-o json|yaml]",
+		Short: "List the images on this node, and how many pods of the cluster use each",
+		Args:  noArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return a.listImages(cmd.Context(), listed) },
+	}
+	listed = addOutput(list, "table")
+	root.AddCommand(importer, list,
 		&cobra.Command{
 			Use:   "export-local [OUTPUT] [IMAGE...]",
 			Short: "Write images of this node, or all, as an archive; - or nothing writes standard output",
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return a.exportImages(cmd.Context(), append(args, "-")[0], args[min(1, len(args)):])
 			},
-		},
-		&cobra.Command{
-			Use:   "list",
-			Short: "List the images on this node, and how many pods of the cluster use each",
-			Args:  noArgs,
-			RunE:  func(cmd *cobra.Command, _ []string) error { return a.listImages(cmd.Context()) },
+			ValidArgsFunction: a.exportArguments,
 		},
 	)
 	return root
@@ -79,7 +84,7 @@ func atMost(n int) cobra.PositionalArgs {
 
 // importImages checks an archive and sends it to every node. It goes on after a node that
 // failed, and then fails.
-func (a *App) importImages(ctx context.Context, file string) error {
+func (a *App) importImages(ctx context.Context, file string, out *output) error {
 	path, done, err := a.spool(file)
 	if errors.Is(err, syscall.ENOSPC) {
 		return explain("cannot store standard input", err)
@@ -102,31 +107,65 @@ func (a *App) importImages(ctx context.Context, file string) error {
 	if err != nil {
 		return fmt.Errorf("cannot list the nodes: %w", err)
 	}
+	say := a.Out
+	if out.document() {
+		say = a.Err
+	}
 	for _, t := range targets {
-		fmt.Fprintf(a.Out, "Pushing OCI images to %s\n", t.Address)
+		fmt.Fprintf(say, "Pushing OCI images to %s\n", t.Address)
 	}
 	results, err := cluster.ImportImage(ctx, func() (io.ReadCloser, error) { return os.Open(path) })
 	if err != nil {
 		return err
 	}
 	failed := 0
+	doc := imageImport{documentMeta: documentOf("ImageImport"), Nodes: []nodeImport{}}
 	for _, r := range results {
+		doc.Nodes = append(doc.Nodes, importOn(r))
 		if r.Err != nil {
 			failed++
 			fmt.Fprintf(a.Err, "Failed to import images on %s (%s): %v\n", r.Address, r.Name, r.Err)
 			continue
 		}
 		for _, name := range r.Imported.Images {
-			fmt.Fprintf(a.Out, "Imported %s on %s\n", name, r.Name)
+			fmt.Fprintf(say, "Imported %s on %s\n", name, r.Name)
 		}
 		for _, why := range r.Imported.Skipped {
 			fmt.Fprintf(a.Err, "Not imported on %s: %s\n", r.Name, why)
+		}
+	}
+	if out.document() {
+		if err := a.print(out, doc); err != nil {
+			return err
 		}
 	}
 	if failed > 0 {
 		return failf("run the same command again when that is fixed", "%d of %d nodes have not imported the images", failed, len(results))
 	}
 	return nil
+}
+
+// imageImport is the kind ImageImport.
+type imageImport struct {
+	documentMeta
+	Nodes []nodeImport `json:"nodes"`
+}
+
+// nodeImport is what one node has imported.
+type nodeImport struct {
+	Name    string   `json:"name"`
+	Address string   `json:"address"`
+	Images  []string `json:"images"`
+	Skipped []string `json:"skipped,omitempty"` // why parts of the archive were not imported
+	Error   string   `json:"error,omitempty"`
+}
+
+func importOn(r fanout.Result) nodeImport {
+	n := nodeImport{Name: r.Name, Address: r.Address, Images: append([]string{}, r.Imported.Images...), Skipped: r.Imported.Skipped}
+	if r.Err != nil {
+		n.Error = r.Err.Error()
+	}
+	return n
 }
 
 // spool returns a file that can be read several times; what comes from standard input is put
@@ -167,7 +206,7 @@ func (a *App) exportImages(ctx context.Context, output string, names []string) e
 }
 
 // listImages shows what this node has, and what pods of the cluster want.
-func (a *App) listImages(ctx context.Context) error {
+func (a *App) listImages(ctx context.Context, out *output) error {
 	have, err := images.List(ctx, a.Env)
 	if err != nil {
 		return err
@@ -175,6 +214,9 @@ func (a *App) listImages(ctx context.Context) error {
 	uses, err := a.imageUses(ctx)
 	if err != nil {
 		fmt.Fprintf(a.Err, "cannot find out which images pods use: %v\n", err)
+	}
+	if out.document() {
+		return a.print(out, listOf("ImageList", imageItems(have, uses, err == nil)))
 	}
 	fmt.Fprintf(a.Out, "%-60s %-19s %10s %-8s %s\n", "IMAGE", "DIGEST", "SIZE", "SOURCE", "PODS")
 	for _, img := range have {
@@ -198,6 +240,38 @@ func (a *App) listImages(ctx context.Context) error {
 		fmt.Fprintf(a.Out, "%-60s %-19s %10s %-8s %d\n", name, "not on this node", "-", "-", uses[name])
 	}
 	return nil
+}
+
+// listedImage is one item of the kind ImageList.
+type listedImage struct {
+	Name    string `json:"name"`
+	Present bool   `json:"present"` // on this node; pods name it otherwise
+	Digest  string `json:"digest,omitempty"`
+	Bytes   int64  `json:"bytes,omitempty"`
+	Shipped bool   `json:"shipped,omitempty"` // it came with the product
+	Pods    *int   `json:"pods,omitempty"`    // of the cluster that name it; not there where the API server did not say
+}
+
+func imageItems(have []images.Image, uses map[string]int, known bool) []listedImage {
+	pods := func(name string) *int {
+		if !known {
+			return nil
+		}
+		n := uses[name]
+		return &n
+	}
+	var out []listedImage
+	there := map[string]bool{}
+	for _, img := range have {
+		there[img.Name] = true
+		out = append(out, listedImage{Name: img.Name, Present: true, Digest: fmt.Sprint(img.Digest), Bytes: img.Size, Shipped: img.Shipped, Pods: pods(img.Name)})
+	}
+	for _, name := range slices.Sorted(maps.Keys(uses)) {
+		if !there[name] {
+			out = append(out, listedImage{Name: name, Pods: pods(name)})
+		}
+	}
+	return out
 }
 
 func mebibytes(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }

@@ -19,13 +19,14 @@ import (
 
 func (a *App) newInspect() *cobra.Command {
 	var security bool
-	var format string
+	var out *output
 	cmd := &cobra.Command{
-		Use:   "inspect [--security [-o json]]",
+		Use:   "inspect [--security] [-o json|yaml]",
 		Short: "Check this node for known problems, and collect a report",
 		Long: `Collect logs, arguments and the state of the cluster and of the machine into one tarball that
 can be shown to others: keys, tokens and passwords are redacted. Warnings are printed as they
-are found. Exit code 1 means that a service which should run does not.
+are found. Exit code 1 means that a service which should run does not. With -o the warnings and
+the report's path are one document, and what is done is said on standard error.
 
 With --security, compare this node with the CIS Kubernetes Benchmark and with what a new node
 has, and print a table: what is wanted, what was found, and how to set it. Nothing is changed,
@@ -37,13 +38,19 @@ they differ. Exit code 1 means that a control fails.`,
 				return errNotSetUp()
 			}
 			if security {
-				return a.inspectSecurity(cmd, format)
-			}
-			if cmd.Flags().Changed("output") {
-				return &usageError{cmd, errors.New("-o is for --security")}
+				return a.inspectSecurity(cmd, out)
 			}
 			in := &inspect.Inspector{Env: a.Env, Manager: a.Services, Out: a.Out, Now: a.Now}
-			_, err := in.Inspect(cmd.Context())
+			if out.document() {
+				in.Out = a.Err
+			}
+			path, err := in.Inspect(cmd.Context())
+			if down := errors.Is(err, inspect.ErrDown); out.document() && (err == nil || down) {
+				doc := inspectionDocument{documentOf("InspectionReport"), path, !down, append([]string{}, in.Warnings...)}
+				if err := a.print(out, doc); err != nil {
+					return err
+				}
+			}
 			if errors.Is(err, inspect.ErrDown) {
 				return exitError(ExitError)
 			}
@@ -54,26 +61,30 @@ they differ. Exit code 1 means that a control fails.`,
 		},
 	}
 	cmd.Flags().BoolVar(&security, "security", false, "compare this node with the CIS benchmark instead")
-	cmd.Flags().StringVarP(&format, "output", "o", "table", "of --security: table or json")
+	out = addOutput(cmd, "table")
 	return cmd
 }
 
-// securityReport is what `inspect --security -o json` prints.
-type securityReport struct {
-	APIVersion string             `json:"apiVersion"` // microk8s.io/v1
-	Kind       string             `json:"kind"`       // SecurityReport
-	Benchmark  string             `json:"benchmark"`
-	Summary    map[cis.Status]int `json:"summary"` // controls by status
-	Controls   []cis.Result       `json:"controls"`
+// inspectionDocument is the kind InspectionReport.
+type inspectionDocument struct {
+	documentMeta
+	Report   string   `json:"report"`   // the tarball's path
+	Services bool     `json:"services"` // all that should run do
+	Warnings []string `json:"warnings"`
+}
+
+// securityDocument is the kind SecurityReport.
+type securityDocument struct {
+	documentMeta
+	Benchmark string             `json:"benchmark"`
+	Summary   map[cis.Status]int `json:"summary"` // controls by status
+	Controls  []cis.Result       `json:"controls"`
 }
 
 // bindingsWait bounds how long the API server is waited for: the rest does not need it.
 const bindingsWait = 5 * time.Second
 
-func (a *App) inspectSecurity(cmd *cobra.Command, format string) error {
-	if format != "table" && format != "json" {
-		return &usageError{cmd, fmt.Errorf("invalid value of -o: %s (choose from table, json)", format)}
-	}
+func (a *App) inspectSecurity(cmd *cobra.Command, out *output) error {
 	node := &cis.Node{Env: a.Env}
 	if core, err := kube.FromFile(a.Env.AdminKubeconfig()); err == nil {
 		node.Bindings = func(ctx context.Context) ([]rbacv1.ClusterRoleBinding, error) {
@@ -89,10 +100,8 @@ func (a *App) inspectSecurity(cmd *cobra.Command, format string) error {
 	}
 	results := cis.Run(cmd.Context(), node)
 	count := cis.Count(results)
-	if format == "json" {
-		enc := json.NewEncoder(a.Out)
-		enc.SetIndent("", "  ")
-		if err := enc.Encode(securityReport{"microk8s.io/v1", "SecurityReport", cis.Edition, count, results}); err != nil {
+	if out.document() {
+		if err := a.print(out, securityDocument{documentOf("SecurityReport"), cis.Edition, count, results}); err != nil {
 			return err
 		}
 	} else {

@@ -156,6 +156,7 @@ A node that was re-installed may join again after this.`,
 			return a.removeNode(cmd.Context(), o)
 		},
 	}
+	cmd.ValidArgsFunction = first(a.nodeNames)
 	cmd.Flags().BoolVar(&o.Force, "force", false, "remove it also if it is a member of the datastore")
 	addYes(cmd.Flags(), &yes)
 	return cmd

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -28,6 +29,7 @@ const (
 
 type refreshOptions struct {
 	undo, check bool
+	out         *output
 	force       bool
 	cert        string
 	caDir       string
@@ -41,7 +43,7 @@ var refreshable = []struct{ file, title string }{
 func (a *App) newRefreshCerts() *cobra.Command {
 	o := refreshOptions{}
 	cmd := &cobra.Command{
-		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check] [-e|--cert server.crt|front-proxy-client.crt|ca.crt] [--force]",
+		Use:   "refresh-certs [CA_DIR] [-u|--undo] [-c|--check [-o json|yaml]] [-e|--cert server.crt|front-proxy-client.crt|ca.crt] [--force]",
 		Short: "Check, renew or replace the certificates of this node",
 		Long: `Check, renew or replace the certificates of this node. Certificates other than that of the
 CA are renewed automatically before they expire.
@@ -76,7 +78,8 @@ the same.`,
 	cmd.Flags().BoolVarP(&o.check, "check", "c", false, "show when the certificates expire")
 	cmd.Flags().BoolVar(&o.force, "force", false, "replace the CA although other nodes are in the cluster")
 	cmd.Flags().StringVarP(&o.cert, "cert", "e", "", "renew this certificate: server.crt, front-proxy-client.crt or ca.crt")
-	_ = cmd.RegisterFlagCompletionFunc("cert", cobra.FixedCompletions([]string{"server.crt", "front-proxy-client.crt", "ca.crt"}, cobra.ShellCompDirectiveNoFileComp))
+	completeFlag(cmd, "cert", "server.crt", "front-proxy-client.crt", "ca.crt")
+	o.out = addOutput(cmd, "text")
 	return cmd
 }
 
@@ -89,6 +92,8 @@ func (a *App) refreshOptionsOK(cmd *cobra.Command, o refreshOptions) error {
 		}
 	}
 	switch {
+	case o.out.document() && !o.check:
+		return &usageError{cmd, errors.New("-o is for --check")}
 	case o.caDir != "" && chosen > 0:
 		fmt.Fprintln(a.Out, "Please do not set any options in combination with the CA_DIR.")
 		return exitError(ExitError)
@@ -112,7 +117,7 @@ func (a *App) refreshCerts(ctx context.Context, o refreshOptions) error {
 	}
 	switch {
 	case o.check:
-		return a.checkCerts(store)
+		return a.checkCerts(store, o.out)
 	case o.undo:
 		return a.undoCerts(ctx, store)
 	case o.cert != "":
@@ -140,7 +145,16 @@ func (a *App) undoesCA(store *certs.Store) bool {
 	return err == nil && !bytes.Equal(old, now)
 }
 
-func (a *App) checkCerts(store *certs.Store) error {
+// listedCert is one item of the kind CertificateList.
+type listedCert struct {
+	File     string `json:"file"` // in $SNAP_DATA/certs
+	Title    string `json:"title"`
+	DaysLeft int    `json:"daysLeft"`
+	Expires  string `json:"expires"`
+}
+
+func (a *App) checkCerts(store *certs.Store, out *output) error {
+	var items []listedCert
 	for _, r := range refreshable {
 		days, err := store.DaysLeft(strings.TrimSuffix(r.file, ".crt"))
 		if err != nil {
@@ -150,7 +164,17 @@ func (a *App) checkCerts(store *certs.Store) error {
 			}
 			return f
 		}
-		fmt.Fprintf(a.Out, "The %s certificate will expire in %d days.\n", r.title, days)
+		c := listedCert{File: r.file, Title: r.title, DaysLeft: days}
+		if end, err := store.Expiry(strings.TrimSuffix(r.file, ".crt")); err == nil {
+			c.Expires = end.UTC().Format(time.RFC3339)
+		}
+		items = append(items, c)
+	}
+	if out.document() {
+		return a.print(out, listOf("CertificateList", items))
+	}
+	for _, c := range items {
+		fmt.Fprintf(a.Out, "The %s certificate will expire in %d days.\n", c.Title, c.DaysLeft)
 	}
 	return nil
 }

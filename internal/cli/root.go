@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ type command struct {
 	gates []gate
 	// usage is the exit code for wrong options and arguments.
 	usage int
+	// exits are the exit codes besides those that follow from the rest; see exits.go.
+	exits []exitCode
 	build func() *cobra.Command
 }
 
@@ -45,27 +48,27 @@ func (a *App) commands() []command {
 	addons := []gate{a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stopped}
 	return []command{
 		{name: "add-node", group: groupCluster, usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
-		{name: "addons", group: groupWorkloads, usage: ExitUsage, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
+		{name: "addons", group: groupWorkloads, usage: ExitUsage, exits: []exitCode{{ExitRoot, "update needs root"}}, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
 		{name: "completion", group: groupTools, usage: ExitUsage, build: a.newCompletion},
 		{name: "config", group: groupTools, usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
-		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, build: a.newCtr},
-		{name: "dbctl", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, build: a.newDbctl},
+		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, exits: exitsPassed, build: a.newCtr},
+		{name: "dbctl", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, exits: exitsDbctl, build: a.newDbctl},
 		{name: "disable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
 		{name: "enable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},
 		{name: "encryption", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, sudo: true, build: a.newEncryption},
-		{name: "helm", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm")},
-		{name: "helm3", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, build: a.newHelm("helm3")},
+		{name: "helm", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newHelm("helm")},
+		{name: "helm3", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newHelm("helm3")},
 		{name: "images", group: groupWorkloads, usage: ExitUsage, gates: []gate{perm}, build: a.newImages},
-		{name: "inspect", group: groupNode, usage: ExitUsage, sudo: true, build: a.newInspect},
-		{name: "join", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, build: a.newJoin},
-		{name: "kubectl", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, build: a.newKubectl},
-		{name: "leave", group: groupCluster, usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, build: a.newLeave},
+		{name: "inspect", group: groupNode, usage: ExitUsage, sudo: true, exits: exitsInspect, build: a.newInspect},
+		{name: "join", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, exits: exitsJoin, build: a.newJoin},
+		{name: "kubectl", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newKubectl},
+		{name: "leave", group: groupCluster, usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, exits: exitsLeave, build: a.newLeave},
 		{name: "logs", group: groupNode, usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
-		{name: "refresh-certs", group: groupNode, usage: ExitUsage, gates: []gate{a.workerRefresh}, build: a.newRefreshCerts},
-		{name: "remove-node", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, build: a.newRemoveNode},
-		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, build: a.newReset},
+		{name: "refresh-certs", group: groupNode, usage: ExitUsage, gates: []gate{a.workerRefresh}, exits: slices.Concat(exitsRefresh, exitsRoot), build: a.newRefreshCerts},
+		{name: "remove-node", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, exits: exitsRemove, build: a.newRemoveNode},
+		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, exits: exitsRoot, build: a.newReset},
 		{name: "start", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
-		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, build: a.newStatus},
+		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, exits: exitsStatus, build: a.newStatus},
 		{name: "stop", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
 		{name: "version", group: groupNode, usage: ExitError, gates: []gate{a.permUnlessNew}, build: a.newVersion},
 
@@ -95,8 +98,8 @@ func (a *App) dispatch(ctx context.Context, args []string) error {
 	switch name {
 	case "help", "--help", "-h":
 		for _, c := range a.commands() {
-			if len(rest) == 1 && c.name == rest[0] {
-				return a.help(c)
+			if len(rest) > 0 && c.name == rest[0] {
+				return a.help(c, rest[1:]...)
 			}
 		}
 		a.list(a.Out)
@@ -113,15 +116,13 @@ func (a *App) dispatch(ctx context.Context, args []string) error {
 // run takes one command through its gates and executes it.
 func (a *App) run(ctx context.Context, c command, args []string) error {
 	if !c.raw && slices.ContainsFunc(args, func(s string) bool { return s == "-h" || s == "--help" }) {
-		return a.help(c) // whoever and wherever one is
+		return a.help(c, args...) // whoever and wherever one is
 	}
 	if c.ownHelp && len(args) > 0 && (args[0] == "-h" || args[0] == "--help") {
 		return a.help(c)
 	}
-	for _, g := range c.gates {
-		if err := g(); err != nil {
-			return err
-		}
+	if err := a.gated(c, args); err != nil {
+		return err
 	}
 	if c.sudo {
 		if err := a.asRoot(append([]string{c.name}, args...)...); err != nil {
@@ -136,6 +137,42 @@ func (a *App) run(ctx context.Context, c command, args []string) error {
 	return err
 }
 
+// gated tries the refusals of a command. Where a document is asked for, standard output has nothing
+// but documents: refusals are on standard error, and status has one that says it.
+func (a *App) gated(c command, args []string) error {
+	format, asks := asksDocument(args)
+	if !asks || c.raw || c.name == "dbctl" { // whose -o is a file
+		for _, g := range c.gates {
+			if err := g(); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var said bytes.Buffer
+	quiet := *a
+	quiet.Out = &said
+	quiet.Err = &said
+	for _, again := range quiet.commands() {
+		if again.name != c.name {
+			continue
+		}
+		for _, g := range again.gates {
+			err := g()
+			if err == nil {
+				continue
+			}
+			var exit exitError
+			if c.name == "status" && errors.As(err, &exit) {
+				return errors.Join(a.refusedStatus(format, said.String()), err)
+			}
+			_, _ = a.Err.Write(said.Bytes())
+			return err
+		}
+	}
+	return nil
+}
+
 // execute runs the command tree.
 func (a *App) execute(ctx context.Context, args []string) error {
 	root := a.root()
@@ -144,7 +181,8 @@ func (a *App) execute(ctx context.Context, args []string) error {
 	return root.ExecuteContext(ctx)
 }
 
-func (a *App) help(c command) error {
+// help prints the help of a command, or of the subcommand that the first words name.
+func (a *App) help(c command, words ...string) error {
 	if c.raw {
 		return a.execute(context.Background(), []string{c.name, "--help"})
 	}
@@ -152,6 +190,13 @@ func (a *App) help(c command) error {
 	root := a.root()
 	if found, _, err := root.Find([]string{c.name}); err == nil {
 		cmd = found
+	}
+	for _, w := range words {
+		i := slices.IndexFunc(cmd.Commands(), func(s *cobra.Command) bool { return s.Name() == w })
+		if i < 0 {
+			break
+		}
+		cmd = cmd.Commands()[i]
 	}
 	cmd.SetOut(a.Out)
 	return cmd.Help()

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/service"
 	"microk8s/internal/status"
 )
 
@@ -22,6 +24,7 @@ type statusOptions struct {
 	timeout   int
 	addon     string
 	yaml      bool
+	out       *output
 }
 
 // notRunning is what scripts look for.
@@ -48,7 +51,7 @@ const policyNote = "network policy: not enforced (see docs/scope.md)"
 func (a *App) newStatus() *cobra.Command {
 	o := statusOptions{}
 	cmd := &cobra.Command{
-		Use:   "status [--format pretty|yaml|short|json] [-w|--wait-ready] [-t|--timeout SECONDS] [-a|--addon NAME]",
+		Use:   "status [-o json|yaml] [--format pretty|yaml|short|json] [-w|--wait-ready] [-t|--timeout SECONDS] [-a|--addon NAME]",
 		Short: "Show the status of this node",
 		Long: `Show the status of this node, and if something is wrong, what, and what to do about it. It answers
 within 100 ms when everything does; what is slow is waited for, up to a second in all, and then
@@ -58,6 +61,9 @@ named. Exit code 0 means that the node can be used, 1 that it cannot or that nob
 			if !slices.Contains([]string{"pretty", "yaml", "short", "json"}, o.format) {
 				return &usageError{cmd, fmt.Errorf("argument --format: invalid choice: '%s' (choose from 'pretty', 'yaml', 'short', 'json')", o.format)}
 			}
+			if o.out.document() && (o.addon != "all" || o.yaml || cmd.Flags().Changed("format")) {
+				return &usageError{cmd, errors.New("-o does not go together with --format, --yaml and --addon")}
+			}
 			if o.timeout < 0 {
 				return &usageError{cmd, fmt.Errorf("argument -t/--timeout: %d is not a time in seconds", o.timeout)}
 			}
@@ -65,12 +71,14 @@ named. Exit code 0 means that the node can be used, 1 that it cannot or that nob
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.format, "format", "pretty", "layout: pretty, yaml, short or json")
+	o.out = addOutput(cmd, "pretty")
+	f.StringVar(&o.format, "format", "pretty", "layout: pretty, short, or yaml or json as upstream prints it")
 	f.BoolVarP(&o.waitReady, "wait-ready", "w", false, "wait until the node can be used")
 	f.IntVarP(&o.timeout, "timeout", "t", 0, "seconds to wait with --wait-ready; 0 waits forever")
 	f.StringVarP(&o.addon, "addon", "a", "all", "print only whether one addon is enabled")
 	f.BoolVar(&o.yaml, "yaml", false, "short yaml layout (deprecated, use --format yaml)")
-	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"pretty", "yaml", "short", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	completeFlag(cmd, "format", "pretty", "yaml", "short", "json")
+	_ = cmd.RegisterFlagCompletionFunc("addon", a.addonNames)
 	return cmd
 }
 
@@ -102,13 +110,32 @@ func (a *App) status(ctx context.Context, o statusOptions) error {
 	} else {
 		r = p.Probe(ctx)
 	}
-	if err := printStatus(a.Out, r, o); err != nil {
+	if o.out.document() {
+		if err := a.print(o.out, statusDocument{documentOf("NodeStatus"), jsonOf(r)}); err != nil {
+			return err
+		}
+	} else if err := printStatus(a.Out, r, o); err != nil {
 		return err
 	}
 	if !r.Ready {
 		return exitError(ExitError)
 	}
 	return nil
+}
+
+// refusedStatus is the document of a node of which status says nothing else: it is stopped, a worker,
+// too small, or not the caller's to see.
+func (a *App) refusedStatus(format, why string) error {
+	doc := statusDocument{documentMeta: documentOf("NodeStatus")}
+	doc.MicroK8s.Message = strings.Join(strings.Fields(why), " ")
+	if a.state().Worker {
+		doc.MicroK8s.Worker = true
+		ctx, cancel := context.WithTimeout(context.Background(), status.Budget)
+		defer cancel()
+		states, err := a.Services.Status(ctx)
+		doc.MicroK8s.Running = err == nil && slices.ContainsFunc(states, func(s service.State) bool { return s.Name == service.Kubelite && s.Phase == service.Running })
+	}
+	return a.print(&output{value: format}, doc)
 }
 
 // printStatus writes a report in the layout asked for (cli.md 1.1).
@@ -276,8 +303,15 @@ type valueJSON struct {
 	Unreadable bool     `json:"unreadable,omitempty"` // its file
 }
 
+// statusDocument is the kind NodeStatus.
+type statusDocument struct {
+	documentMeta
+	statusJSON
+}
+
 type runningJSON struct {
 	Running bool   `json:"running"`
+	Worker  bool   `json:"worker,omitempty"` // of documents: whether it is Ready the control plane knows
 	Message string `json:"message,omitempty"`
 	Slow    bool   `json:"slow,omitempty"` // it runs and does not answer
 }

@@ -20,7 +20,7 @@ type Component struct {
 	Version string `json:"version"`
 }
 
-// versionReport is the form of `version --format json`.
+// versionReport is the form of `version --format json`; with -o it is a document.
 type versionReport struct {
 	Version    string      `json:"version"`
 	Revision   string      `json:"revision"`
@@ -29,22 +29,25 @@ type versionReport struct {
 
 func (a *App) newVersion() *cobra.Command {
 	format := "pretty"
+	var out *output
 	cmd := &cobra.Command{
-		Use:   "version [--format pretty|json]",
+		Use:   "version [-o json|yaml] [--format pretty|json]",
 		Short: "Print the versions of MicroK8s and its components",
 		Args:  cobra.ArbitraryArgs, // upstream ignores them
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if format != "pretty" && format != "json" {
 				return &usageError{cmd, fmt.Errorf("invalid option: --format=%s", format)}
 			}
-			return a.version(format)
+			return a.version(format, out)
 		},
 	}
-	cmd.Flags().StringVar(&format, "format", format, "pretty or json")
+	out = addOutput(cmd, "pretty")
+	cmd.Flags().StringVar(&format, "format", format, "pretty, or json as upstream prints it")
+	completeFlag(cmd, "format", "pretty", "json")
 	return cmd
 }
 
-func (a *App) version(format string) error {
+func (a *App) version(format string, out *output) error {
 	r := versionReport{}
 	r.Version, r.Revision = Version(a.Env)
 	components, err := readBOM(a.Env.BOM())
@@ -52,6 +55,12 @@ func (a *App) version(format string) error {
 		return err
 	}
 	r.Components = components
+	if out.document() {
+		return a.print(out, struct {
+			documentMeta
+			versionReport
+		}{documentOf("Version"), r})
+	}
 	if format == "json" {
 		enc := json.NewEncoder(a.Out)
 		enc.SetIndent("", "  ")

@@ -32,6 +32,9 @@ type Inspector struct {
 	Out     io.Writer
 	Now     func() time.Time
 
+	// Warnings are what was found to be wrong, when Inspect has returned.
+	Warnings []string
+
 	// Run returns the output of a program, standard error included; nil runs it for real.
 	Run func(ctx context.Context, argv ...string) ([]byte, error)
 

@@ -140,6 +140,7 @@ func (in *Inspector) findings(ctx context.Context) {
 	warn := func(format string, a ...any) {
 		text := fmt.Sprintf(format, a...)
 		in.say("WARNING:  %s", text)
+		in.Warnings = append(in.Warnings, text)
 		fmt.Fprintln(&b, text)
 	}
 	p := &status.Prober{Env: in.Env, Manager: in.Manager, Now: in.Now, Budget: 2 * time.Second}
