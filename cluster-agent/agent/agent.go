@@ -119,8 +119,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	core := (&kube.File{Path: env.AdminKubeconfig()}).Core
 	registry := noderegistry.Registry{Core: core}
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
-	remove := func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
-	here.Remove = remove
+	here.Remove = func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
 	remote := &worker.Keeper{Env: env, Node: name, Restart: services.Restart, Log: log}
 	here.Fresh = remote.Callback
 	if !isWorker {
@@ -145,8 +144,10 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 			Env:   env, Services: services, Limit: limiter, Log: log, Version: kubernetesVersion(env),
 			Cluster: apiServer{env, core},
 			Live:    func(ctx context.Context) ([]peers.Member, error) { return peers.Members(ctx, env.Backend()) },
-			Remove:  remove,
-			Tokens:  tokenstore.Open(env, core),
+			Remove: func(ctx context.Context, id uint64, address string) error {
+				return peers.RemoveMember(ctx, env.Backend(), id, address)
+			},
+			Tokens: tokenstore.Open(env, core),
 		}
 		joins.Register(srv)
 	}

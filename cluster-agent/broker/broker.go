@@ -73,10 +73,10 @@ type Broker struct {
 	Version  string // of Kubernetes, such as v1.37.1
 	Maker    pki.Maker
 
-	// Live gives the datastore's members as its daemon knows them now, Remove takes the one with an
-	// address (host:port) out.
+	// Live returns the datastore's members as its daemon knows them now. Remove takes one out, by its
+	// ID: another one that has its address (host:port) meanwhile stays, see peers.RemoveID.
 	Live   func(context.Context) ([]peers.Member, error)
-	Remove func(ctx context.Context, address string) error
+	Remove func(ctx context.Context, id uint64, address string) error
 
 	// Interfaces lists this host's addresses; nil means the kernel's.
 	Interfaces func() ([]Interface, error)

@@ -24,6 +24,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/pki"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/token"
@@ -58,7 +59,7 @@ type joining struct {
 	members []storedir.Member // nil with an external etcd
 
 	arguments *serverargs.Set // of the API server, for a control-plane node
-	replaces  string          // address of the datastore's member that this node was before it was reinstalled
+	replaces  *peers.Member   // the datastore's member that this node was before it was reinstalled, or nil
 }
 
 func (b *Broker) join(w http.ResponseWriter, r *http.Request) {
@@ -117,19 +118,20 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	if err := c.b.Nodes.Put(ctx, record); err != nil {
 		return nil, failed(fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the join cannot be recorded now, try again: %v", err))
 	}
-	if j.replaces != "" {
-		c.note("replaces", j.replaces)
-		if err := c.b.Remove(ctx, j.replaces); err != nil && !errors.Is(err, peers.ErrNotMember) {
+	gone := func(m storedir.Member) bool { return j.replaces != nil && m.Address == j.replaces.Address }
+	if j.replaces != nil {
+		c.note("replaces", j.replaces.Address, "member", fmt.Sprintf("%x", j.replaces.ID))
+		if err := c.b.Remove(ctx, j.replaces.ID, j.replaces.Address); err != nil && !errors.Is(err, peers.ErrNotMember) {
 			return nil, failed(internal(fmt.Sprintf("cannot remove the datastore's member that this node was before; run microk8s remove-node %s --force, and join again", req.Hostname), err))
 		}
-		j.members = slices.DeleteFunc(j.members, func(m storedir.Member) bool { return m.Address == j.replaces })
+		j.members = slices.DeleteFunc(j.members, gone)
 	}
 	if !bool(req.Worker) && j.members != nil {
 		members, err := c.b.reachable(ctx, j.members, j.local, c.r.Host)
 		if err != nil {
 			return nil, failed(err)
 		}
-		members = slices.DeleteFunc(members, func(m storedir.Member) bool { return m.Address == j.replaces }) // the file may be older
+		members = slices.DeleteFunc(members, gone) // the file may be older
 		for _, m := range members {
 			if m.Role == storedir.Voter {
 				answer.Voters = append(answer.Voters, m.Address)
@@ -193,7 +195,7 @@ func (c *call) problems(j *joining) (out []error) {
 		if j.members, err = b.Members(); err != nil {
 			add(internal("Failed to retrieve dqlite cluster nodes", err))
 		}
-		if hasAddress(j.members, j.address) && !j.record.Knows(req.Hostname) {
+		if !j.record.Knows(req.Hostname) {
 			add(b.memberProblem(ctx, j))
 		}
 	}
@@ -293,26 +295,47 @@ func (b *Broker) nameOf(ctx context.Context, name string, worker bool) (string, 
 	return "", nil
 }
 
-// memberProblem refuses an address that a member of the datastore has. The file that lists the
-// members may be a moment old, so the daemon is asked. A token for this node's name says that it was
-// reinstalled: then its old member goes, if it does not live.
+// memberProblem refuses an address or a name that a member of the datastore has. The file that lists
+// the members may be a moment old, so the daemon is asked. A token for this node's name says that it
+// was reinstalled: then its old member goes, if it does not live. The address is not enough for that:
+// a member is the one of this node where the node's record says so, or where no record says whose it is.
 func (b *Broker) memberProblem(ctx context.Context, j *joining) error {
+	name := j.req.Hostname
+	records, err := b.Nodes.List(ctx)
+	if err != nil {
+		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err)
+	}
+	named := slices.ContainsFunc(records, func(r noderegistry.Record) bool { return r.Name == name && r.Member != 0 })
+	if !named && !hasAddress(j.members, j.address) {
+		return nil
+	}
 	live, err := b.Live(ctx)
 	if err != nil {
 		return internal("Failed to retrieve dqlite cluster nodes", err)
 	}
+	bound := j.record.Name == name
 	for _, m := range live {
 		ap, err := netip.ParseAddrPort(m.Address)
+		there := err == nil && ap.Addr().Unmap() == j.address
+		owner := noderegistry.OfMember(records, m.ID)
+		mine := owner != nil && owner.Name == name
+		known := fmt.Sprintf("Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address)
 		switch {
-		case err != nil || ap.Addr().Unmap() != j.address:
-		case !m.Online && j.record.Name == j.req.Hostname:
-			j.replaces = m.Address
-		default:
-			text := fmt.Sprintf("Failed to retrieve dqlite cluster nodes: the joining node (%s) is already known to dqlite", j.address)
-			if j.joiner.Ours && !m.Online {
-				text += fmt.Sprintf(". If it was reinstalled, make a token for it with: microk8s add-node --name %s", j.req.Hostname)
+		case !there && !mine:
+		case !m.Online && bound && (owner == nil || mine):
+			j.replaces = &m
+		case !there:
+			how := fmt.Sprintf("If it was reinstalled, make a token for it with: microk8s add-node --name %s", name)
+			if m.Online {
+				how = "Give the joining machine another host name"
 			}
-			return fail(http.StatusInternalServerError, api.CodeMember, "%s", text)
+			return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already, with the datastore's member at %s. %s", name, m.Address, how)
+		case m.Online || !j.joiner.Ours:
+			return fail(http.StatusInternalServerError, api.CodeMember, "%s", known)
+		case owner != nil && !mine:
+			return fail(http.StatusInternalServerError, api.CodeMember, "%s, as the node %s. If that node is gone for good, remove it with: microk8s remove-node %[2]s --force", known, owner.Name)
+		default:
+			return fail(http.StatusInternalServerError, api.CodeMember, "%s. If it was reinstalled, make a token for it with: microk8s add-node --name %s", known, name)
 		}
 	}
 	return nil

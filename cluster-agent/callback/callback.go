@@ -25,7 +25,9 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/kube"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -288,14 +290,14 @@ func (k *Keeper) watch(ctx context.Context) error {
 }
 
 // self reads this node's record, or makes one, and notes that it is a control-plane node of this
-// build. It has the CA's key, so it is one.
+// build, and which member of the datastore it has. It has the CA's key, so it is one.
 func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
-	own := noderegistry.Record{Name: k.Node, Role: noderegistry.ControlPlane, Since: k.now(), Secrets: 2}
+	own := noderegistry.Record{Name: k.Node, Role: noderegistry.ControlPlane, Since: k.now(), Secrets: 2, Member: k.member()}
 	if added, err := k.Nodes.Add(ctx, own); added || err != nil {
 		return &own, err
 	}
 	err := k.Nodes.Change(ctx, k.Node, func(r *noderegistry.Record) error {
-		r.Role, r.Secrets = noderegistry.ControlPlane, 2
+		r.Role, r.Secrets, r.Member = noderegistry.ControlPlane, 2, k.member()
 		if r.Pending() && k.now().After(r.Until) { // it is in, and nobody was told
 			r.Until = time.Time{}
 		}
@@ -303,6 +305,18 @@ func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
 		return nil
 	})
 	return &own, err
+}
+
+// member is the ID of this node's member of the datastore; 0 with an external etcd.
+func (k *Keeper) member() uint64 {
+	if !nodeconfig.Load(k.Env).Datastore.Own() {
+		return 0
+	}
+	self, err := storedir.Dir(k.Env.Backend()).Self()
+	if err != nil { // its first start is not over
+		return 0
+	}
+	return self.ID
 }
 
 func (k *Keeper) sweep(ctx context.Context) error {

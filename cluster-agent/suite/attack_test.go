@@ -50,6 +50,7 @@ var attacks = []struct {
 	{"datastore", "an upstream control plane node", upstreamControlPlane},
 	{"host-header", "a Host header that moves the datastore", hostHeader},
 	{"advertised", "the address of another node", othersAddress},
+	{"member-owner", "the address of a member of the datastore that is another node's", othersMember},
 	{"csr-subject", "certificates of others' subjects", subjects},
 	{"csr-names", "certificates with others' names", names},
 	{"csr-signature", "a request for somebody else's key", foreignKey},
@@ -320,6 +321,27 @@ func othersAddress(t *testing.T, s *site) {
 		}
 		r.AdvertiseAddress = here
 		s.refused(from{}, r, http.StatusServiceUnavailable, api.CodeSameAddress)
+	}
+}
+
+// othersMember has a token for its name, and the address of a control-plane node that does not answer
+// just now, or whose Node somebody has deleted.
+func othersMember(t *testing.T, s *site) {
+	s.members(here+":19001", 0, there+":19001", 0)
+	s.store[1].Online = false
+	owner := noderegistry.Record{Name: "n2", Role: noderegistry.ControlPlane, Secrets: 2, Member: s.store[1].ID}
+	if _, err := s.nodes.Add(t.Context(), owner); err != nil {
+		t.Fatal(err)
+	}
+	for _, worker := range []bool{true, false} {
+		tok := s.add(tokenstore.Options{Name: "n9", Worker: worker}).Reveal()
+		e := s.refused(from{}, request(tok, "n9", worker), http.StatusInternalServerError, api.CodeMember)
+		if !strings.Contains(e.Message, "microk8s remove-node n2 --force") {
+			t.Errorf("it does not say what to do: %s", e.Message)
+		}
+	}
+	if len(s.removed) > 0 {
+		t.Errorf("removed from the datastore: %v", s.removed)
 	}
 }
 

@@ -199,9 +199,14 @@ func newSite(t testing.TB) *site {
 		return nil
 	}
 	(&broker.Broker{
-		Live:   func(context.Context) ([]peers.Member, error) { return s.store, nil },
-		Remove: remove,
-		Nodes:  s.nodes, Now: func() time.Time { return s.now },
+		Live: func(context.Context) ([]peers.Member, error) { return s.store, nil },
+		Remove: func(ctx context.Context, id uint64, address string) error {
+			if !slices.ContainsFunc(s.store, func(m peers.Member) bool { return m.ID == id && m.Address == address }) {
+				return peers.ErrReplaced
+			}
+			return remove(ctx, address)
+		},
+		Nodes: s.nodes, Now: func() time.Time { return s.now },
 		Env: s.env, Tokens: s.tokens, Cluster: s.cluster, Services: s.services, Limit: s.limit, Log: log, Version: "v1.37.1",
 		Interfaces: func() ([]broker.Interface, error) {
 			return []broker.Interface{netip.MustParsePrefix("127.0.0.1/8"), netip.MustParsePrefix(here + "/16"), netip.MustParsePrefix("10.0.100.100/32"), netip.MustParsePrefix("192.168.100.100/32")}, nil
@@ -293,13 +298,14 @@ func (s *site) write(path, text string) {
 	}
 }
 
-// members writes what the datastore's daemon keeps: address and role, in turns.
+// members writes what the datastore's daemon keeps: address and role, in turns. The IDs are 1, 2 and
+// so on.
 func (s *site) members(list ...any) {
 	var text strings.Builder
 	s.store = nil
 	for i := 0; i < len(list); i += 2 {
-		s.store = append(s.store, peers.Member{ID: 1, Address: list[i].(string), Role: storedir.Role(list[i+1].(int)), Online: true})
-		text.WriteString("- Address: " + list[i].(string) + "\n  ID: 1\n  Role: " + string(rune('0'+list[i+1].(int))) + "\n")
+		s.store = append(s.store, peers.Member{ID: uint64(i/2 + 1), Address: list[i].(string), Role: storedir.Role(list[i+1].(int)), Online: true})
+		text.WriteString("- Address: " + list[i].(string) + "\n  ID: " + string(rune('1'+i/2)) + "\n  Role: " + string(rune('0'+list[i+1].(int))) + "\n")
 	}
 	s.write(filepath.Join(s.env.Backend(), "cluster.yaml"), text.String())
 }

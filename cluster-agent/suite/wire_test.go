@@ -211,29 +211,52 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// TestInstalledAnew lets a control-plane node back in whose old member of the datastore is dead.
+// TestInstalledAnew lets a control-plane node back in whose old member of the datastore is dead. Whose a
+// member is, is said by the records of the nodes, not by an address.
 func TestInstalledAnew(t *testing.T) {
 	t.Parallel()
-	const known = "Failed to retrieve dqlite cluster nodes: the joining node (10.0.0.9) is already known to dqlite"
+	const (
+		known   = "Failed to retrieve dqlite cluster nodes: the joining node (10.0.0.9) is already known to dqlite"
+		taken   = "A node called n2 is in the cluster already, with the datastore's member at 10.0.0.8:19001. "
+		renewed = "If it was reinstalled, make a token for it with: microk8s add-node --name n2"
+		moved   = "10.0.0.8:19001"
+	)
 	for _, tc := range []struct {
 		name, token string
+		address     string // of the old member
+		owner       string // whose record names it
 		online      bool
 		text        string
 		removed     []string
 	}{
-		{"a token for anybody", "", false, known + ". If it was reinstalled, make a token for it with: microk8s add-node --name n2", nil},
-		{"the old member lives", "n2", true, known, nil},
-		{"a token for it", "n2", false, "", []string{there + ":19001"}},
+		{"a token for anybody", "", there + ":19001", "", false, known + ". " + renewed, nil},
+		{"the old member lives", "n2", there + ":19001", "n2", true, known, nil},
+		{"a token for it", "n2", there + ":19001", "n2", false, "", []string{there + ":19001"}},
+		{"a token for it, and no record says whose the member is", "n2", there + ":19001", "", false, "", []string{there + ":19001"}},
+		{"another node's member", "n2", there + ":19001", "n7", false, known + ", as the node n7. If that node is gone for good, remove it with: microk8s remove-node n7 --force", nil},
+		{"reinstalled with another address", "n2", moved, "n2", false, "", []string{moved}},
+		{"another address, a token for anybody", "", moved, "n2", false, taken + renewed, nil},
+		{"another address, and the old one lives", "n2", moved, "n2", true, taken + "Give the joining machine another host name", nil},
+		{"a member somewhere else", "n2", moved, "n7", false, "", nil},
 	} {
 		s := newSite(t)
-		s.members(here+":19001", 0, there+":19001", 0)
+		s.members(here+":19001", 0, tc.address, 0)
 		s.store[1].Online = tc.online
+		if tc.owner != "" {
+			if _, err := s.nodes.Add(t.Context(), noderegistry.Record{Name: tc.owner, Role: noderegistry.ControlPlane, Secrets: 2, Member: s.store[1].ID}); err != nil {
+				t.Fatal(err)
+			}
+		}
 		r := request(s.add(tokenstore.Options{Name: tc.token}).Reveal(), "n2", false)
 		answer, status, e := s.join(from{}, r)
 		if e.Message != tc.text || (status == http.StatusOK) != (tc.text == "") || !slices.Equal(s.removed, tc.removed) {
 			t.Errorf("%s: %d %q, removed %v", tc.name, status, e.Message, s.removed)
 		}
-		if status == http.StatusOK && !slices.Equal(answer.Voters, []string{here + ":19001"}) {
+		voters := []string{here + ":19001"}
+		if tc.removed == nil {
+			voters = append(voters, tc.address)
+		}
+		if status == http.StatusOK && !slices.Equal(answer.Voters, voters) {
 			t.Errorf("%s: it is to join %v", tc.name, answer.Voters)
 		}
 	}

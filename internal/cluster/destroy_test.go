@@ -13,18 +13,22 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/journal"
+	"microk8s/internal/noderegistry"
 )
 
 // member makes a node the member of a cluster with two others of which nobody answers, or, with
@@ -248,10 +252,11 @@ func TestLeaveOnACopyOfAMember(t *testing.T) {
 	}
 }
 
-// apiNodes is an API server with Nodes only, which can be deleted, with a UID if one is asked for.
-// It is a fake of the far side.
+// apiNodes is an API server with Nodes and their records only, which can be deleted, with a UID if one
+// is asked for. It is a fake of the far side.
 type apiNodes struct {
 	nodes   map[string]*corev1.Node
+	records []noderegistry.Record // not deleted
 	deleted []string
 }
 
@@ -267,7 +272,14 @@ func (f *apiNodes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case strings.Contains(r.URL.Path, "/secrets") && r.Method != http.MethodGet: // of callbacks
 		_, _ = io.Copy(w, r.Body)
 	case strings.HasSuffix(r.URL.Path, "/clusterrolebindings"): // records of nodes
-		_, _ = io.WriteString(w, `{"kind":"ClusterRoleBindingList","apiVersion":"rbac.authorization.k8s.io/v1","items":[]}`)
+		list := rbacv1.ClusterRoleBindingList{TypeMeta: metav1.TypeMeta{Kind: "ClusterRoleBindingList", APIVersion: "rbac.authorization.k8s.io/v1"}}
+		for _, r := range f.records {
+			list.Items = append(list.Items, rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{
+				Name: noderegistry.Prefix + r.Name, UID: r.UID,
+				Annotations: map[string]string{"microk8s.io/role": string(r.Role), "microk8s.io/datastore-member": strconv.FormatUint(r.Member, 10)},
+			}})
+		}
+		_ = json.NewEncoder(w).Encode(list)
 	case r.URL.Path == "/api/v1/nodes":
 		list := corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}}
 		for _, n := range f.nodes {
@@ -410,17 +422,72 @@ func TestRemoveMemberThatAnswers(t *testing.T) {
 	}
 }
 
-// TestRemoveWithoutNode: after kubectl delete node only the address of the member is known.
+// TestRemoveWithoutNode: after kubectl delete node, a node is found by its record, whose member the record
+// names. A member is never taken for its address when it is another node's.
 func TestRemoveWithoutNode(t *testing.T) {
-	s := newSite(t)
-	s.serveMembers(t, peers.Member{ID: 1, Address: ownIP + ":19001", Online: true, Self: true},
-		peers.Member{ID: 2, Address: "10.9.0.3:19001"}, peers.Member{ID: 3, Address: "10.9.0.4:19001", Online: true})
-	apis := httptest.NewServer(&apiNodes{nodes: map[string]*corev1.Node{"n4": aNode("n4", "10.9.0.4", "u", time.Now())}})
-	t.Cleanup(apis.Close)
-	s.apis = apis
-	err := s.node().Remove(t.Context(), s.journal(t), RemoveOptions{Node: "n3", Force: true})
-	var none *NoNodeError
-	if !errors.As(err, &none) || !errors.Is(err, ErrNoNode) || len(none.Members) != 1 || none.Members[0].Address != "10.9.0.3:19001" {
-		t.Errorf("error: %v, %+v", err, none)
+	all := []peers.Member{
+		{ID: 1, Address: ownIP + ":19001", Online: true, Self: true},
+		{ID: 2, Address: "10.9.0.3:19001"}, {ID: 3, Address: "10.9.0.4:19001", Online: true}, {ID: 8, Address: "10.9.0.8:19001"},
+	}
+	cp := func(name string, member uint64) noderegistry.Record {
+		return noderegistry.Record{Name: name, Role: noderegistry.ControlPlane, Member: member, UID: types.UID("record-" + name)}
+	}
+	w5 := noderegistry.Record{Name: "w5", Role: noderegistry.Worker, UID: "record-w5"}
+	for _, tc := range []struct {
+		name    string
+		asked   string
+		force   bool
+		records []noderegistry.Record
+		want    removeParams // without Asked and Identified
+		err     error
+		members []string // that are named
+	}{
+		{name: "by name", asked: "n3", force: true, records: []noderegistry.Record{cp("n2", 1), cp("n3", 2)},
+			want: removeParams{Name: "n3", Record: "record-n3", Member: "10.9.0.3:19001", ID: 2}},
+		{name: "by name, without force", asked: "n3", records: []noderegistry.Record{cp("n3", 2)}, err: ErrRegistered},
+		{name: "by address", asked: "10.9.0.3", force: true, records: []noderegistry.Record{cp("n3", 2)},
+			want: removeParams{Name: "n3", Record: "record-n3", Member: "10.9.0.3:19001", ID: 2}},
+		{name: "its member has another address now", asked: "n3", force: true, records: []noderegistry.Record{cp("n3", 8)},
+			want: removeParams{Name: "n3", Record: "record-n3", Member: "10.9.0.8:19001", ID: 8}},
+		{name: "it has left", asked: "n3", records: []noderegistry.Record{cp("n3", 99)}, want: removeParams{Name: "n3", Record: "record-n3"}},
+		{name: "a worker", asked: "w5", records: []noderegistry.Record{w5}, want: removeParams{Name: "w5", Record: "record-w5"}},
+		{name: "a Node with the address of another node's member", asked: "n4", force: true, records: []noderegistry.Record{cp("n4", 0), cp("n3", 3)},
+			want: removeParams{Name: "n4", Record: "record-n4", UID: "u"}},
+		{name: "this node, by the ID of its member", asked: "old", force: true, records: []noderegistry.Record{cp("old", 1)}, err: ErrSelf},
+		{name: "the record does not say which member", asked: "n3", force: true, records: []noderegistry.Record{cp("n3", 0)}, err: ErrNoNode,
+			members: []string{"10.9.0.3:19001", "10.9.0.8:19001"}},
+		{name: "no record", asked: "n3", force: true, err: ErrNoNode, members: []string{"10.9.0.3:19001", "10.9.0.8:19001"}},
+		{name: "no record, by address", asked: "10.9.0.3", force: true, want: removeParams{Name: "10.9.0.3", Member: "10.9.0.3:19001", ID: 2}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			s := newSite(t)
+			s.serveMembers(t, all...)
+			apis := httptest.NewServer(&apiNodes{nodes: map[string]*corev1.Node{"n4": aNode("n4", "10.9.0.4", "u", time.Now())}, records: tc.records})
+			t.Cleanup(apis.Close)
+			s.apis = apis
+			n := s.node()
+			n.defaults()
+			got, err := n.mayRemove(t.Context(), RemoveOptions{Node: tc.asked, Force: tc.force, Confirm: func(string) error { return nil }})
+			if !errors.Is(err, tc.err) {
+				t.Fatalf("error: %v, want %v", err, tc.err)
+			}
+			var none *NoNodeError
+			if errors.As(err, &none) {
+				var members []string
+				for _, m := range none.Members {
+					members = append(members, m.Address)
+				}
+				if !slices.Equal(members, tc.members) {
+					t.Errorf("members without a node: %q, want %q", members, tc.members)
+				}
+			}
+			if tc.err != nil {
+				return
+			}
+			tc.want.Asked, tc.want.Identified = tc.asked, true
+			if !reflect.DeepEqual(*got, tc.want) {
+				t.Errorf("%+v, want %+v", *got, tc.want)
+			}
+		})
 	}
 }

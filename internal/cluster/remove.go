@@ -161,7 +161,9 @@ func host(address string) string {
 	return h
 }
 
-// mayRemove finds out what the node is, and whether it may be removed.
+// mayRemove finds out what the node is, and whether it may be removed. What belongs together, the Node
+// object, the record and the datastore's member, is found by any of them: where the Node was deleted,
+// the record has the name and the member's ID.
 func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, error) {
 	hostname, err := n.nodeName()
 	if err != nil {
@@ -191,34 +193,39 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 			return nil, ErrNoAddress
 		}
 	}
-	record, err := n.registry().Get(ctx, p.Name)
-	switch {
-	case err == nil:
-		p.Record = string(record.UID)
-	case !errors.Is(err, noderegistry.ErrNone):
+	records, err := n.registry().List(ctx)
+	if err != nil {
 		return nil, err
 	}
+	var all []peers.Member
 	if nodeconfig.Load(n.Env).Datastore.Own() {
-		all, err := peers.Members(ctx, n.Env.BackendLive())
-		if err != nil {
+		if all, err = peers.Members(ctx, n.Env.BackendLive()); err != nil {
 			return nil, fmt.Errorf("cannot remove the node: %w", err)
 		}
-		for _, m := range all {
-			if sameIP(host(m.Address), address) || host(m.Address) == address {
-				p.Member, p.ID = m.Address, m.ID
-			}
-		}
-		// Of a control-plane node without a Node the record does not say which member is its.
-		member := p.Record != "" && record.Role == noderegistry.ControlPlane
-		if found == nil && p.Member == "" && (p.Record == "" || member && len(withoutNode(all, list)) > 0) {
-			return p, &NoNodeError{Members: withoutNode(all, list)}
+	}
+	member, record := memberOf(all, records, p.Name, address, found == nil)
+	if record != nil {
+		p.Name, p.Record = record.Name, string(record.UID)
+	}
+	if member != nil {
+		p.Member, p.ID = member.Address, member.ID
+	}
+	if p.Name == hostname || member != nil && member.Self {
+		return nil, ErrSelf
+	}
+	// Of a control-plane node without a Node and of a build before, the record does not say which
+	// member is its.
+	if found == nil && p.Member == "" && len(all) > 0 {
+		unclear := record != nil && record.Role == noderegistry.ControlPlane && record.Member == 0
+		if left := withoutNode(all, list); record == nil || unclear && len(left) > 0 {
+			return p, &NoNodeError{Members: left}
 		}
 	}
 	switch {
 	case p.Member != "" && !o.Force:
 		return p, ErrRegistered
 	case found == nil && p.Member == "" && p.Record == "":
-		return p, ErrNoNode
+		return p, ErrNoNode // with an external etcd
 	case p.Member == "":
 		return p, nil
 	}
@@ -227,6 +234,32 @@ func (n *Node) mayRemove(ctx context.Context, o RemoveOptions) (*removeParams, e
 		return p, confirm(o.Confirm, "The datastore's member at %s (node %s) answers, so that machine runs. It loses its part in the cluster without having left; to take it out in order run there: microk8s leave", p.Member, p.Name)
 	}
 	return p, nil
+}
+
+// memberOf returns the datastore's member of the node of a name or address, and the node's record; nil
+// where there is none. A record that names a member decides; a member that another node's record names
+// is never taken for its address. byAddress says that the name may be no more than an address.
+func memberOf(all []peers.Member, records []noderegistry.Record, name, address string, byAddress bool) (member *peers.Member, record *noderegistry.Record) {
+	if i := slices.IndexFunc(records, func(r noderegistry.Record) bool { return r.Name == name }); i >= 0 {
+		record = &records[i]
+	}
+	if record != nil && record.Member != 0 {
+		if i := slices.IndexFunc(all, func(m peers.Member) bool { return m.ID == record.Member }); i >= 0 {
+			return &all[i], record
+		}
+	}
+	for i, m := range all {
+		if !sameIP(host(m.Address), address) && host(m.Address) != address {
+			continue
+		}
+		switch owner := noderegistry.OfMember(records, m.ID); {
+		case owner == nil:
+			member = &all[i]
+		case record == nil && byAddress:
+			member, record = &all[i], owner
+		}
+	}
+	return member, record
 }
 
 // NoNodeError wraps ErrNoNode. It lists the members of the datastore that no Node object belongs to,

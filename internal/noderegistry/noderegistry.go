@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -48,6 +49,7 @@ const (
 	annotationUntil    = "microk8s.io/until"
 	annotationSecrets  = "microk8s.io/secrets"
 	annotationServer   = "microk8s.io/server-arguments"
+	annotationMember   = "microk8s.io/datastore-member"
 	annotationComplete = "microk8s.io/complete" // of the ClusterRole
 )
 
@@ -81,6 +83,9 @@ type Record struct {
 	// ServerArguments is what a control-plane node says of its API server's arguments, as
 	// serverargs.Summary.String writes it; "" of workers, and before the node's agent has said it.
 	ServerArguments string
+	// Member is the ID of the datastore's member on the node, as its own agent says; 0 where it has
+	// none, or has not said yet.
+	Member uint64
 	// UID is that of the object, and tells a record from a later one of the same name.
 	UID types.UID
 }
@@ -386,6 +391,9 @@ func encode(r Record) *rbacv1.ClusterRoleBinding {
 	if r.ServerArguments != "" {
 		notes[annotationServer] = r.ServerArguments
 	}
+	if r.Member != 0 {
+		notes[annotationMember] = strconv.FormatUint(r.Member, 10)
+	}
 	labels := map[string]string{Label: "true"}
 	if r.Role == ControlPlane {
 		labels[ControlPlaneLabel] = "true"
@@ -418,5 +426,19 @@ func decode(b *rbacv1.ClusterRoleBinding) *Record {
 	if b.Annotations[annotationSecrets] == "2" {
 		r.Secrets = 2
 	}
+	r.Member, _ = strconv.ParseUint(b.Annotations[annotationMember], 10, 64)
+	if r.Role != ControlPlane {
+		r.Member = 0
+	}
 	return r
+}
+
+// OfMember returns the record of the node that a member of the datastore is on; nil where no record
+// names it: its agent is of a build before, or has not said so yet. An id of 0 is no member's.
+func OfMember(list []Record, id uint64) *Record {
+	i := slices.IndexFunc(list, func(r Record) bool { return id != 0 && r.Member == id })
+	if i < 0 {
+		return nil
+	}
+	return &list[i]
 }

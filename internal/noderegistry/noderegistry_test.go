@@ -44,6 +44,22 @@ func TestRecords(t *testing.T) {
 	if got, err := g.Get(ctx, "w1"); err != nil || got.Pending() || got.UID != first {
 		t.Errorf("%+v, %v", got, err)
 	}
+	if err := g.Change(ctx, "w1", func(r *Record) error { r.Member = 1<<63 + 1; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := g.Get(ctx, "w1"); err != nil || got.Member != 0 {
+		t.Errorf("a worker is said to have a member of the datastore: %+v, %v", got, err)
+	}
+	if added, err := g.Add(ctx, Record{Name: "n1", Role: ControlPlane, Member: 1<<63 + 1}); !added || err != nil {
+		t.Fatal(added, err)
+	}
+	list, err := g.List(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := OfMember(list, 1<<63+1); r == nil || r.Name != "n1" || OfMember(list, 0) != nil || OfMember(list, 5) != nil {
+		t.Errorf("the node of the member is %+v", r)
+	}
 	no := errors.New("no")
 	if err := g.Change(ctx, "w1", func(r *Record) error { r.Join = "x"; return no }); !errors.Is(err, no) {
 		t.Errorf("a refused change: %v", err)
@@ -118,8 +134,8 @@ func TestAdopt(t *testing.T) {
 
 func TestUnreadable(t *testing.T) {
 	b := encode(Record{Name: "x", Role: ControlPlane})
-	b.Annotations = map[string]string{annotationRole: "king", annotationUntil: "soon", annotationSecrets: "99"}
-	if r := decode(b); r.Role != Worker || !r.Pending() || r.Secrets != 0 || time.Now().Before(r.Until) {
+	b.Annotations = map[string]string{annotationRole: "king", annotationUntil: "soon", annotationSecrets: "99", annotationMember: "-1"}
+	if r := decode(b); r.Member != 0 || r.Role != Worker || !r.Pending() || r.Secrets != 0 || time.Now().Before(r.Until) {
 		t.Errorf("%+v", r)
 	}
 }

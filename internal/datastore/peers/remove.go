@@ -29,15 +29,52 @@ var ErrOnlyMember = errors.New("it is the only member of the datastore; removing
 // pair, so the daemon of the directory itself need not run. A leader gives up leadership
 // first, an only voter its vote as well. It is done when the error is nil or ErrNotMember.
 func Remove(ctx context.Context, dir, address string) error {
-	store, err := client.NewYamlNodeStore(filepath.Join(dir, storedir.ClusterFile))
-	if err != nil {
-		return fmt.Errorf("cannot read the list of members: %w", err)
-	}
-	_, config, err := KeyPair(dir, tls.VersionTLS12, 0)
+	return RemoveMember(ctx, dir, 0, address)
+}
+
+// RemoveMember is [Remove] for the member with an ID; see [RemoveID].
+func RemoveMember(ctx context.Context, dir string, id uint64, address string) error {
+	store, dial, err := reach(dir)
 	if err != nil {
 		return err
 	}
-	return RemoveFrom(ctx, store, client.DialFuncWithTLS(client.DefaultDialFunc, config), address)
+	return RemoveID(ctx, store, dial, id, address)
+}
+
+// reach returns the members that a storage directory lists, and how to dial them.
+func reach(dir string) (client.NodeStore, client.DialFunc, error) {
+	store, err := client.NewYamlNodeStore(filepath.Join(dir, storedir.ClusterFile))
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot read the list of members: %w", err)
+	}
+	_, config, err := KeyPair(dir, tls.VersionTLS12, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	return store, client.DialFuncWithTLS(client.DefaultDialFunc, config), nil
+}
+
+// Known returns the members as their leader knows them. It asks the members in the cluster.yaml of
+// a storage directory, so the daemon of the directory itself need not run.
+func Known(ctx context.Context, dir string) ([]storedir.Member, error) {
+	store, dial, err := reach(dir)
+	if err != nil {
+		return nil, err
+	}
+	leader, err := client.FindLeader(ctx, store, client.WithDialFunc(dial), client.WithLogFunc(func(client.LogLevel, string, ...any) {}))
+	if err != nil {
+		return nil, fmt.Errorf("no leader of the datastore was found: %w; are a majority of the voters running?", err)
+	}
+	defer leader.Close()
+	nodes, err := leader.Cluster(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("cannot list the members: %w", err)
+	}
+	var out []storedir.Member
+	for _, n := range nodes {
+		out = append(out, storedir.Member{ID: n.ID, Address: n.Address, Role: storedir.Role(n.Role)})
+	}
+	return out, nil
 }
 
 // RemoveFrom is [Remove] for callers that have a list of members and a way to reach them.
