@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,8 +61,20 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 		if len(ini.Cluster) == 0 {
 			return "", errors.New("this is the only member: there are no others to get the data from; restore a backup instead")
 		}
-		if err := peers.Remove(ctx, dir, info.Address); err != nil && !errors.Is(err, peers.ErrNotMember) {
-			return "", fmt.Errorf("the others go on with the old member, and nothing was changed: %w", err)
+		const unchanged = "the others go on with the old member, and nothing was changed: %w"
+		local, err := net.InterfaceAddrs()
+		if err != nil {
+			return "", err
+		}
+		known, err := peers.Known(ctx, dir)
+		if err != nil {
+			return "", fmt.Errorf(unchanged, err)
+		}
+		if err := mayReseed(info, known, local); err != nil {
+			return "", fmt.Errorf(unchanged, err)
+		}
+		if err := peers.RemoveMember(ctx, dir, info.ID, info.Address); err != nil && !errors.Is(err, peers.ErrNotMember) {
+			return "", fmt.Errorf(unchanged, err)
 		}
 		// From here on the directory is not one that starts with its old files.
 		if err := d.Begin(ini, func(_ string, data []byte) error { return d.write(storedir.InitFile, string(data)) }); err != nil {
@@ -87,6 +100,30 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 		}
 	}
 	return kept, nil
+}
+
+// mayReseed refuses a directory that is not the one of the member which it names: a copy on another
+// machine, or one of a member that was replaced since. Who has no more than the address of a member
+// must not take that member out of the cluster. known are the members as their leader knows them, local
+// the addresses of this machine.
+func mayReseed(self storedir.Member, known []storedir.Member, local []net.Addr) error {
+	const next = "if this machine is to be in the cluster, let it leave (microk8s leave --force) and join again"
+	ip := net.ParseIP(self.Host())
+	if ip != nil && !ip.IsLoopback() && !slices.ContainsFunc(local, func(a net.Addr) bool {
+		n, ok := a.(*net.IPNet)
+		return ok && n.IP.Equal(ip)
+	}) {
+		return fmt.Errorf("the directory is of the member at %s, which is no address of this machine: it is a copy of another machine's, or the address has changed; %s", self.Address, next)
+	}
+	for _, m := range known {
+		switch {
+		case m.ID == self.ID && m.Address != self.Address:
+			return fmt.Errorf("member %x is at %s now, and the directory has it at %s: it is an old copy; %s", m.ID, m.Address, self.Address, next)
+		case m.ID != self.ID && m.Address == self.Address:
+			return fmt.Errorf("%w: %s is member %x now, and the directory is of member %x; %s", peers.ErrReplaced, m.Address, m.ID, self.ID, next)
+		}
+	}
+	return nil
 }
 
 // notRunning refuses a directory on which a daemon runs.
