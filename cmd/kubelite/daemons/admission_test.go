@@ -517,6 +517,8 @@ func TestNodeGate(t *testing.T) {
 	refused("a certificate of an earlier join", kubelet("w1", "earlier"), "it has joined again since")
 	refused("a certificate of the build before", kubelet("w1", ""), "it has joined again since")
 	refused("a kube-proxy of an earlier join", proxy("w1", "earlier"), "it has joined again since")
+	refused("the worker that a control-plane node was before", kubelet("n1", "earlier"), "it has joined again since")
+	refused("the kube-proxy of the worker that it was", proxy("n1", "earlier"), "it has joined again since")
 
 	t.Run("a removed node", func(t *testing.T) {
 		if _, err := s.CoreV1().Nodes().Create(ctx, testNode("w1", "10.0.0.11"), metav1.CreateOptions{}); err != nil {

@@ -138,7 +138,10 @@ func (g *nodeGate) refuses(u user.Info) string {
 		return fmt.Sprintf("node %s %s: it was removed, or never joined", name, NotRegistered)
 	}
 	record := noderegistry.Decode(binding)
-	if certificate && record.Role == noderegistry.Worker && record.Join != "" && u.GetUID() != record.Join &&
+	// The broker writes the join into certificates of workers. Control-plane nodes make their own,
+	// without one: there a certificate that has one is of the worker that had the name before.
+	earlier := u.GetUID() != record.Join && (u.GetUID() != "" || record.Role == noderegistry.Worker)
+	if certificate && earlier &&
 		utilfeature.DefaultFeatureGate.Enabled(features.AllowParsingUserUIDFromCertAuth) {
 		return fmt.Sprintf("node %s %s with this certificate: it has joined again since", name, NotRegistered)
 	}
