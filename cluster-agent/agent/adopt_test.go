@@ -25,11 +25,11 @@ import (
 func TestRefreshNodeByNode(t *testing.T) {
 	api := kubetest.New(t)
 	before := token.NewCallbackKey()
-	api.Secrets[callback.SecretName] = &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, ResourceVersion: "1"}, Data: map[string][]byte{"callback-key": before},
-	}
+	api.Set(&corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, Namespace: "kube-system"}, Data: map[string][]byte{"callback-key": before},
+	})
 	for name, address := range map[string]string{"n1": "10.0.0.1", "n2": "10.0.0.2", "w1": "10.0.0.5"} {
-		api.Nodes = append(api.Nodes, corev1.Node{
+		api.Set(&corev1.Node{
 			ObjectMeta: metav1.ObjectMeta{Name: name},
 			Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: address}}},
 		})
@@ -95,9 +95,7 @@ func TestRefreshNodeByNode(t *testing.T) {
 		t.Errorf("the secrets of the build before count, or the salt is the same: %v", err)
 	}
 	// A thief's Node, made without a record, is not adopted any more.
-	api.Lock()
-	api.Nodes = append(api.Nodes, corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "thief"}})
-	api.Unlock()
+	api.Set(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "thief"}})
 	refreshed("n1")
 	if there, err := nodes.Exists(t.Context(), "thief"); err != nil || there {
 		t.Errorf("adopted: %v, %v", there, err)

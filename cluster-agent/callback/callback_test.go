@@ -84,12 +84,14 @@ func TestSaltIsMadeOnce(t *testing.T) {
 		t.Error("a new cluster takes secrets of the build before")
 	}
 	// Who reads everything in the API has no node's secret.
-	for name, value := range api.Secrets[SecretName].Data {
+	for name, value := range kubetest.As[corev1.Secret](api, secretPath).Data {
 		if token.Callback(value, "worker", "w1", "00") == now.Secret(worker1) || token.LegacyCallback(value, "w1") == now.Secret(worker1) {
 			t.Errorf("the secret follows from %s alone", name)
 		}
 	}
 }
+
+const secretPath = "v1/namespaces/kube-system/secrets/" + SecretName
 
 // TestRefreshOfACluster: the cluster has the key of the build before. While control-plane nodes of it
 // are there both kinds of secrets count, and the key stays for them; afterwards it counts nowhere, also
@@ -97,12 +99,10 @@ func TestSaltIsMadeOnce(t *testing.T) {
 func TestRefreshOfACluster(t *testing.T) {
 	api := kubetest.New(t)
 	before := token.NewCallbackKey()
-	api.Secrets[SecretName] = &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Name: SecretName, Namespace: "kube-system", ResourceVersion: "1"}, Data: map[string][]byte{legacyName: before},
-	}
+	api.Set(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: SecretName, Namespace: "kube-system"}, Data: map[string][]byte{legacyName: before}})
 	k := Keys{Env: controlPlane(t), Core: api.Core}
 	key, err := k.Get(t.Context())
-	if err != nil || key.Legacy("w1") != token.LegacyCallback(before, "w1") || string(api.Secrets[SecretName].Data[legacyName]) != string(before) {
+	if err != nil || key.Legacy("w1") != token.LegacyCallback(before, "w1") || string(kubetest.As[corev1.Secret](api, secretPath).Data[legacyName]) != string(before) {
 		t.Fatalf("%v, %v", key, err)
 	}
 	if err := k.Rotate(t.Context()); err != nil {
@@ -121,9 +121,9 @@ func TestRefreshOfACluster(t *testing.T) {
 	if err != nil || sealed.Legacy("w1") != "" || sealed.Secret(worker1) == rotated.Secret(worker1) {
 		t.Fatalf("%v", err)
 	}
-	api.Lock()
-	api.Secrets[SecretName].Data[legacyName] = before
-	api.Unlock()
+	secret := kubetest.As[corev1.Secret](api, secretPath)
+	secret.Data[legacyName] = before
+	api.Set(secret)
 	if again, err := k.Get(t.Context()); err != nil || again.Legacy("w1") != "" {
 		t.Errorf("a key of the build before counts again: %v", err)
 	}
@@ -303,9 +303,7 @@ func TestCaller(t *testing.T) {
 
 func TestUnavailable(t *testing.T) {
 	api := kubetest.New(t)
-	api.Lock()
-	api.Down = true
-	api.Unlock()
+	api.Down(true)
 	if _, err := (Keys{Env: controlPlane(t), Core: api.Core}).Get(t.Context()); err == nil {
 		t.Error("a key from nowhere")
 	}

@@ -88,11 +88,9 @@ func (a *agents) newCA() (*x509.Certificate, *rsa.PrivateKey) {
 // node adds a node to the cluster; with subject it also has an agent with that certificate.
 func (a *agents) node(name, address string, ca *x509.Certificate, caKey *rsa.PrivateKey, subject string, ips ...net.IP) {
 	a.t.Helper()
-	a.api.Lock()
-	a.api.Nodes = append(a.api.Nodes, corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
+	a.api.Set(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
 		Addresses: []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: name}, {Type: corev1.NodeInternalIP, Address: address}},
 	}})
-	a.api.Unlock()
 	if err := a.registry().Put(a.t.Context(), record(name)); err != nil {
 		a.t.Fatal(err)
 	}
@@ -323,9 +321,9 @@ func TestRenewSecretsAgain(t *testing.T) {
 func TestTwoBuilds(t *testing.T) {
 	a := newAgents(t)
 	before := token.NewCallbackKey()
-	a.api.Secrets[callback.SecretName] = &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, ResourceVersion: "1"}, Data: map[string][]byte{"callback-key": before},
-	}
+	a.api.Set(&corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, Namespace: "kube-system"}, Data: map[string][]byte{"callback-key": before},
+	})
 	legacy := func(name string) string { return token.LegacyCallback(before, name) }
 	a.node("present", "127.0.0.2", a.ca, a.caKey, "system:node:present")
 	a.node("earlier", "127.0.0.3", a.ca, a.caKey, "system:node:earlier")

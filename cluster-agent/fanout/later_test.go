@@ -5,14 +5,12 @@ import (
 	"encoding/json"
 	"log/slog"
 	"net"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/cluster-agent/api"
 )
@@ -97,9 +95,7 @@ func TestLater(t *testing.T) {
 	}
 	defer keepers.Wait()
 	defer cancel()
-	a.api.Lock()
-	a.api.Nodes = slices.DeleteFunc(a.api.Nodes, func(n corev1.Node) bool { return n.Name == "gone" })
-	a.api.Unlock()
+	a.api.Remove("v1/nodes/gone")
 	a.api.SetReady("w1", true) // not yet: nobody answers there
 	left := func() map[string]late {
 		l, err := a.c.late(t.Context())

@@ -850,9 +850,9 @@ func foreignClient(t *testing.T, s *site) {
 
 // removedNode is about a cluster in which not every node has a record yet: then its Node counts.
 func removedNode(t *testing.T, s *site) {
-	s.api.Lock()
-	clear(s.api.RBAC)
-	s.api.Unlock()
+	for _, path := range s.api.Paths("clusterroles", "clusterrolebindings") {
+		s.api.Remove(path)
+	}
 	ca, key := s.ca()
 	s.cluster.nodes = s.cluster.nodes[:1]
 	if status := s.renewWith(ca, key, kubeletName("w1")); status != http.StatusUnauthorized {
@@ -904,12 +904,7 @@ func formerNodes(t *testing.T, s *site) {
 
 // secretsFromTheAPI has what a reader of all Secrets and ClusterRoleBindings has, of a backup too.
 func secretsFromTheAPI(t *testing.T, s *site) {
-	var known [][]byte
-	for _, secret := range s.api.Secrets {
-		for _, value := range secret.Data {
-			known = append(known, value)
-		}
-	}
+	known := s.secretValues()
 	if len(known) < 2 {
 		t.Fatalf("only %d values", len(known))
 	}

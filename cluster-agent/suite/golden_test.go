@@ -40,12 +40,7 @@ func TestWorkerGolden(t *testing.T) {
 		t.Fatalf("%d %s", status, e.Message)
 	}
 	own := s.secret("w2")
-	known := [][]byte{[]byte("x")}
-	for _, secret := range s.api.Secrets { // a pod of an addon may read Secrets
-		for _, value := range secret.Data {
-			known = append(known, value)
-		}
-	}
+	known := append(s.secretValues(), []byte("x")) // a pod of an addon may read Secrets
 	type credential struct {
 		name, secret string
 		cert         *x509.Certificate

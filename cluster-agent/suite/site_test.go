@@ -515,3 +515,13 @@ func issueWith(ca *x509.Certificate, caKey any, subject pkix.Name, pub *ecdsa.Pu
 	}
 	return x509.CreateCertificate(rand.Reader, template, ca, pub, caKey)
 }
+
+// secretValues has all values of all Secrets in the API.
+func (s *site) secretValues() (all [][]byte) {
+	for _, path := range s.api.Paths("secrets") {
+		for _, value := range kubetest.As[corev1.Secret](s.api, path).Data {
+			all = append(all, value)
+		}
+	}
+	return all
+}

@@ -867,13 +867,12 @@ func TestEarlierBuild(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	before := token.NewCallbackKey()
-	s.api.Lock()
-	s.api.Secrets[callback.SecretName] = &corev1.Secret{
-		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, ResourceVersion: "1"}, Data: map[string][]byte{"callback-key": before},
-	}
-	complete := s.api.RBAC["/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role]
-	delete(s.api.RBAC, "/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role)
-	s.api.Unlock()
+	s.api.Set(&corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{Name: callback.SecretName, Namespace: "kube-system"}, Data: map[string][]byte{"callback-key": before},
+	})
+	const role = "rbac.authorization.k8s.io/v1/clusterroles/" + noderegistry.Role
+	complete := s.api.Get(role)
+	s.api.Remove(role)
 	legacy := token.LegacyCallback(before, "w1")
 	if answer, status := s.renew(api.RenewRequest{}); status != http.StatusOK || answer.CallbackToken != legacy || answer.LegacyCallback != "" {
 		t.Errorf("a worker of the build before: %d %+v", status, answer)
@@ -886,9 +885,7 @@ func TestEarlierBuild(t *testing.T) {
 	if s.joined(from{}, r).CallbackToken == "" {
 		t.Error("a control plane node of the build before gets no secret")
 	}
-	s.api.Lock()
-	s.api.RBAC["/apis/rbac.authorization.k8s.io/v1/clusterroles/"+noderegistry.Role] = complete
-	s.api.Unlock()
+	s.api.Set(complete)
 	if err := s.keys.Seal(t.Context()); err != nil {
 		t.Fatal(err)
 	}

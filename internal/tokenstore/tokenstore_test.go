@@ -300,9 +300,7 @@ func TestFile(t *testing.T) {
 func TestSecretUnavailable(t *testing.T) {
 	api := kubetest.New(t)
 	s := &Store{Backends: []Backend{Secret{Core: api.Core}, File{Path: filepath.Join(t.TempDir(), "t")}}}
-	api.Lock()
-	api.Down = true
-	api.Unlock()
+	api.Down(true)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	if _, err := s.Add(ctx, token.New(), Options{Uses: 1}); !errors.Is(err, ErrUnavailable) {

@@ -1,252 +1,560 @@
-// Package kubetest is a small API server for tests: Secrets with resource versions and
-// watches, ClusterRoles and their bindings, and the Nodes that a test sets. It knows no
-// authorization.
+// Package kubetest is the far side of clients of an API server in tests: it stores any object of
+// the built-in kinds, with resource versions, UIDs, label and field selectors, preconditions,
+// watches, merge patches and server-side apply. Objects are in client-go's object tracker, and
+// fields are managed as the API server does it. It is no API server: it knows no authorization, no
+// validation, no defaults and no controllers. Real ones are in tests/node.
 package kubetest
 
 import (
 	"encoding/json"
+	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/api/meta/testrestmapper"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/managedfields"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/applyconfigurations"
+	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
+	clienttesting "k8s.io/client-go/testing"
+	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/kube"
 )
 
-// Server is the API server. Its fields may be changed with Lock held.
+// mapper knows the resources of the built-in kinds.
+var mapper = sync.OnceValue(func() meta.RESTMapper { return testrestmapper.TestOnlyStaticRESTMapper(scheme.Scheme) })
+
+var converter = sync.OnceValue(func() managedfields.TypeConverter { return applyconfigurations.NewTypeConverter(scheme.Scheme) })
+
+// Server is the API server. Its fields are set before the first call, or with Lock held, which
+// calls wait for.
+//
+// Paths of objects are those of the API without /api or /apis, such as
+// "v1/namespaces/kube-system/secrets/s" or "rbac.authorization.k8s.io/v1/clusterroles/r".
 type Server struct {
 	sync.Mutex
-	Nodes   []corev1.Node
-	Secrets map[string]*corev1.Secret // of kube-system, by name
-	Writes  int                       // that were done to Secrets
-	// RBAC has the ClusterRoles and ClusterRoleBindings, by path.
-	RBAC map[string]*unstructured.Unstructured
-	Down bool // every call fails
+	// Refuse, if set, is asked first of every call: a status other than 0 is the answer.
+	Refuse func(r *http.Request) int
+	// Check, if set, is asked before an object is stored in place of another, or of nil. Its
+	// error is the answer.
+	Check func(old, new metav1.Object) error
 
-	version  int
-	watchers map[chan *corev1.Secret]string
-	nodes    map[chan *corev1.Node]bool // who watches them
-	url      string
+	t       testing.TB
+	objects clienttesting.ObjectTracker
+	next    int // number for the UID of the next object
+	changes int
+	http    *httptest.Server
 }
 
 // New starts a server that ends with the test.
 func New(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{Secrets: map[string]*corev1.Secret{}, RBAC: map[string]*unstructured.Unstructured{}, watchers: map[chan *corev1.Secret]string{}, nodes: map[chan *corev1.Node]bool{}}
-	h := httptest.NewServer(s)
+	s := &Server{t: t, objects: clienttesting.NewObjectTracker(scheme.Scheme, scheme.Codecs.UniversalDecoder())}
+	s.http = httptest.NewServer(s)
 	t.Cleanup(func() {
-		h.CloseClientConnections()
-		h.Close()
+		s.http.CloseClientConnections()
+		s.http.Close()
 	})
-	s.url = h.URL
 	return s
 }
 
-// Core makes a client.
-func (s *Server) Core() (*kube.Core, error) { return kube.New(&rest.Config{Host: s.url}) }
+// Config is that of a client without limits of its own.
+func (s *Server) Config() *rest.Config { return &rest.Config{Host: s.http.URL, QPS: -1} }
 
-func status(w http.ResponseWriter, code int, reason metav1.StatusReason) {
+// Core makes a client.
+func (s *Server) Core() (*kube.Core, error) { return kube.New(s.Config()) }
+
+// Down makes every call fail with 503, or lets them through again.
+func (s *Server) Down(down bool) {
+	s.Lock()
+	defer s.Unlock()
+	s.Refuse = nil
+	if down {
+		s.Refuse = func(*http.Request) int { return http.StatusServiceUnavailable }
+	}
+}
+
+// target is what a path leads to.
+type target struct {
+	gvr             schema.GroupVersionResource
+	gvk             schema.GroupVersionKind
+	namespace, name string // "" for lists; the namespace also for what has none
+}
+
+// parse reads the path of an object or a list, without /api or /apis.
+func parse(path string) (target, error) {
+	var at target
+	words := strings.Split(path, "/")
+	if words[0] != "v1" {
+		at.gvr.Group, words = words[0], words[1:]
+	}
+	if len(words) < 2 {
+		return at, fmt.Errorf("%s is no path of objects", path)
+	}
+	at.gvr.Version, words = words[0], words[1:]
+	if words[0] == "namespaces" && len(words) > 2 {
+		at.namespace, words = words[1], words[2:]
+	}
+	at.gvr.Resource = words[0]
+	if len(words) > 1 { // a subresource is of the object itself
+		at.name = words[1]
+	}
+	var err error
+	at.gvk, err = mapper().KindFor(at.gvr)
+	return at, err
+}
+
+// must is for paths of tests.
+func (s *Server) must(path string) target {
+	s.t.Helper()
+	at, err := parse(path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return at
+}
+
+// Get returns the object at path, or nil. Its fields are as in JSON.
+func (s *Server) Get(path string) *unstructured.Unstructured {
+	s.t.Helper()
+	at := s.must(path)
+	s.Lock()
+	defer s.Unlock()
+	object, err := s.objects.Get(at.gvr, at.namespace, at.name)
+	if err != nil {
+		return nil
+	}
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(object)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return &unstructured.Unstructured{Object: content}
+}
+
+// As returns the object at path as its Go type, or nil.
+func As[T any](s *Server, path string) *T {
+	s.t.Helper()
+	u := s.Get(path)
+	if u == nil {
+		return nil
+	}
+	object := new(T)
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, object); err != nil {
+		s.t.Fatal(err)
+	}
+	return object
+}
+
+// Set stores objects, as they are, in place of what is at their paths: typed ones, maps or
+// unstructured ones. Watches see it.
+func (s *Server) Set(objects ...any) {
+	s.t.Helper()
+	s.Lock()
+	defer s.Unlock()
+	for _, o := range objects {
+		object, ok := o.(runtime.Object)
+		if u, is := o.(*unstructured.Unstructured); is {
+			o, ok = u.Object, false
+		}
+		if !ok {
+			text, err := json.Marshal(o)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			if object, _, err = scheme.Codecs.UniversalDeserializer().Decode(text, nil, nil); err != nil {
+				s.t.Fatal(err)
+			}
+		}
+		object = object.DeepCopyObject()
+		kinds, _, err := scheme.Scheme.ObjectKinds(object)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		m, err := mapper().RESTMapping(kinds[0].GroupKind(), kinds[0].Version)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		at := target{gvr: m.Resource, gvk: kinds[0], name: object.(metav1.Object).GetName(), namespace: object.(metav1.Object).GetNamespace()}
+		old, _ := s.objects.Get(at.gvr, at.namespace, at.name)
+		if err := s.store(at, old, object); err != nil {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+// Edit changes the object at path in JSON's form, and stores it.
+func (s *Server) Edit(path string, change func(object map[string]any)) {
+	s.t.Helper()
+	o := s.Get(path)
+	if o == nil {
+		s.t.Fatalf("%s does not exist", path)
+	}
+	change(o.Object)
+	s.Set(o)
+}
+
+// Remove deletes the object at path.
+func (s *Server) Remove(path string) {
+	s.t.Helper()
+	at := s.must(path)
+	s.Lock()
+	defer s.Unlock()
+	if err := s.objects.Delete(at.gvr, at.namespace, at.name); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// Paths returns those of all objects of these resources, or of all there are, sorted.
+func (s *Server) Paths(resources ...string) []string {
+	s.Lock()
+	defer s.Unlock()
+	out := []string{}
+	for gvk := range scheme.Scheme.AllKnownTypes() {
+		m, err := mapper().RESTMapping(gvk.GroupKind(), gvk.Version)
+		if err != nil || len(resources) > 0 && !slices.Contains(resources, m.Resource.Resource) {
+			continue
+		}
+		list, err := s.objects.List(m.Resource, gvk, "")
+		if err != nil {
+			continue // a kind without lists
+		}
+		_ = meta.EachListItem(list, func(o runtime.Object) error {
+			object := o.(metav1.Object)
+			path := gvk.GroupVersion().String()
+			if object.GetNamespace() != "" {
+				path += "/namespaces/" + object.GetNamespace()
+			}
+			out = append(out, path+"/"+m.Resource.Resource+"/"+object.GetName())
+			return nil
+		})
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// Changes counts the calls that changed something, or tried to, so far.
+func (s *Server) Changes() int {
+	s.Lock()
+	defer s.Unlock()
+	return s.changes
+}
+
+// SetReady makes a node ready or not.
+func (s *Server) SetReady(name string, ready bool) {
+	s.t.Helper()
+	s.Edit("v1/nodes/"+name, func(node map[string]any) {
+		status := map[bool]any{true: "True", false: "False"}[ready]
+		node["status"].(map[string]any)["conditions"] = []any{map[string]any{"type": string(corev1.NodeReady), "status": status}}
+	})
+}
+
+// store puts an object in place of old, which is nil for a new one. It is called with the lock held.
+func (s *Server) store(at target, old, object runtime.Object) error {
+	fresh := object.(metav1.Object)
+	object.GetObjectKind().SetGroupVersionKind(at.gvk)
+	// The tracker counts changes of each resource; a watch from the version of a list goes on there.
+	list, err := s.objects.List(at.gvr, at.gvk, "")
+	if err != nil {
+		return err
+	}
+	version, _ := meta.NewAccessor().ResourceVersion(list)
+	number, _ := strconv.Atoi(version)
+	fresh.SetResourceVersion(strconv.Itoa(number + 1))
+	if old == nil {
+		if s.next++; fresh.GetUID() == "" {
+			fresh.SetUID(types.UID("uid-" + strconv.Itoa(s.next)))
+		}
+		return s.objects.Create(at.gvr, object, at.namespace)
+	}
+	if fresh.GetUID() == "" {
+		fresh.SetUID(old.(metav1.Object).GetUID())
+	}
+	return s.objects.Update(at.gvr, object, at.namespace)
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
-	_ = json.NewEncoder(w).Encode(metav1.Status{
-		TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: reason, Code: int32(code),
-	})
+	_ = json.NewEncoder(w).Encode(v)
+}
+
+func fail(w http.ResponseWriter, err error) {
+	status, ok := err.(apierrors.APIStatus)
+	if !ok {
+		status = apierrors.NewBadRequest(err.Error())
+	}
+	of := status.Status()
+	of.TypeMeta = metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}
+	answer(w, int(of.Code), of)
 }
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.Lock()
 	defer s.Unlock()
-	if s.Down {
-		status(w, http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable)
+	changes := r.Method != http.MethodGet
+	if s.Refuse != nil {
+		if code := s.Refuse(r); code != 0 {
+			fail(w, apierrors.NewGenericServerResponse(code, r.Method, schema.GroupResource{}, r.URL.Path, "refused by the test", 0, true))
+			return
+		}
+	}
+	if changes {
+		s.changes++
+	}
+	path := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/apis"), "/api")
+	if gv := strings.Trim(path, "/"); gv == "" || gv == "v1" || strings.Count(gv, "/") == 1 && gv[:3] != "v1/" {
+		discover(w, r.URL.Path, gv)
 		return
 	}
-	answer := func(v any) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(v)
+	at, err := parse(path[1:])
+	if err != nil {
+		fail(w, apierrors.NewNotFound(schema.GroupResource{}, r.URL.Path))
+		return
 	}
-	const secrets = "/api/v1/namespaces/kube-system/secrets"
-	switch {
-	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
-		s.watchNodes(w, r)
-	case strings.HasSuffix(r.URL.Path, "/endpointslices"): // there is no API server but this one
-		answer(map[string]any{"kind": "EndpointSliceList", "apiVersion": "discovery.k8s.io/v1", "items": []any{}})
-	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"):
-		s.rbac(w, r, answer)
-	case strings.HasPrefix(r.URL.Path, "/api/v1/nodes/") && r.Method == http.MethodDelete:
-		name := strings.TrimPrefix(r.URL.Path, "/api/v1/nodes/")
-		left := slices.DeleteFunc(slices.Clone(s.Nodes), func(n corev1.Node) bool { return n.Name == name })
-		if len(left) == len(s.Nodes) {
-			status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
-			return
-		}
-		s.Nodes = left
-		answer(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
-	case r.URL.Path == "/api/v1/nodes":
-		answer(corev1.NodeList{TypeMeta: metav1.TypeMeta{Kind: "NodeList", APIVersion: "v1"}, Items: s.Nodes})
-	case r.URL.Path == secrets && r.Method == http.MethodGet:
-		s.watch(w, r)
-	case strings.HasPrefix(r.URL.Path, secrets) && r.Method == http.MethodGet:
-		if have := s.Secrets[strings.TrimPrefix(r.URL.Path, secrets+"/")]; have != nil {
-			answer(have)
-			return
-		}
-		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
-	case strings.HasPrefix(r.URL.Path, secrets):
-		var in corev1.Secret
-		if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
-			status(w, http.StatusBadRequest, metav1.StatusReasonBadRequest)
-			return
-		}
-		old := s.Secrets[in.Name]
-		switch {
-		case r.Method == http.MethodPost && old != nil:
-			status(w, http.StatusConflict, metav1.StatusReasonAlreadyExists)
-			return
-		case r.Method == http.MethodPut && (old == nil || old.ResourceVersion != in.ResourceVersion):
-			status(w, http.StatusConflict, metav1.StatusReasonConflict)
-			return
-		}
-		s.version++
-		s.Writes++
-		in.ResourceVersion = strconv.Itoa(s.version)
-		in.TypeMeta = metav1.TypeMeta{Kind: "Secret", APIVersion: "v1"}
-		s.Secrets[in.Name] = &in
-		for c, name := range s.watchers {
-			if name == in.Name {
-				c <- in.DeepCopy()
-			}
-		}
-		answer(&in)
-	default:
-		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
+	q := r.URL.Query()
+	if at.name == "" && !changes {
+		s.list(w, r, at)
+		return
 	}
-}
-
-// rbac keeps ClusterRoles and ClusterRoleBindings. It is called with the lock held.
-func (s *Server) rbac(w http.ResponseWriter, r *http.Request, answer func(any)) {
-	path := r.URL.Path
-	old := s.RBAC[path]
-	named := strings.Count(path, "/") == 5
-	switch {
-	case r.Method == http.MethodGet && !named:
-		list := &unstructured.UnstructuredList{Object: map[string]any{"kind": "List", "apiVersion": "rbac.authorization.k8s.io/v1"}}
-		for p, o := range s.RBAC {
-			if strings.HasPrefix(p, path+"/") {
-				list.Items = append(list.Items, *o)
-			}
-		}
-		answer(list)
-	case r.Method == http.MethodPost, r.Method == http.MethodPut:
-		in := &unstructured.Unstructured{}
-		if err := json.NewDecoder(r.Body).Decode(in); err != nil {
-			status(w, http.StatusBadRequest, metav1.StatusReasonBadRequest)
-			return
-		}
-		if r.Method == http.MethodPost {
-			path += "/" + in.GetName()
-			old = s.RBAC[path]
-		}
-		s.version++
-		switch {
-		case r.Method == http.MethodPost && old != nil:
-			status(w, http.StatusConflict, metav1.StatusReasonAlreadyExists)
-			return
-		case r.Method == http.MethodPut && (old == nil || old.GetResourceVersion() != in.GetResourceVersion()):
-			status(w, http.StatusConflict, metav1.StatusReasonConflict)
-			return
-		case old != nil:
-			in.SetUID(old.GetUID())
-		default:
-			in.SetUID(types.UID("uid-" + strconv.Itoa(s.version)))
-		}
-		in.SetResourceVersion(strconv.Itoa(s.version))
-		s.RBAC[path] = in
-		answer(in)
-	case old == nil:
-		status(w, http.StatusNotFound, metav1.StatusReasonNotFound)
-	case r.Method == http.MethodDelete:
+	old, err := s.objects.Get(at.gvr, at.namespace, at.name)
+	if at.name != "" && err != nil && !(r.Method == http.MethodPatch && r.Header.Get("Content-Type") == string(types.ApplyYAMLPatchType)) {
+		fail(w, err)
+		return
+	}
+	if err != nil {
+		old = nil
+	}
+	var object runtime.Object
+	switch r.Method {
+	case http.MethodGet:
+		answer(w, http.StatusOK, old)
+		return
+	case http.MethodDelete:
 		var o metav1.DeleteOptions
 		_ = json.NewDecoder(r.Body).Decode(&o) // an empty body is none
-		if o.Preconditions != nil && o.Preconditions.UID != nil && *o.Preconditions.UID != old.GetUID() {
-			status(w, http.StatusConflict, metav1.StatusReasonConflict)
+		if p := o.Preconditions; p != nil && p.UID != nil && *p.UID != old.(metav1.Object).GetUID() {
+			fail(w, apierrors.NewConflict(at.gvr.GroupResource(), at.name, fmt.Errorf("the UID is another")))
 			return
 		}
-		delete(s.RBAC, path)
-		answer(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
+		if err := s.objects.Delete(at.gvr, at.namespace, at.name); err != nil {
+			fail(w, err)
+			return
+		}
+		answer(w, http.StatusOK, metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusSuccess})
+		return
 	default:
-		answer(old)
+		object, err = s.changed(r, at, old)
 	}
+	if err == nil && s.Check != nil {
+		before, _ := old.(metav1.Object)
+		err = s.Check(before, object.(metav1.Object))
+	}
+	if err == nil && q.Get("dryRun") == "" {
+		at.name = object.(metav1.Object).GetName()
+		err = s.store(at, old, object)
+	}
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	answer(w, http.StatusOK, object)
 }
 
-// SetReady makes one of the nodes ready or not, and tells those who watch.
-func (s *Server) SetReady(name string, ready bool) {
-	s.Lock()
-	defer s.Unlock()
-	status := corev1.ConditionFalse
-	if ready {
-		status = corev1.ConditionTrue
+// changed returns what becomes of old, nil for none, by a call.
+func (s *Server) changed(r *http.Request, at target, old runtime.Object) (runtime.Object, error) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return nil, err
 	}
-	for i := range s.Nodes {
-		if s.Nodes[i].Name != name {
-			continue
+	owners, err := managedfields.NewDefaultFieldManager(converter(), scheme.Scheme, noDefaults{}, scheme.Scheme, at.gvk, at.gvk.GroupVersion(), "", nil)
+	if err != nil {
+		return nil, err
+	}
+	live := old
+	if live == nil {
+		if live, err = scheme.Scheme.New(at.gvk); err != nil {
+			return nil, err
 		}
-		s.Nodes[i].Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: status}}
-		s.Nodes[i].TypeMeta = metav1.TypeMeta{Kind: "Node", APIVersion: "v1"}
-		for c := range s.nodes {
-			c <- s.Nodes[i].DeepCopy()
+		live.GetObjectKind().SetGroupVersionKind(at.gvk)
+	}
+	manager := r.URL.Query().Get("fieldManager")
+	kind := types.PatchType(r.Header.Get("Content-Type"))
+	if r.Method == http.MethodPatch && kind == types.ApplyYAMLPatchType {
+		u := &unstructured.Unstructured{}
+		if err := yaml.Unmarshal(body, &u.Object); err != nil {
+			return nil, err
+		}
+		return owners.Apply(live, u, manager, r.URL.Query().Get("force") == "true")
+	}
+	if r.Method == http.MethodPatch {
+		text, err := json.Marshal(old)
+		if err != nil {
+			return nil, err
+		}
+		if kind != types.MergePatchType && kind != types.StrategicMergePatchType {
+			return nil, fmt.Errorf("patches of type %s are not known here", kind)
+		}
+		if body, err = jsonpatch.MergePatch(text, body); err != nil {
+			return nil, err
 		}
 	}
+	object := reflect.New(reflect.TypeOf(live).Elem()).Interface().(runtime.Object)
+	if err := json.Unmarshal(body, object); err != nil {
+		return nil, err
+	}
+	fresh := object.(metav1.Object)
+	switch {
+	case r.Method == http.MethodPost && fresh.GetName() == "":
+		return nil, fmt.Errorf("the object has no name")
+	case r.Method == http.MethodPost:
+		if _, err := s.objects.Get(at.gvr, at.namespace, fresh.GetName()); err == nil {
+			return nil, apierrors.NewAlreadyExists(at.gvr.GroupResource(), fresh.GetName())
+		}
+	case r.Method == http.MethodPut && fresh.GetResourceVersion() != "" && fresh.GetResourceVersion() != old.(metav1.Object).GetResourceVersion():
+		return nil, apierrors.NewConflict(at.gvr.GroupResource(), at.name, fmt.Errorf("the object has been modified"))
+	}
+	return owners.Update(live, object, manager)
 }
 
-// watchNodes follows all nodes, from now on. It is called with the lock held.
-func (s *Server) watchNodes(w http.ResponseWriter, r *http.Request) {
-	events := make(chan *corev1.Node, 100)
-	s.nodes[events] = true
-	s.Unlock()
-	defer func() {
-		s.Lock()
-		delete(s.nodes, events)
-	}()
-	stream(w, r, events)
+type noDefaults struct{}
+
+func (noDefaults) Default(runtime.Object) {}
+
+// list answers lists and watches. It is called with the lock held.
+func (s *Server) list(w http.ResponseWriter, r *http.Request, at target) {
+	q := r.URL.Query()
+	byLabel, err := labels.Parse(q.Get("labelSelector"))
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	byField, err := fields.ParseSelector(q.Get("fieldSelector"))
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	matches := func(o runtime.Object) bool {
+		object := o.(metav1.Object)
+		values := fields.Set{"metadata.name": object.GetName(), "metadata.namespace": object.GetNamespace()}
+		if pod, ok := o.(*corev1.Pod); ok {
+			values["spec.nodeName"] = pod.Spec.NodeName
+		}
+		return byLabel.Matches(labels.Set(object.GetLabels())) && byField.Matches(values)
+	}
+	if q.Get("watch") != "" {
+		if q.Get("sendInitialEvents") == "true" {
+			fail(w, apierrors.NewInvalid(schema.GroupKind{}, "", nil)) // the client then lists
+			return
+		}
+		events, err := s.objects.Watch(at.gvr, at.namespace, metav1.ListOptions{ResourceVersion: q.Get("resourceVersion")})
+		if err != nil {
+			fail(w, err)
+			return
+		}
+		s.Unlock()
+		defer s.Lock()
+		defer events.Stop()
+		stream(w, r, events, matches)
+		return
+	}
+	list, err := s.objects.List(at.gvr, at.gvk, at.namespace)
+	if err != nil {
+		fail(w, err)
+		return
+	}
+	var items []runtime.Object
+	_ = meta.EachListItem(list, func(o runtime.Object) error {
+		if matches(o) {
+			items = append(items, o)
+		}
+		return nil
+	})
+	slices.SortFunc(items, func(a, b runtime.Object) int {
+		return strings.Compare(a.(metav1.Object).GetName(), b.(metav1.Object).GetName())
+	})
+	if err := meta.SetList(list, items); err != nil {
+		fail(w, err)
+		return
+	}
+	list.GetObjectKind().SetGroupVersionKind(at.gvk.GroupVersion().WithKind(at.gvk.Kind + "List"))
+	answer(w, http.StatusOK, list)
 }
 
 // stream sends events as a watch does, until the client goes.
-func stream[T any](w http.ResponseWriter, r *http.Request, events <-chan T) {
+func stream(w http.ResponseWriter, r *http.Request, events watch.Interface, matches func(runtime.Object) bool) {
 	w.Header().Set("Content-Type", "application/json")
-	w.(http.Flusher).Flush()
+	control := http.NewResponseController(w)
+	_ = control.Flush()
 	for {
 		select {
 		case <-r.Context().Done():
 			return
-		case object := <-events:
-			_ = json.NewEncoder(w).Encode(map[string]any{"type": "MODIFIED", "object": object})
-			w.(http.Flusher).Flush()
+		case e := <-events.ResultChan():
+			if matches(e.Object) {
+				_ = json.NewEncoder(w).Encode(map[string]any{"type": e.Type, "object": e.Object})
+				_ = control.Flush()
+			}
 		}
 	}
 }
 
-// watch follows one Secret, from what there is on. It is called with the lock held.
-func (s *Server) watch(w http.ResponseWriter, r *http.Request) {
-	name := strings.TrimPrefix(r.URL.Query().Get("fieldSelector"), "metadata.name=")
-	events := make(chan *corev1.Secret, 100)
-	s.watchers[events] = name
-	if have := s.Secrets[name]; have != nil {
-		events <- have.DeepCopy()
+// discover answers which groups and resources there are.
+func discover(w http.ResponseWriter, path, gv string) {
+	resources := map[string][]metav1.APIResource{}
+	for gvk := range scheme.Scheme.AllKnownTypes() {
+		m, err := mapper().RESTMapping(gvk.GroupKind(), gvk.Version)
+		if err != nil || strings.HasSuffix(gvk.Kind, "List") {
+			continue
+		}
+		of := gvk.GroupVersion().String()
+		resources[of] = append(resources[of], metav1.APIResource{
+			Name: m.Resource.Resource, Kind: gvk.Kind, Namespaced: m.Scope.Name() == meta.RESTScopeNameNamespace, Verbs: metav1.Verbs{"get", "list", "delete", "patch"},
+		})
 	}
-	s.Unlock()
-	defer func() {
-		s.Lock()
-		delete(s.watchers, events)
-	}()
-	stream(w, r, events)
+	switch {
+	case path == "/api":
+		answer(w, http.StatusOK, metav1.APIVersions{Versions: []string{"v1"}})
+	case gv == "":
+		groups := map[string]*metav1.APIGroup{}
+		for _, of := range scheme.Scheme.PrioritizedVersionsAllGroups() {
+			if of.Group == "" || resources[of.String()] == nil {
+				continue
+			}
+			v := metav1.GroupVersionForDiscovery{GroupVersion: of.String(), Version: of.Version}
+			if groups[of.Group] == nil {
+				groups[of.Group] = &metav1.APIGroup{Name: of.Group, PreferredVersion: v}
+			}
+			groups[of.Group].Versions = append(groups[of.Group].Versions, v)
+		}
+		list := metav1.APIGroupList{}
+		for _, g := range groups {
+			list.Groups = append(list.Groups, *g)
+		}
+		answer(w, http.StatusOK, list)
+	case resources[gv] == nil:
+		fail(w, apierrors.NewNotFound(schema.GroupResource{}, path))
+	default:
+		answer(w, http.StatusOK, metav1.APIResourceList{GroupVersion: gv, APIResources: resources[gv]})
+	}
 }
