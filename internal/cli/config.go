@@ -1,26 +1,45 @@
 package cli
 
 import (
+	"cmp"
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
+
+	"microk8s/apiserver-proxy/endpoints"
+	"microk8s/internal/hostinfo"
+	"microk8s/internal/kube"
 )
 
 func (a *App) newConfig() *cobra.Command {
-	var loopback bool
+	var loopback, all bool
 	var user configUserFlags
 	cmd := &cobra.Command{
-		Use:   "config [-l|--use-loopback] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list [-o json|yaml] | --revoke NAME]",
+		Use:   "config [-l|--use-loopback] [--all-servers] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list [-o json|yaml] | --revoke NAME]",
 		Short: "Print the administrator's kubeconfig of this node",
 		Long: `Print the administrator's kubeconfig of this node, with the address of the machine's default
 interface as its server, for use on other machines. It grants full control of the cluster.
+
+It names one server, as scripts expect. With --all-servers it has a context more for each other
+control plane node, microk8s-NODE, for when this one is down:
+
+    microk8s config --all-servers > ~/.kube/config
+    kubectl --context microk8s-n2 get nodes
 
 With --user, make a kubeconfig with fewer rights and an end, for everybody who is not an
 administrator. The roles are Kubernetes' own: view reads all but Secrets, edit changes workloads
@@ -36,15 +55,16 @@ and reads Secrets, admin also gives rights within a namespace, cluster-admin may
 				return err
 			}
 			if user.asked(cmd) {
-				return a.configUser(cmd, &user, loopback)
+				return a.configUser(cmd, &user, kubeconfigServers{loopback, all})
 			}
 			if user.out.document() {
 				return &usageError{cmd, errors.New("-o is for --list; a kubeconfig is YAML")}
 			}
-			return a.config(loopback)
+			return a.config(cmd.Context(), kubeconfigServers{loopback, all})
 		},
 	}
 	cmd.Flags().BoolVarP(&loopback, "use-loopback", "l", false, "leave the server's address as it is, 127.0.0.1")
+	cmd.Flags().BoolVar(&all, "all-servers", false, "add a context for each other control plane node")
 	user.add(cmd)
 	user.out = addOutput(cmd, "table")
 	completeFlag(cmd, "role", userRoles...)
@@ -54,21 +74,113 @@ and reads Secrets, admin also gives rights within a namespace, cluster-admin may
 // serverLine is the server of a kubeconfig where it is on the loopback.
 var serverLine = regexp.MustCompile(`(?m)^(\s*server:\s*["']?https://)(127\.0\.0\.1|localhost|\[::1\])(:|/|\s|["']|$)`)
 
-func (a *App) config(loopback bool) error {
+// kubeconfigServers says which servers a kubeconfig names.
+type kubeconfigServers struct {
+	loopback bool // this node's is left at 127.0.0.1
+	all      bool // those of the other control-plane nodes too
+}
+
+// local replaces the loopback in a kubeconfig by this node's address.
+func (s kubeconfigServers) local(text string) string {
+	addr := defaultAddress()
+	if s.loopback || !addr.IsValid() {
+		return text
+	}
+	host := addr.String()
+	if addr.Is6() {
+		host = "[" + host + "]"
+	}
+	return serverLine.ReplaceAllString(text, "${1}"+host+"${3}")
+}
+
+func (a *App) config(ctx context.Context, servers kubeconfigServers) error {
 	data, err := os.ReadFile(a.Env.AdminKubeconfig())
 	if err != nil {
 		return fmt.Errorf("cannot print the kubeconfig: %w", err)
 	}
-	text := string(data)
-	if addr := defaultAddress(); !loopback && addr.IsValid() {
-		host := addr.String()
-		if addr.Is6() {
-			host = "[" + host + "]"
+	if servers.all {
+		cfg, err := clientcmd.Load(data)
+		if err != nil {
+			return fmt.Errorf("cannot read the administrator's kubeconfig: %w", err)
 		}
-		text = serverLine.ReplaceAllString(text, "${1}"+host+"${3}")
+		if err := a.addServers(ctx, cfg); err != nil {
+			return err
+		}
+		if data, err = clientcmd.Write(*cfg); err != nil {
+			return err
+		}
 	}
-	fmt.Fprintln(a.Out, strings.TrimSuffix(text, "\n")+"\n")
+	fmt.Fprintln(a.Out, strings.TrimSuffix(servers.local(string(data)), "\n")+"\n")
 	return nil
+}
+
+// serversWait bounds how long the API server is asked for the others.
+const serversWait = 10 * time.Second
+
+// addServers adds to a kubeconfig a cluster and a context for each API server of the cluster but this
+// node's, with the names of the current ones and the node's behind them.
+func (a *App) addServers(ctx context.Context, cfg *clientcmdapi.Config) error {
+	ctx, cancel := context.WithTimeout(ctx, serversWait)
+	defer cancel()
+	servers, err := a.otherServers(ctx)
+	if err != nil {
+		return failf("without --all-servers it names this node alone; see what is wrong with: microk8s status", "cannot list the API servers of the cluster: %w", err)
+	}
+	current := cfg.Contexts[cfg.CurrentContext]
+	if current == nil || cfg.Clusters[current.Cluster] == nil {
+		return errors.New("the administrator's kubeconfig has no current context")
+	}
+	for name, address := range servers {
+		cluster, use := cfg.Clusters[current.Cluster].DeepCopy(), current.DeepCopy()
+		cluster.Server = "https://" + address
+		use.Cluster = current.Cluster + "-" + name
+		cfg.Clusters[use.Cluster] = cluster
+		cfg.Contexts[cfg.CurrentContext+"-"+name] = use
+	}
+	return nil
+}
+
+// otherServers returns the other API servers as host:port, by the names of their nodes, or by their
+// addresses where no node has that one.
+func (a *App) otherServers(ctx context.Context) (map[string]string, error) {
+	core, err := kube.FromFile(a.Env.AdminKubeconfig())
+	if err != nil {
+		return nil, err
+	}
+	var found discoveryv1.EndpointSliceList
+	data, err := core.Get().AbsPath("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices").
+		Param("labelSelector", discoveryv1.LabelServiceName+"=kubernetes").SetHeader("Accept", "application/json").DoRaw(ctx)
+	if err == nil {
+		err = json.Unmarshal(data, &found)
+	}
+	if err != nil {
+		return nil, err
+	}
+	nodes, err := core.Nodes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	names := map[string]string{}
+	for i := range nodes {
+		for _, address := range nodes[i].Status.Addresses {
+			if address.Type == corev1.NodeInternalIP {
+				names[address.Address] = nodes[i].Name
+			}
+		}
+	}
+	own, err := hostinfo.Addresses()
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, server := range endpoints.FromSlices(found.Items) {
+		address, _, err := net.SplitHostPort(server)
+		local := func(ip net.IP) bool { return ip.Equal(net.ParseIP(address)) }
+		if err == nil && !slices.ContainsFunc(own, local) {
+			out[cmp.Or(names[address], address)] = server
+		}
+	}
+	return out, nil
 }
 
 // defaultAddress returns the address of the interface that has the default route, IPv4 before

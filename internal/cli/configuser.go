@@ -63,7 +63,7 @@ func (f *configUserFlags) asked(cmd *cobra.Command) bool {
 	return slices.ContainsFunc([]string{"user", "role", "namespace", "ttl", "list", "revoke"}, cmd.Flags().Changed)
 }
 
-func (a *App) configUser(cmd *cobra.Command, f *configUserFlags, loopback bool) error {
+func (a *App) configUser(cmd *cobra.Command, f *configUserFlags, servers kubeconfigServers) error {
 	wrong := func(format string, v ...any) error { return &usageError{cmd, fmt.Errorf(format, v...)} }
 	if err := a.stopped(); err != nil {
 		return err
@@ -115,7 +115,7 @@ func (a *App) configUser(cmd *cobra.Command, f *configUserFlags, loopback bool) 
 	if err != nil {
 		return failed(err)
 	}
-	text, err := a.userKubeconfig(f, token, loopback)
+	text, err := a.userKubeconfig(ctx, f, token, servers)
 	if err != nil {
 		return err
 	}
@@ -131,7 +131,7 @@ func (a *App) configUser(cmd *cobra.Command, f *configUserFlags, loopback bool) 
 }
 
 // userKubeconfig is the administrator's with the user's token in the place of its certificate.
-func (a *App) userKubeconfig(f *configUserFlags, token string, loopback bool) ([]byte, error) {
+func (a *App) userKubeconfig(ctx context.Context, f *configUserFlags, token string, servers kubeconfigServers) ([]byte, error) {
 	data, err := os.ReadFile(a.Env.AdminKubeconfig())
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the administrator's kubeconfig: %w", err)
@@ -150,18 +150,16 @@ func (a *App) userKubeconfig(f *configUserFlags, token string, loopback bool) ([
 	out.AuthInfos[f.user] = &clientcmdapi.AuthInfo{Token: token}
 	out.Contexts[f.user] = &clientcmdapi.Context{Cluster: c.Cluster, AuthInfo: f.user, Namespace: f.namespace}
 	out.CurrentContext = f.user
+	if servers.all {
+		if err := a.addServers(ctx, out); err != nil {
+			return nil, err
+		}
+	}
 	text, err := clientcmd.Write(*out)
 	if err != nil {
 		return nil, err
 	}
-	if addr := defaultAddress(); !loopback && addr.IsValid() {
-		host := addr.String()
-		if addr.Is6() {
-			host = "[" + host + "]"
-		}
-		text = serverLine.ReplaceAll(text, []byte("${1}"+host+"${3}"))
-	}
-	return text, nil
+	return []byte(servers.local(string(text))), nil
 }
 
 // listedUser is one item of the kind UserList.

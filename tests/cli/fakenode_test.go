@@ -175,11 +175,13 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 		}
 		var items []string
 		for i := range f.count {
-			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%d"},"status":{"conditions":[{"type":"Ready","status":%q,"message":%q}]}}`, i+1, status, message))
+			items = append(items, fmt.Sprintf(`{"metadata":{"name":"n%[1]d"},"status":{"addresses":[{"type":"InternalIP","address":"198.51.100.%[1]d"}],"conditions":[{"type":"Ready","status":%[2]q,"message":%[3]q}]}}`, i+1, status, message))
 		}
 		fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"7"},"items":[%s]}`, strings.Join(items, ","))
 	case f.kind == "differ" && r.URL.Query().Get("labelSelector") == noderegistry.ControlPlaneLabel+"=true":
 		fmt.Fprint(w, records)
+	case r.URL.Path == "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices" && r.URL.Query().Get("labelSelector") == "kubernetes.io/service-name=kubernetes":
+		fmt.Fprint(w, `{"items":[{"metadata":{"name":"kubernetes"},"addressType":"IPv4","ports":[{"name":"https","port":16443,"protocol":"TCP"}],"endpoints":[{"addresses":["198.51.100.1"]},{"addresses":["198.51.100.2"]}]}]}`)
 	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"), strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/microk8s-users/"),
 		r.URL.Path == "/api/v1/namespaces" && r.Method == http.MethodPost:
 		f.objects(w, r)
