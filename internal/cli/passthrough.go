@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -86,7 +87,15 @@ func (a *App) kubectlEnviron() ([]string, error) {
 func (a *App) commandEnviron() []string {
 	// Whoever may not make it does without, as with any XDG_RUNTIME_DIR that is not there.
 	_ = os.MkdirAll(a.Env.RunDir(), 0o755)
-	return a.Env.CommandEnviron(a.Environ)
+	environ := a.Env.CommandEnviron(a.Environ)
+	// cloud-init and units of systemd have no HOME; kubectl and Helm keep caches, repositories and
+	// plugins there, and would make folders in whatever directory they are in.
+	if a.getenv("HOME") == "" {
+		if u, err := user.Current(); err == nil && u.HomeDir != "" {
+			environ = append(slices.DeleteFunc(environ, func(kv string) bool { return kv == "HOME=" }), "HOME="+u.HomeDir)
+		}
+	}
+	return environ
 }
 
 // environWithout is commandEnviron without the variables that vars sets.

@@ -83,6 +83,7 @@ func TestStartUnderSnapd(t *testing.T) {
 func TestStartGivesUp(t *testing.T) {
 	a := newApp(t)
 	a.services.phase, a.services.restarts = service.Backoff, 10
+	a.write(t, a.Env.Lock(snapenv.LockNoDqlite), "") // tests of the datastore may have its port
 	a.write(t, a.Env.ServiceLog(service.Containerd), "microk8s: cannot read args/containerd\n")
 	code := a.run(t.Context(), "start")
 	want := "microk8s: service containerd does not start: cannot read args/containerd\n  fix this and run microk8s start again; see also: microk8s logs containerd\n"

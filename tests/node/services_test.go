@@ -41,6 +41,7 @@ func TestAddonsServices(t *testing.T) {
 
 	step("storage", n.testStorage)
 	step("helm", n.testHelm)
+	step("plugins of kubectl and helm", n.testPlugins)
 	step("repositories", n.testRepositories)
 	step("images", n.testImages)
 	step("metrics", n.testMetrics)
@@ -249,6 +250,48 @@ func (n *node) testHelm(t *testing.T) {
 	}
 	if out := n.run(t, "microk8s", "enable", "helm", "helm3"); !strings.Contains(out, "Helm comes pre-installed with MicroK8s") {
 		t.Errorf("enable helm printed %q", out)
+	}
+}
+
+// testPlugins has plugins that are scripts and call kubectl and helm themselves, as most do, found
+// where people put them: krew's folder, Helm's own, and the one that HELM_PLUGINS names.
+func (n *node) testPlugins(t *testing.T) {
+	write := func(path, text string) {
+		t.Helper()
+		n.runIn(t, text, "sh", "-c", "mkdir -p $(dirname "+path+") && cat > "+path+" && chmod 755 "+path)
+	}
+	in := func(line string) string {
+		t.Helper()
+		return n.run(t, "sh", "-c", "export PATH=/root/.krew/bin:$PATH; "+line)
+	}
+	wants := func(what, out string, want ...string) {
+		t.Helper()
+		for _, w := range want {
+			if !strings.Contains(out, w) {
+				t.Errorf("%s does not say %q:\n%s", what, w, out)
+			}
+		}
+	}
+	write("/root/.krew/bin/kubectl-greet", "#!/bin/sh\nexec kubectl get namespace default \"$@\"\n")
+	write("/root/.krew/bin/kubectl_complete-greet", "#!/bin/sh\necho --loudly; echo :4\n")
+	wants("plugin list", in("microk8s kubectl plugin list"), "/root/.krew/bin/kubectl-greet")
+	wants("the plugin", in("microk8s kubectl greet -o name"), "namespace/default")
+	wants("the plugin's completion", in("microk8s kubectl __complete greet ''"), "--loudly")
+	wants("the plugin's completion by ours", in("microk8s __complete kubectl greet ''"), "--loudly")
+	wants("kubectl's completion", in("microk8s kubectl completion bash"), "__start_kubectl")
+
+	write("/root/greet/plugin.yaml", "name: greet\nversion: 1.0.0\nusage: greet\ndescription: greets\ncommand: $HELM_PLUGIN_DIR/greet.sh\n")
+	write("/root/greet/greet.sh", "#!/bin/sh\n$HELM_BIN list -A -o json && kubectl get namespace default -o name && echo in $HELM_PLUGINS for \"$@\"\n")
+	in("microk8s helm plugin install /root/greet")
+	wants("helm plugin list", in("microk8s helm plugin list"), "greet", "1.0.0")
+	wants("helm's plugin", in("microk8s helm greet me"), "[]", "namespace/default", "in /root/.local/share/helm/plugins for me")
+	// Without HOME, as in cloud-init, it is found all the same, whatever the directory.
+	wants("helm plugin list without HOME", in("cd /tmp; env -u HOME microk8s helm plugin list"), "greet")
+	in("microk8s helm plugin uninstall greet")
+	in("mkdir /root/shared; HELM_PLUGINS=/root/shared microk8s helm plugin install /root/greet")
+	wants("a plugin of HELM_PLUGINS", in("HELM_PLUGINS=/root/shared microk8s helm greet you"), "namespace/default", "in /root/shared for you")
+	if out := in("microk8s helm plugin list"); strings.Contains(out, "greet") {
+		t.Errorf("it is in the other folder too:\n%s", out)
 	}
 }
 
