@@ -1,6 +1,7 @@
 package certs
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -358,8 +359,8 @@ func TestReplaceAndUndo(t *testing.T) {
 	if err := n.Undo(); !errors.Is(err, ErrNoSaved) {
 		t.Fatalf("Undo without a backup: %v", err)
 	}
-	if err := n.Backup(); err != nil {
-		t.Fatal(err)
+	if earlier, err := n.Backup(); err != nil || earlier != "" {
+		t.Fatalf("%v, an earlier backup %q", err, earlier)
 	}
 	change, err := n.ReplaceCA(t.Context(), "")
 	if err != nil {
@@ -394,6 +395,48 @@ func TestReplaceAndUndo(t *testing.T) {
 	}
 	if len(got) != len(before) {
 		t.Errorf("after Undo there are %d files, before there were %d", len(got), len(before))
+	}
+}
+
+// TestBackupsAreKept: a second change does not cost the backup of the first, and their number is bounded.
+func TestBackupsAreKept(t *testing.T) {
+	n := newNode(t)
+	n.ensure(t)
+	first, err := os.ReadFile(n.env.Cert("ca.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var kept []string
+	for i := range KeptBackups + 1 {
+		earlier, err := n.Backup()
+		if err != nil || (earlier == "") != (i == 0) {
+			t.Fatalf("backup %d: %v, the one of before is %q", i, err, earlier)
+		}
+		if i > 0 {
+			kept = append(kept, earlier)
+		}
+		if i == 0 {
+			if _, err := n.ReplaceCA(t.Context(), ""); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if text, err := os.ReadFile(filepath.Join(kept[0], "certs", "ca.key")); err != nil || !bytes.Equal(text, first) {
+		t.Errorf("the key of the first CA is not in %s: %v", kept[0], err)
+	}
+	if ca, err := n.BackedUp(); err != nil || len(ca) == 0 {
+		t.Errorf("the last backup has no CA: %v", err)
+	}
+	one, err := n.Backup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	all, err := filepath.Glob(n.BackupDir() + "-*")
+	slices.Sort(all)
+	want := append(slices.Clone(kept[1:]), one)
+	slices.Sort(want)
+	if err != nil || !slices.Equal(all, want) {
+		t.Errorf("kept are %q, %v; want %q", all, err, want)
 	}
 }
 

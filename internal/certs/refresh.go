@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"time"
 
 	"microk8s/internal/atomicfile"
@@ -173,34 +174,75 @@ func (s *Store) newCA() (crt, keyPEM []byte, err error) {
 	return pki.EncodeCert(der), pki.EncodeKey(key), nil
 }
 
-// BackupDir is where Backup copies to.
+// KeptBackups is how many backups are kept beside the last one.
+const KeptBackups = 5
+
+// BackupDir is where Backup copies to. Earlier backups are beside it, with the date at which each was
+// made behind the name.
 func (s *Store) BackupDir() string { return filepath.Join(s.env.Data, "certs-backup") }
 
-// Backup copies certificates and credentials aside, in place of the previous backup. The old
-// backup stays until the new one is complete.
-func (s *Store) Backup() error {
+// BackedUp returns the CA's certificate of the last backup.
+func (s *Store) BackedUp() ([]byte, error) {
+	return os.ReadFile(filepath.Join(s.BackupDir(), "certs", "ca.crt"))
+}
+
+// Backup copies certificates and credentials aside. The backup of before is kept, and its new path
+// returned, "" if there was none; of such ones the oldest go beyond [KeptBackups].
+func (s *Store) Backup() (earlier string, err error) {
+	if earlier, err = s.backup(); err != nil {
+		return "", fmt.Errorf("cannot back up the certificates: %w", err)
+	}
+	return earlier, nil
+}
+
+func (s *Store) backup() (earlier string, err error) {
 	staging := s.BackupDir() + ".new"
 	if err := os.RemoveAll(staging); err != nil {
-		return fmt.Errorf("cannot back up the certificates: %w", err)
+		return "", err
 	}
 	for from, name := range map[string]string{s.env.CertsDir(): "certs", s.env.CredentialsDir(): "credentials"} {
 		if err := os.MkdirAll(filepath.Join(staging, name), 0o700); err != nil {
-			return fmt.Errorf("cannot back up the certificates: %w", err)
+			return "", err
 		}
 		if err := copyFiles(from, filepath.Join(staging, name)); err != nil {
-			return errors.Join(fmt.Errorf("cannot back up the certificates: %w", err), os.RemoveAll(staging))
+			return "", errors.Join(err, os.RemoveAll(staging))
 		}
 	}
 	if err := os.Chmod(staging, 0o700); err != nil {
-		return fmt.Errorf("cannot back up the certificates: %w", err)
+		return "", err
 	}
-	if err := os.RemoveAll(s.BackupDir()); err != nil {
-		return fmt.Errorf("cannot back up the certificates: %w", err)
+	if st, err := os.Lstat(s.BackupDir()); err == nil {
+		if earlier, err = s.keep(st.ModTime()); err != nil {
+			return "", err
+		}
 	}
-	if err := os.Rename(staging, s.BackupDir()); err != nil {
-		return fmt.Errorf("cannot back up the certificates: %w", err)
+	return earlier, os.Rename(staging, s.BackupDir())
+}
+
+// keep gives the last backup the name that it has from now on, and removes the oldest ones.
+func (s *Store) keep(made time.Time) (string, error) {
+	prefix := s.BackupDir() + "-"
+	to := prefix + made.UTC().Format("2006-01-02-15-04-05")
+	for name, i := to, 2; ; i++ {
+		if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		to = name + "." + strconv.Itoa(i)
 	}
-	return nil
+	if err := os.Rename(s.BackupDir(), to); err != nil {
+		return "", err
+	}
+	all, err := filepath.Glob(prefix + "*") // in the order of their dates
+	if err != nil {
+		return "", err
+	}
+	all = slices.DeleteFunc(all, func(path string) bool { return path == to })
+	for ; len(all) >= KeptBackups; all = all[1:] {
+		if err := os.RemoveAll(all[0]); err != nil {
+			return "", err
+		}
+	}
+	return to, nil
 }
 
 // Undo puts certificates and credentials back as Backup found them and removes what was added

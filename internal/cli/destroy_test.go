@@ -95,7 +95,7 @@ func TestDestructiveCommands(t *testing.T) {
 			a.write(t, a.Env.Lock(snapenv.LockInstalled), "")
 			a.write(t, a.Env.Lock(snapenv.LockHA), "")
 			a.write(t, a.Env.Cert("ca.crt"), "now")
-			a.write(t, filepath.Join(a.Env.Data, "certs-backup/ca.crt"), "before")
+			a.write(t, filepath.Join(a.Env.Data, "certs-backup/certs/ca.crt"), "before")
 			if tc.joined {
 				a.write(t, a.Env.Lock(snapenv.LockNoReissue), "")
 			}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -51,7 +50,10 @@ CA are renewed automatically before they expire.
 Replace the CA certificates with the ca.crt and ca.key found in CA_DIR, or renew one
 certificate with --cert. A new CA has a new key, and nodes of one cluster must have the same: with
 other nodes the command refuses, since they would have to leave and join again. --force does it all
-the same.`,
+the same.
+
+Before a change the certificates and credentials are copied to certs-backup, which --undo restores.
+The backups of before are kept beside it, with their dates, up to five.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return &usageError{cmd, fmt.Errorf("Got unexpected extra argument (%s)", args[1])}
@@ -137,7 +139,7 @@ See when they expire with: microk8s refresh-certs --check
 
 // undoesCA reports whether the last backup has another CA than this node.
 func (a *App) undoesCA(store *certs.Store) bool {
-	old, err := os.ReadFile(filepath.Join(store.BackupDir(), "ca.crt"))
+	old, err := store.BackedUp()
 	if err != nil {
 		return false // there is none
 	}
@@ -201,8 +203,12 @@ func (a *App) undoCerts(ctx context.Context, store *certs.Store) error {
 
 func (a *App) backupCerts(store *certs.Store) error {
 	fmt.Fprintf(a.Out, "Taking a backup of the current certificates under %s\n", store.BackupDir())
-	if err := store.Backup(); err != nil {
+	earlier, err := store.Backup()
+	if err != nil {
 		return &Failure{Err: err, Code: exitBackup}
+	}
+	if earlier != "" {
+		fmt.Fprintf(a.Out, "The backup of before is kept as %s, one of at most %d\n", earlier, certs.KeptBackups)
 	}
 	return nil
 }

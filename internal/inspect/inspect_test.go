@@ -140,6 +140,7 @@ func TestNoSecretGetsOut(t *testing.T) {
 	}
 	write(t, filepath.Join(env.BackendLive(), "cluster.key"), plantKey())
 	write(t, filepath.Join(env.Data, "certs-backup/certs/ca.key"), plantKey())
+	write(t, filepath.Join(env.Data, "certs-backup-2026-11-01-12-00-00/certs/ca.key"), plantKey())
 	for _, name := range []string{"client.config", "kubelet.config", "controller.config"} {
 		key := plantKey()
 		write(t, env.Credential(name), fmt.Sprintf("apiVersion: v1\nclusters:\n- cluster:\n    server: https://127.0.0.1:16443\n  name: microk8s-cluster\nusers:\n- name: admin\n  user:\n    client-key-data: %s\n    token: %s\n    password: %q\n",

@@ -31,7 +31,8 @@ const minSecret = 12
 // cannot be read cannot get into a log by us either.
 func NewRedactor(env snapenv.Env) *Redactor {
 	values := map[string]bool{}
-	for _, dir := range []string{env.CredentialsDir(), env.CertsDir(), env.Backend(), env.BackendLive(), filepath.Join(env.Data, "certs-backup")} {
+	backups, _ := filepath.Glob(filepath.Join(env.Data, "certs-backup*"))
+	for _, dir := range append(backups, env.CredentialsDir(), env.CertsDir(), env.Backend(), env.BackendLive()) {
 		_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() {
 				return nil
