@@ -5,12 +5,15 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/traefik/traefik/v2/pkg/tcp"
+
+	"microk8s/internal/connlimit"
 )
 
 // Times are the limits of one proxy. Zero values become those of [DefaultTimes].
@@ -240,13 +243,16 @@ func (b *Balancer) Close() {
 }
 
 // Serve accepts clients until ctx ends or accepting fails for good, with at most limit
-// connections at a time; further ones wait in the kernel's queue. It closes the listener, leaves
-// established connections to Close, and returns nil when ctx has ended.
+// connections at a time; further ones wait in the kernel's queue. Where the proxy listens for other
+// machines too, one of them has at most a quarter of the connections, and all of them half: the
+// node's own kubelet and kube-proxy always find room. More are closed. Serve closes the listener,
+// leaves established connections to Close, and returns nil when ctx has ended.
 func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) error {
 	stop := context.AfterFunc(ctx, func() { listener.Close() })
 	defer stop()
 	defer listener.Close()
 	slots := make(chan struct{}, limit)
+	others := &guests{each: max(limit/4, 1), all: max(limit/2, 1), from: map[netip.Addr]int{}}
 	pause := time.Duration(0)
 	for {
 		select {
@@ -285,12 +291,53 @@ func (b *Balancer) Serve(ctx context.Context, listener net.Listener, limit int) 
 			<-slots
 			continue
 		}
+		leave, ok := others.admit(conn.RemoteAddr())
+		if !ok {
+			conn.Close()
+			<-slots
+			b.logRateLimited("a machine has too many connections; new ones are closed", "from", conn.RemoteAddr().String())
+			continue
+		}
 		b.wg.Go(func() {
 			defer func() { <-slots }()
+			defer leave()
 			defer client.Close()
 			b.switcher.ServeTCP(client)
 		})
 	}
+}
+
+// guests counts the connections of other machines.
+type guests struct {
+	each, all int // at most, of one source and of all
+	mu        sync.Mutex
+	from      map[netip.Addr]int
+	n         int
+}
+
+// admit takes up a connection unless there are too many; leave takes it out. Those of this machine are
+// not counted.
+func (g *guests) admit(a net.Addr) (leave func(), ok bool) {
+	ap, err := netip.ParseAddrPort(a.String())
+	if err != nil || ap.Addr().Unmap().IsLoopback() {
+		return func() {}, true
+	}
+	source := connlimit.Source(ap.Addr())
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.n >= g.all || g.from[source] >= g.each {
+		return nil, false
+	}
+	g.n++
+	g.from[source]++
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.n--
+		if g.from[source]--; g.from[source] == 0 {
+			delete(g.from, source)
+		}
+	}, true
 }
 
 // logRateLimited logs what clients may cause as often as they like, at most once in ten seconds.

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"strings"
 	"sync"
 	"syscall"
@@ -417,6 +418,105 @@ func TestLimitOfConnections(t *testing.T) {
 	for i, c := range conns {
 		if i != 3 {
 			echo(t, c)
+		}
+	}
+}
+
+// elsewhere is a listener whose clients come from the addresses that are put into from.
+type elsewhere struct {
+	net.Listener
+	from chan string
+}
+
+type visitor struct {
+	*net.TCPConn
+	address string
+}
+
+func (v visitor) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(v.address), 4000))
+}
+
+func (l elsewhere) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return visitor{conn.(*net.TCPConn), <-l.from}, nil
+}
+
+// TestOtherMachines: where the proxy listens for others too, they cannot keep the node itself out.
+func TestOtherMachines(t *testing.T) {
+	server, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	go func() {
+		for {
+			conn, err := server.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(conn, conn); conn.Close() }()
+		}
+	}()
+	b := NewBalancer(nil, Times{}, slog.New(slog.DiscardHandler))
+	b.Set([]string{server.Addr().String()})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	from := make(chan string, 1)
+	go func() { done <- b.Serve(ctx, elsewhere{l, from}, 12) }() // 3 of one source, 6 in all
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		b.Close()
+	}()
+	dial := func(address string) (conn net.Conn, open bool) {
+		t.Helper()
+		from <- address
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		_, err = conn.Write([]byte("x"))
+		if err == nil {
+			_, err = io.ReadFull(conn, make([]byte, 1))
+		}
+		return conn, err == nil
+	}
+	var first net.Conn
+	for _, tc := range []struct {
+		address string
+		open    bool
+	}{
+		{"192.0.2.1", true}, {"192.0.2.1", true}, {"::ffff:192.0.2.1", true}, {"192.0.2.1", false},
+		{"2001:db8::1", true}, {"2001:db8::2", true}, {"2001:db8::3", true}, {"192.0.2.7", false},
+		{"127.0.0.1", true}, {"::1", true}, {"127.0.0.1", true}, {"127.0.0.1", true}, {"127.0.0.1", true},
+	} {
+		conn, open := dial(tc.address)
+		if open != tc.open {
+			t.Errorf("one from %s is open: %v, want %v", tc.address, open, tc.open)
+		}
+		if first == nil {
+			first = conn
+		}
+	}
+	first.Close()
+	eventually := time.Now().Add(10 * time.Second)
+	for {
+		if _, open := dial("192.0.2.7"); open {
+			break
+		}
+		if time.Now().After(eventually) {
+			t.Fatal("the place of one that has ended is not free")
 		}
 	}
 }

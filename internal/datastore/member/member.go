@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"microk8s/internal/connlimit"
 	dslog "microk8s/internal/datastore/log"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
@@ -34,6 +35,16 @@ const PeerProtocol = storedir.Protocol
 const (
 	handshakeTimeout = 10 * time.Second
 )
+
+// limits are those of the port, which everybody reaches who reaches the machine. A member has some
+// ten connections to another one. Connections whose caller has shown the members' key pair keep their
+// place; until then one may send what a handshake with a certificate takes.
+var limits = connlimit.Limits{
+	Total: 512, PerSource: 128,
+	NewPerSecond: 50, NewBurst: 200,
+	CallsPerSecond: 1, CallsBurst: 1, // there are no calls here
+	Early: 64 << 10,
+}
 
 // Options of a Member.
 type Options struct {
@@ -170,6 +181,7 @@ func Start(opt Options) (_ *Member, err error) {
 	if m.opt.DisableTLS {
 		listenTLS, dialTLS = nil, nil
 	} else {
+		m.listen = connlimit.Wrap(m.listen, limits)
 		listenTLS.NextProtos = []string{PeerProtocol}
 		m.dialTLS = dialTLS.Clone()
 		m.dialTLS.NextProtos = []string{PeerProtocol}
@@ -329,6 +341,10 @@ func (m *Member) accept(ctx context.Context, config *tls.Config) {
 				if err != nil {
 					m.opt.Logger.Debug("refused a connection", "from", conn.RemoteAddr(), "err", err)
 					return
+				}
+				if c := connlimit.Of(conn); c != nil {
+					c.Started()
+					c.Keep()
 				}
 				remote = t
 				if t.ConnectionState().NegotiatedProtocol == PeerProtocol {
