@@ -173,6 +173,8 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	group.Start(parsed[daemons.Proxy])
 	watch := hostwatch.New(log)
 	group.Go("watch of the host's network", func(ctx context.Context) error {
+		proxy := watch.Register(ctx, hostnet.ProxyOwner(daemons.ResyncProxy))
+		defer proxy.Close()
 		watch.Run(ctx)
 		return nil
 	})
@@ -384,9 +386,8 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 			return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
 		}
 		nodeIP = ip
-		if err := hostnet.ServiceRoutes(config.APIServer.ServiceCIDRs, nodeIP); err != nil {
-			log.Warn("programs of this host will not reach Services", "err", err)
-		}
+		routes := watch.Register(ctx, hostnet.ServiceRoutesOwner(config.APIServer.ServiceCIDRs, nodeIP))
+		defer routes.Close()
 	}
 	options, err := podNetworkOptions(env)
 	if err != nil {
@@ -397,6 +398,7 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	options.NodeIP = nodeIP
 	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
 	options.Env, options.Log, options.Watch = env, log, watch
+	options.EndSandbox = func(ctx context.Context, id string) error { return images.EndSandbox(ctx, env, id) }
 	return network.Run(ctx, options)
 }
 

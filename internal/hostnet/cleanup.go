@@ -60,7 +60,7 @@ func Remove(ctx context.Context, env snapenv.Env) error {
 // removeResults goes through what the CNI library remembers of our network's pods, removes
 // their network namespaces, which a crash leaves behind, and forgets them.
 func removeResults(env snapenv.Env) error {
-	dir := env.HostPath("var/lib/cni/results")
+	dir := resultsDir(env)
 	files, _ := filepath.Glob(filepath.Join(dir, NetworkName+"-*"))
 	var errs []error
 	for _, file := range files {
@@ -222,7 +222,7 @@ func removeHostPorts(subnets []netip.Prefix) error {
 	}
 	foreign := false
 	for _, c := range h.chains {
-		if c.Table.Name != "cni_hostport" {
+		if c.Table.Name != hostPortsTable {
 			continue
 		}
 		rules, err := h.rules(c)
@@ -236,7 +236,7 @@ func removeHostPorts(subnets []netip.Prefix) error {
 	if foreign {
 		return nil
 	}
-	return removeTables(func(t *nftables.Table) bool { return t.Name == "cni_hostport" })
+	return removeTables(func(t *nftables.Table) bool { return t.Name == hostPortsTable })
 }
 
 // forwardsElsewhere reports whether a rule rewrites destinations to one outside of subnets.

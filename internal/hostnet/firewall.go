@@ -46,7 +46,7 @@ func (f *Firewall) Owner() hostwatch.Owner {
 
 // otherOwners are tables whose programs deal with pods themselves.
 func otherOwner(table string) bool {
-	return table == Table || table == PolicyTable || table == "kube-proxy" || table == "cni_hostport" || strings.HasPrefix(table, "cali") || strings.HasPrefix(table, "cilium")
+	return table == Table || table == PolicyTable || table == proxyTable || table == hostPortsTable || strings.HasPrefix(table, "cali") || strings.HasPrefix(table, "cilium")
 }
 
 // Ensure adds the rules that are missing and gives the chains it had to change, such as
@@ -155,8 +155,12 @@ func readHost() (*host, error) {
 }
 
 func chainName(c *nftables.Chain) string {
-	names := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}
-	return names[c.Table.Family] + " " + c.Table.Name + " " + c.Name
+	return familyName(c.Table.Family) + " " + c.Table.Name + " " + c.Name
+}
+
+// familyName is how nft writes a family.
+func familyName(f nftables.TableFamily) string {
+	return map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}[f]
 }
 
 func (h *host) rules(c *nftables.Chain) ([]*nftables.Rule, error) {

@@ -66,12 +66,17 @@ func ParseCIDRs(s string) ([]netip.Prefix, error) {
 // by [Cleanup], because others on the host may have come to need it.
 //
 // Without care, IPv6 forwarding makes the kernel ignore router advertisements and with them
-// lose its default route, so interfaces that accept them keep doing so.
-func Forwarding(cidrs []netip.Prefix) error {
+// lose its default route, so interfaces that accept them keep doing so. changed reports whether something was off.
+func Forwarding(cidrs []netip.Prefix) (changed bool, err error) {
 	var errs []error
+	set := func(name, value string) {
+		did, err := setSysctl(name, value)
+		changed = changed || did
+		errs = append(errs, err)
+	}
 	for _, c := range cidrs {
 		if c.Addr().Is4() {
-			errs = append(errs, setSysctl("net/ipv4/ip_forward", "1"))
+			set("net/ipv4/ip_forward", "1")
 			continue
 		}
 		paths, _ := filepath.Glob(sysctlPath("net/ipv6/conf/*/accept_ra"))
@@ -80,9 +85,9 @@ func Forwarding(cidrs []netip.Prefix) error {
 				errs = append(errs, os.WriteFile(path, []byte("2"), 0o644))
 			}
 		}
-		errs = append(errs, setSysctl("net/ipv6/conf/all/forwarding", "1"))
+		set("net/ipv6/conf/all/forwarding", "1")
 	}
-	return errors.Join(errs...)
+	return changed, errors.Join(errs...)
 }
 
 // BridgeFiltered makes frames that stay on the bridge pass the firewall, and reports whether
@@ -90,22 +95,22 @@ func Forwarding(cidrs []netip.Prefix) error {
 // answer of a pod to another pod of the same node, reached through a Service, would not be
 // translated back; see [Rules].
 func BridgeFiltered() bool {
-	ok := setSysctl("net/bridge/bridge-nf-call-iptables", "1") == nil
-	_ = setSysctl("net/bridge/bridge-nf-call-ip6tables", "1") // only of use with IPv6 pods
-	return ok
+	_, err := setSysctl("net/bridge/bridge-nf-call-iptables", "1")
+	_, _ = setSysctl("net/bridge/bridge-nf-call-ip6tables", "1") // only of use with IPv6 pods
+	return err == nil
 }
 
 func sysctlPath(name string) string { return "/proc/sys/" + name }
 
 // setSysctl writes only what is not so already: /proc/sys may be read-only in a container
 // whose host has set everything as needed.
-func setSysctl(name, value string) error {
+func setSysctl(name, value string) (changed bool, err error) {
 	path := sysctlPath(name)
 	if old, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(old)) == value {
-		return nil
+		return false, nil
 	}
 	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
-		return fmt.Errorf("cannot set %s to %s: %w", strings.ReplaceAll(name, "/", "."), value, err)
+		return false, fmt.Errorf("cannot set %s to %s: %w", strings.ReplaceAll(name, "/", "."), value, err)
 	}
-	return nil
+	return true, nil
 }

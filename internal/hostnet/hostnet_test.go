@@ -87,7 +87,7 @@ func newWorld(t *testing.T) *world {
 	// The machine's end towards the pod is called as the real bridge is, since a rule names it.
 	w.pod = w.neighbour(Bridge, "10.1.5.1/24", podAddr+"/24", "10.1.5.1")
 	w.outside = w.neighbour("eth0", machineAddr+"/24", outsideAddr+"/24", machineAddr)
-	if err := Forwarding([]netip.Prefix{cluster}); err != nil {
+	if _, err := Forwarding([]netip.Prefix{cluster}); err != nil {
 		t.Fatal(err)
 	}
 	return w

@@ -43,34 +43,81 @@ func (r Rules) Apply() error {
 		c.DelTable(table)
 		c.AddTable(table)
 		chain := c.AddChain(&nftables.Chain{
-			Name: "postrouting", Table: table, Type: nftables.ChainTypeNAT,
+			Name: postrouting, Table: table, Type: nftables.ChainTypeNAT,
 			Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityNATSource,
 		})
-		add := func(parts ...[]expr.Any) {
-			var all []expr.Any
-			for _, p := range parts {
-				all = append(all, p...)
-			}
-			c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: append(all, &expr.Counter{}, &expr.Masq{FullyRandom: true})})
-		}
-		multicast, tunnel := netip.MustParsePrefix("224.0.0.0/4"), Tunnel
-		if cluster.Addr().Is6() {
-			multicast, tunnel = netip.MustParsePrefix("ff00::/8"), Tunnel6
-		}
-		add(address(source, cluster, true), address(destination, cluster, false), address(destination, multicast, false))
-		// A program of the host that bound itself to another address: the other node would
-		// answer to that one, past the tunnel.
-		add(interfaceName(expr.MetaKeyOIFNAME, tunnel), address(source, cluster, false), address(destination, cluster, true))
-		for _, node := range r.Node {
-			if r.Hairpin && node.Addr().Is4() == cluster.Addr().Is4() {
-				add(address(source, node, true), address(destination, node, true), translated())
-			}
+		for _, exprs := range r.rules(cluster) {
+			c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: exprs})
 		}
 	}
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("cannot write the nftables table %s (is the kernel module nft_masq there?): %w", Table, err)
 	}
 	return nil
+}
+
+// Ensure is Apply where the table differs from these rules; changed reports whether it did.
+func (r Rules) Ensure() (changed bool, err error) {
+	h, err := readHost()
+	if err != nil {
+		return false, err
+	}
+	for _, cluster := range r.Cluster {
+		same := false
+		for _, c := range h.chains {
+			if c.Table.Name != Table || c.Table.Family != family(cluster) {
+				continue
+			}
+			// A second chain is somebody else's.
+			if same = c.Name == postrouting && c.Hooknum != nil && *c.Hooknum == *nftables.ChainHookPostrouting; !same {
+				break
+			}
+			have, err := h.rules(c)
+			if err != nil {
+				return false, err
+			}
+			want := r.rules(cluster)
+			if same = len(have) == len(want); same {
+				for i := range want {
+					same = same && sameMatch(have[i].Exprs, want[i])
+				}
+			}
+			if !same {
+				break
+			}
+		}
+		if !same {
+			return true, r.Apply()
+		}
+	}
+	return false, nil
+}
+
+const postrouting = "postrouting"
+
+// rules returns what the table of one family holds.
+func (r Rules) rules(cluster netip.Prefix) (out [][]expr.Any) {
+	add := func(parts ...[]expr.Any) {
+		var all []expr.Any
+		for _, p := range parts {
+			all = append(all, p...)
+		}
+		out = append(out, append(all, &expr.Counter{}, &expr.Masq{FullyRandom: true}))
+	}
+	multicast, tunnel := netip.MustParsePrefix("224.0.0.0/4"), Tunnel
+	if cluster.Addr().Is6() {
+		multicast, tunnel = netip.MustParsePrefix("ff00::/8"), Tunnel6
+	}
+	add(address(source, cluster, true), address(destination, cluster, false), address(destination, multicast, false))
+	// A program of the host that bound itself to another address: the other node would
+	// answer to that one, past the tunnel.
+	add(interfaceName(expr.MetaKeyOIFNAME, tunnel), address(source, cluster, false), address(destination, cluster, true))
+	for _, node := range r.Node {
+		if r.Hairpin && node.Addr().Is4() == cluster.Addr().Is4() {
+			add(address(source, node, true), address(destination, node, true), translated())
+		}
+	}
+	return out
 }
 
 func family(p netip.Prefix) nftables.TableFamily {

@@ -3,8 +3,8 @@ package hostnet
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -19,59 +19,63 @@ const routeOwner = netlink.RouteProtocol(109)
 // to translate the address, so a route to the range is enough; where it leads does not
 // matter. On a host with a default route, and where ours is there already, nothing is done.
 // address is the node's own, of the family it has.
-func ServiceRoutes(services []netip.Prefix, address netip.Addr) error {
+// changed names the routes that were added.
+func ServiceRoutes(services []netip.Prefix, address netip.Addr) (changed []string, err error) {
 	var errs []error
 	for _, service := range services {
-		if service.Addr().Is4() == address.Is4() {
-			errs = append(errs, serviceRoute(service, address))
+		if service.Addr().Is4() != address.Is4() {
+			continue
 		}
+		did, err := serviceRoute(service, address)
+		if did {
+			changed = append(changed, "route "+service.String())
+		}
+		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return changed, errors.Join(errs...)
 }
 
-func serviceRoute(service netip.Prefix, address netip.Addr) error {
+func serviceRoute(service netip.Prefix, address netip.Addr) (changed bool, err error) {
 	family := unix.AF_INET
 	if !address.Is4() {
 		family = unix.AF_INET6
 	}
-	if has, err := defaultRoute(family); err != nil || has {
-		return err
+	routes, err := netlink.RouteList(nil, family)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return false, fmt.Errorf("cannot list routes: %w", err)
+	}
+	if slices.ContainsFunc(routes, isDefault) {
+		return false, nil
 	}
 	addrs, err := netlink.AddrList(nil, family)
 	if err != nil {
-		return fmt.Errorf("cannot list addresses: %w", err)
+		return false, fmt.Errorf("cannot list addresses: %w", err)
 	}
 	for _, a := range addrs {
 		if !a.IP.Equal(address.AsSlice()) {
 			continue
 		}
-		route := &netlink.Route{
+		route := netlink.Route{
 			LinkIndex: a.LinkIndex,
 			Scope:     unix.RT_SCOPE_LINK,
-			Dst:       &net.IPNet{IP: service.Masked().Addr().AsSlice(), Mask: net.CIDRMask(service.Bits(), service.Addr().BitLen())},
+			Dst:       toIPNet(service.Masked()),
 			Src:       address.AsSlice(),
 			Protocol:  routeOwner,
 		}
-		if err := netlink.RouteReplace(route); err != nil {
-			return fmt.Errorf("cannot add a route to the Service addresses %s: %w", service, err)
+		if slices.ContainsFunc(routes, func(r netlink.Route) bool {
+			return r.Protocol == routeOwner && r.Src.Equal(route.Src) && sameRoute(r, route)
+		}) {
+			return false, nil
 		}
-		return nil
+		if err := netlink.RouteReplace(&route); err != nil {
+			return false, fmt.Errorf("cannot add a route to the Service addresses %s: %w", service, err)
+		}
+		return true, nil
 	}
-	return fmt.Errorf("cannot add a route to the Service addresses %s: %s is on no interface", service, address)
+	return false, fmt.Errorf("cannot add a route to the Service addresses %s: %s is on no interface", service, address)
 }
 
-func defaultRoute(family int) (bool, error) {
-	routes, err := netlink.RouteList(nil, family)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return false, fmt.Errorf("cannot list routes: %w", err)
-	}
-	for _, r := range routes {
-		if r.Dst == nil || r.Dst.IP.IsUnspecified() {
-			return true, nil
-		}
-	}
-	return false, nil
-}
+func isDefault(r netlink.Route) bool { return r.Dst == nil || r.Dst.IP.IsUnspecified() }
 
 // removeServiceRoutes takes away what [ServiceRoutes] added.
 func removeServiceRoutes() error {

@@ -27,10 +27,10 @@ const (
 	settle = 200 * time.Millisecond
 	// settleLimit bounds the wait when changes do not end.
 	settleLimit = time.Second
-	// contest is how soon after a repair another one counts as a contest with somebody who undoes it.
+	// contest is how soon after a repair the same one counts as a contest with somebody who undoes it.
 	contest = 10 * time.Second
 	// contestPause is the longest pause between two repairs in a contest.
-	contestPause = 4 * time.Second
+	contestPause = 3 * time.Second
 	// failurePause is the longest pause after which a failed Sync is repeated.
 	failurePause = time.Minute
 )
@@ -117,21 +117,21 @@ func (r *Registration) keep(ctx context.Context) {
 	}()
 	var repaired time.Time           // the last repair but for the first Sync
 	var pause, failure time.Duration // between repairs in a contest; after a failure
-	last := ""                       // the error that was logged
+	before, last := "", ""           // what was put back, and the error that was logged
 	for first := true; ; first = false {
 		changed, err := r.owner.Sync(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		if len(changed) > 0 && !first {
-			r.log.Info("somebody changed the host's network; it was put back", "changed", strings.Join(changed, ", "))
-			if time.Since(repaired) < contest+pause {
+			what := strings.Join(changed, ", ")
+			r.log.Info("somebody changed the host's network; it was put back", "changed", what)
+			if time.Since(repaired) < contest+pause && what == before {
 				pause = min(max(2*pause, settle), contestPause)
+			} else {
+				pause = 0
 			}
-			repaired = time.Now()
-		}
-		if time.Since(repaired) > contest+pause {
-			pause = 0
+			repaired, before = time.Now(), what
 		}
 		next := cmp.Or(r.owner.Every, Resync)
 		next -= rand.N(next / 10)

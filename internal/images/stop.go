@@ -21,7 +21,9 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"microk8s/internal/snapenv"
@@ -133,6 +135,36 @@ func stopPods(ctx context.Context, env snapenv.Env) error {
 		})
 	}
 	return errors.Join(err, group.Wait())
+}
+
+// EndSandbox stops a pod's sandbox, after its containers, and leaves both to the kubelet, which starts the pod in
+// another sandbox. One that is not there any more is no error. It waits for containerd as long as ctx allows.
+func EndSandbox(ctx context.Context, env snapenv.Env, id string) error {
+	conn, err := grpc.NewClient("unix://"+env.ContainerdSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
+	if err != nil {
+		return fmt.Errorf("cannot connect to containerd: %w", err)
+	}
+	defer conn.Close()
+	cri := runtimev1.NewRuntimeServiceClient(conn)
+	containers, err := cri.ListContainers(ctx, &runtimev1.ListContainersRequest{Filter: &runtimev1.ContainerFilter{
+		PodSandboxId: id, State: &runtimev1.ContainerStateValue{State: runtimev1.ContainerState_CONTAINER_RUNNING},
+	}})
+	if err != nil {
+		return fmt.Errorf("cannot list the containers of sandbox %s: %w", id, err)
+	}
+	group := errgroup.Group{}
+	for _, container := range containers.Containers {
+		group.Go(func() error {
+			_, err := cri.StopContainer(ctx, &runtimev1.StopContainerRequest{ContainerId: container.Id, Timeout: int64(grace / time.Second)})
+			return err
+		})
+	}
+	_ = group.Wait() // stopping the sandbox ends what is left
+	if _, err := cri.StopPodSandbox(ctx, &runtimev1.StopPodSandboxRequest{PodSandboxId: id}); status.Code(err) != codes.NotFound && err != nil {
+		return fmt.Errorf("cannot stop sandbox %s: %w", id, err)
+	}
+	return nil
 }
 
 // removeContainers kills and removes what is still there.

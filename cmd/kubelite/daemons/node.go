@@ -7,15 +7,13 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	cliflag "k8s.io/component-base/cli/flag"
-	proxyapp "k8s.io/kubernetes/cmd/kube-proxy/app"
 	kubeletapp "k8s.io/kubernetes/cmd/kubelet/app"
 	kubeletoptions "k8s.io/kubernetes/cmd/kubelet/app/options"
 )
 
-// The kubelet and kube-proxy are run through their own commands: how a command line and a
-// configuration file combine is decided inside those, and not exported. Of all five only
-// the kubelet may do that and install Kubernetes' signal handler, which panics when it is
-// installed twice in a process.
+// The kubelet is run through its own command: how a command line and a configuration file combine is
+// decided inside it, and not exported. Of all five only the kubelet may do that and install
+// Kubernetes' signal handler, which panics when it is installed twice in a process.
 
 func newKubelet(words []string) (func(context.Context) error, error) {
 	// The command parses for itself when it runs, which is after the API server is up; a
@@ -36,16 +34,6 @@ func newKubelet(words []string) (func(context.Context) error, error) {
 	}
 	return func(ctx context.Context) error {
 		return execute(ctx, kubeletapp.NewKubeletCommand(ctx), words)
-	}, nil
-}
-
-func newProxy(words []string) (func(context.Context) error, error) {
-	cmd := proxyapp.NewProxyCommand()
-	if err := cmd.ParseFlags(words); err != nil {
-		return nil, err
-	}
-	return func(ctx context.Context) error {
-		return execute(ctx, proxyapp.NewProxyCommand(), words)
 	}, nil
 }
 

@@ -61,6 +61,10 @@ type Options struct {
 	Backend   string // BackendVXLAN (also "") or BackendHostGW
 	MTU       int    // of pods; 0 takes that of the interface less the encapsulation
 
+	// EndSandbox stops a pod's sandbox in containerd, which makes the kubelet start the pod in another one; nil
+	// leaves pods alone whose addresses are of an earlier subnet.
+	EndSandbox func(ctx context.Context, id string) error
+
 	// Watch reports changes of the host's network; nil starts one.
 	Watch *hostwatch.Watcher
 
@@ -94,7 +98,7 @@ func Run(ctx context.Context, o Options) error {
 
 	// What does not depend on the cluster comes first: after a reboot it is there before the
 	// first pod.
-	if err := hostnet.Forwarding(cidrs); err != nil {
+	if _, err := hostnet.Forwarding(cidrs); err != nil {
 		o.Log.Warn("pods will not reach other machines", "err", err)
 	}
 	n.hairpin = !hostnet.BridgeFiltered()
@@ -122,7 +126,8 @@ func Run(ctx context.Context, o Options) error {
 		if ctx.Err() != nil {
 			break
 		}
-		if time.Since(began) > time.Minute {
+		// What it stands on changed, which is no failure.
+		if time.Since(began) > time.Minute || errors.Is(err, errRestart) && time.Since(began) > time.Second {
 			waits = backoff.New(time.Second, 30*time.Second)
 		}
 		wait := waits.Step()

@@ -55,6 +55,15 @@ func nodeMain() int {
 		err = Run(ctx, Options{
 			Env: snapenv.Under(os.Getenv("NETWORK_TEST_ROOT")), Client: client, NodeName: os.Getenv("NETWORK_TEST_NODE"),
 			ClusterCIDR: "10.1.0.0/16", Backend: os.Getenv("NETWORK_TEST_BACKEND"),
+			EndSandbox: func(_ context.Context, id string) error {
+				f, err := os.OpenFile(filepath.Join(os.Getenv("NETWORK_TEST_ROOT"), "ended"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+				if err != nil {
+					return err
+				}
+				defer f.Close()
+				_, err = fmt.Fprintln(f, id)
+				return err
+			},
 			Ready: func() { fmt.Println("ready") }, Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		})
 	}
@@ -194,7 +203,7 @@ func (m *machine) up(name, addr string) {
 	if err == nil && addr != "" {
 		var a *netlink.Addr
 		if a, err = netlink.ParseAddr(addr); err == nil {
-			err = netlink.AddrAdd(l, a)
+			err = netlink.AddrReplace(l, a) // the network may have been faster
 		}
 	}
 	if err == nil {

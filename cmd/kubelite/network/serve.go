@@ -3,6 +3,7 @@ package network
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"github.com/flannel-io/flannel/pkg/backend"
 	_ "github.com/flannel-io/flannel/pkg/backend/hostgw" // registers "host-gw"
 	_ "github.com/flannel-io/flannel/pkg/backend/vxlan"  // registers "vxlan"
+	"github.com/flannel-io/flannel/pkg/lease"
 	"github.com/flannel-io/flannel/pkg/subnet"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -63,17 +65,15 @@ func (n *node) serve(parent context.Context) error {
 	if n.MTU != 0 {
 		mtu = n.MTU
 	}
-	rules := hostnet.Rules{Cluster: n.cidrs, Node: g.subnets, Hairpin: n.hairpin}
-	if err := rules.Apply(); err != nil {
+	keeper := hostnet.NewKeeper(n.Env, func() hostnet.State { return n.wanted(g, mtu) })
+	if err := keeper.Sync(ctx); err != nil {
 		return err
 	}
 	l := network.Lease()
 	if err := subnet.WriteSubnetFile(hostnet.SubnetEnv(n.Env), config, true, l.Subnet, l.IPv6Subnet, mtu); err != nil {
 		return fmt.Errorf("cannot write %s: %w", hostnet.SubnetEnv(n.Env), err)
 	}
-	if err := n.prune(); err != nil {
-		n.Log.Warn("routes to nodes that are gone may have stayed", "err", err)
-	}
+	n.replacePods(ctx, g.subnets)
 	if err := hostnet.WriteConflist(n.Env, g.subnets, mtu); err != nil {
 		return err
 	}
@@ -89,7 +89,9 @@ func (n *node) serve(parent context.Context) error {
 		defer close(ended)
 		network.Run(ctx)
 	}()
+	kept := n.Watch.Register(ctx, keeper.Owner())
 	err = n.watchGround(ctx, changes, g, mgr)
+	kept.Close()
 	cancel(err)
 	select {
 	case <-ended:
@@ -288,6 +290,9 @@ func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g groun
 				links = nil
 				continue
 			}
+			if u.Header.Type == unix.RTM_NEWLINK && u.Attrs().Index == g.external.Iface.Index && u.Attrs().MTU != g.external.Iface.MTU {
+				return fmt.Errorf("%w: the MTU of %s is now %d", errRestart, u.Attrs().Name, u.Attrs().MTU)
+			}
 			name := u.Attrs().Name
 			if u.Header.Type == unix.RTM_DELLINK && u.Family == unix.AF_UNSPEC && n.Backend == BackendVXLAN && (name == hostnet.Tunnel || name == hostnet.Tunnel6) {
 				return fmt.Errorf("%w: the interface %s has vanished", errRestart, name)
@@ -321,42 +326,98 @@ func (n *node) watchGround(ctx context.Context, changes <-chan struct{}, g groun
 	}
 }
 
-// prune deletes the tunnel's routes to subnets that no node has. They are of nodes that went
-// while this program did not run; flannel only removes what it sees going.
-func (n *node) prune() error {
-	used := map[netip.Prefix]bool{}
-	nodes := n.all()
-	_, refused := owners(nodes, n.cidrs)
-	for _, other := range nodes {
-		cidrs, err := podCIDRs(other, n.cidrs)
-		if err != nil || refused[other.Name] != nil {
-			continue
+// wanted is what this node wants on the host, from the nodes as they are now.
+func (n *node) wanted(g ground, mtu int) hostnet.State {
+	s := hostnet.State{Cluster: n.cidrs, Node: g.subnets, Hairpin: n.hairpin, MTU: mtu, Uplink: g.external.Iface.Index}
+	leases, _ := owners(n.all(), n.cidrs)
+	own := n.own()
+	for _, subnet := range g.subnets {
+		v4 := subnet.Addr().Is4()
+		t := hostnet.TunnelState{Name: hostnet.Tunnel, Address: netip.PrefixFrom(subnet.Addr(), subnet.Addr().BitLen())}
+		if !v4 {
+			t.Name = hostnet.Tunnel6
 		}
-		for _, c := range cidrs {
-			used[c] = true
+		if own != nil {
+			annotation := annotationData
+			if !v4 {
+				annotation = annotationData6
+			}
+			t.MAC, _ = net.ParseMAC(vtepMAC(own, annotation))
 		}
-	}
-	for _, name := range []string{hostnet.Tunnel, hostnet.Tunnel6} {
-		link, err := netlink.LinkByName(name)
-		if err != nil {
-			continue
-		}
-		routes, err := netlink.RouteList(link, netlink.FAMILY_ALL)
-		if err != nil {
-			return err
-		}
-		for _, r := range routes {
-			if r.Dst == nil || r.Gw == nil {
+		for name, l := range leases {
+			if name == n.NodeName || l.Attrs.BackendType != n.Backend {
 				continue
 			}
-			addr, ok := netip.AddrFromSlice(r.Dst.IP)
-			bits, _ := r.Dst.Mask.Size()
-			if ok && !used[netip.PrefixFrom(addr.Unmap(), bits)] {
-				if err := netlink.RouteDel(&r); err != nil {
-					return err
-				}
+			p, err := peer(l, v4)
+			if err != nil {
+				continue // flannel does not take it, either
+			}
+			if n.Backend == BackendVXLAN {
+				t.Peers = append(t.Peers, p)
+			} else if g.near(p.Node) {
+				s.Peers = append(s.Peers, p)
 			}
 		}
+		if n.Backend == BackendVXLAN {
+			s.Tunnels = append(s.Tunnels, t)
+		}
 	}
-	return nil
+	return s
+}
+
+// peer reads another node's part of the network in one family.
+func peer(l lease.Lease, v4 bool) (p hostnet.Peer, err error) {
+	subnet, node, data := l.Subnet.ToIPNet(), l.Attrs.PublicIP.ToIP(), l.Attrs.BackendData
+	if !v4 {
+		if l.Attrs.PublicIPv6 == nil {
+			return p, errors.New("no IPv6 address")
+		}
+		subnet, node, data = l.IPv6Subnet.ToIPNet(), l.Attrs.PublicIPv6.ToIP(), l.Attrs.BackendV6Data
+	}
+	addr, ok := netip.AddrFromSlice(subnet.IP)
+	to, too := netip.AddrFromSlice(node)
+	if !ok || !too {
+		return p, errors.New("no address")
+	}
+	bits, _ := subnet.Mask.Size()
+	p.Subnet, p.Node = netip.PrefixFrom(addr.Unmap(), bits), to.Unmap()
+	if l.Attrs.BackendType == BackendVXLAN {
+		var announced struct{ VtepMAC string }
+		if err := json.Unmarshal(data, &announced); err != nil {
+			return p, err
+		}
+		if p.MAC, err = net.ParseMAC(announced.VtepMAC); err != nil {
+			return p, err
+		}
+	}
+	return p, nil
+}
+
+// near reports whether an address is on a network of the interface to other nodes: only then can it be a gateway.
+func (g ground) near(a netip.Addr) bool {
+	link, err := netlink.LinkByIndex(g.external.Iface.Index)
+	if err != nil {
+		return false
+	}
+	addrs, err := netlink.AddrList(link, netlink.FAMILY_ALL)
+	return err == nil && slices.ContainsFunc(addrs, func(own netlink.Addr) bool { return own.Contains(a.AsSlice()) })
+}
+
+// replacePods ends the sandboxes of pods whose addresses are not the node's any more, because it was registered
+// again with another subnet: no node routes to them. The kubelet then starts the pods in new ones.
+func (n *node) replacePods(ctx context.Context, subnets []netip.Prefix) {
+	if n.EndSandbox == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for _, p := range hostnet.Pods(n.Env) {
+		if !p.Outside(subnets) {
+			continue
+		}
+		n.Log.Info("a pod gets another address: its own is not in the node's pod subnet any more", "sandbox", p.Sandbox, "subnets", fmt.Sprint(subnets))
+		if err := n.EndSandbox(ctx, p.Sandbox); err != nil {
+			n.Log.Warn("a pod keeps an address that other nodes do not reach", "sandbox", p.Sandbox, "err", err)
+		}
+	}
 }
