@@ -36,6 +36,7 @@ func TestNode(t *testing.T) {
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
 	step("host with FORWARD DROP", func(t *testing.T) { n.testForwardDrop(t, "other") })
+	step("faults of the host's network", func(t *testing.T) { n.testHeal(t, "other", 2) })
 	step("power loss", n.testPowerLoss)
 	step("service after power loss", func(t *testing.T) { n.testService(t, "other") })
 	step("stop and start", n.testStopStart)
