@@ -85,6 +85,8 @@ type Cluster struct {
 	RenewWaits []time.Duration
 	// ReadyTimeout is how long an API server may take to come back; 0 means two minutes.
 	ReadyTimeout time.Duration
+	// Silence is how long an agent that imports an image may not answer; 0 means half a minute.
+	Silence time.Duration
 }
 
 func (c *Cluster) core() (*kube.Core, error) {
@@ -276,7 +278,8 @@ func (c *Cluster) SetArgument(ctx context.Context, service, option, value string
 }
 
 // ImportImage sends an OCI or docker archive to the containerd of every node, this one
-// included. open is called once for each node; the archive is streamed.
+// included. open is called once for each node; the archive is streamed. A node whose agent stops to
+// answer questions about its health meanwhile has a [SilentError].
 func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error)) ([]Result, error) {
 	var mu sync.Mutex
 	answers := map[Target]api.ImportResponse{}
@@ -286,7 +289,12 @@ func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, e
 			return err
 		}
 		defer archive.Close()
+		ctx, done := attend(ctx, http, t, cmp.Or(c.Silence, silence))
+		defer done()
 		answer, err := post(ctx, http, t, api.PathImageImport, secret, archive)
+		if silent, ok := context.Cause(ctx).(*SilentError); ok && err != nil { //nolint:errorlint // it is the cause itself
+			return unreached{silent}
+		}
 		if err != nil {
 			return err
 		}
@@ -303,6 +311,67 @@ func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, e
 		results[i].Imported = answers[results[i].Target]
 	}
 	return results, err
+}
+
+// silence is how long an agent may leave a question about its health without an answer.
+const silence = 30 * time.Second
+
+// SilentError is the error of an import whose agent stopped to answer. A frozen one still accepts
+// connections, and an import may rightly take minutes.
+type SilentError struct {
+	Address string // host:port of the agent
+	Wait    time.Duration
+}
+
+func (e *SilentError) Error() string {
+	return fmt.Sprintf("its cluster agent at %s did not answer within %s; see on that node: microk8s status, and microk8s logs cluster-agent", e.Address, e.Wait)
+}
+
+// attend returns a context that is cancelled, with a *SilentError as its cause, when an agent stops
+// to answer. done ends that.
+func attend(ctx context.Context, client *http.Client, t Target, limit time.Duration) (_ context.Context, done func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	var asking sync.WaitGroup
+	asking.Go(func() {
+		for ctx.Err() == nil {
+			if !answers(ctx, client, t, limit) && ctx.Err() == nil {
+				cancel(&SilentError{t.Address, limit})
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(limit / 3):
+			}
+		}
+	})
+	return ctx, func() {
+		cancel(nil)
+		asking.Wait()
+	}
+}
+
+// answers reports whether an agent answers at all within a limit. One that is not there is not
+// silent: the call says so.
+func answers(ctx context.Context, client *http.Client, t Target, limit time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+t.Address+api.PathHealth, nil)
+		if err != nil {
+			return false
+		}
+		resp, err := client.Do(req)
+		if err == nil {
+			resp.Body.Close()
+			return true
+		}
+		var timeout net.Error
+		if !errors.As(err, &timeout) || !timeout.Timeout() {
+			return true
+		}
+		if ctx.Err() != nil {
+			return false
+		}
+	}
 }
 
 // apiServer is where a node's API server answers, if it has one.

@@ -43,6 +43,7 @@ type agents struct {
 	calls  map[string][]string // by node: path, secret and body
 	onCall func(node, path string) int
 	takes  map[string]func(secret string) bool // by node; none takes all
+	frozen sync.Map                            // names of nodes that answer nothing
 }
 
 func newAgents(t *testing.T) *agents {
@@ -134,6 +135,13 @@ func (a *agents) agent(name, address string, ca *x509.Certificate, caKey *rsa.Pr
 	}
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
+		if _, frozen := a.frozen.Load(name); frozen {
+			<-r.Context().Done()
+			return
+		}
+		if r.URL.Path == api.PathHealth {
+			return
+		}
 		secret := r.Header.Get(api.HeaderCallback)
 		var req api.ConfigureRequest
 		if json.Unmarshal(body, &req) == nil && req.Callback != "" {
@@ -219,6 +227,23 @@ func TestImport(t *testing.T) {
 	results, err = a.c.ImportImage(t.Context(), func() (io.ReadCloser, error) { return nil, errors.New("no such file") })
 	if err != nil || Failed(results) == nil {
 		t.Errorf("%v, %v", err, results)
+	}
+}
+
+// TestImportOfFrozenAgent imports on two nodes, of which one takes the archive and answers nothing.
+func TestImportOfFrozenAgent(t *testing.T) {
+	a := newAgents(t)
+	a.node("n1", "127.0.0.1", a.ca, a.caKey, "x", net.IPv4(127, 0, 0, 1))
+	a.node("w1", "127.0.0.2", a.ca, a.caKey, "system:node:w1")
+	a.frozen.Store("w1", true)
+	a.c.Silence = 300 * time.Millisecond
+	results, err := a.c.ImportImage(t.Context(), func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("an archive")), nil })
+	if err != nil || len(results) != 2 {
+		t.Fatal(results, err)
+	}
+	var silent *SilentError
+	if results[0].Err != nil || !errors.As(results[1].Err, &silent) || !strings.Contains(silent.Error(), a.port+" did not answer") {
+		t.Errorf("%+v", results)
 	}
 }
 

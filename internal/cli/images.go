@@ -10,9 +10,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -20,7 +23,9 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 
 	"microk8s/cluster-agent/fanout"
+	"microk8s/internal/diskspace"
 	"microk8s/internal/images"
+	"microk8s/internal/kube"
 )
 
 func (a *App) newImages() *cobra.Command {
@@ -32,9 +37,10 @@ node, and see which there are.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	stall := stdinStall
 	var imported, listed *output
 	importer := &cobra.Command{
-		Use:   "import [IMAGE] [-o json|yaml]",
+		Use:   "import [IMAGE] [--stall DURATION] [-o json|yaml]",
 		Short: "Import an OCI or docker archive on all nodes; - or nothing reads standard input",
 		Long: `Import the images of an archive, as docker save, skopeo copy or nerdctl save write it, on all
 nodes. It may be compressed with gzip or zstd. Without a name, or with -, it is read from
@@ -45,12 +51,20 @@ standard input.
 
 Images need a name. Short ones are completed as docker does it: busybox:1 becomes
 docker.io/library/busybox:1, under which pods find it. For each node the images are printed that
-it has imported; one that cannot use any of them is an error.`,
+it has imported; one that cannot use any of them is an error.
+
+An import ends when standard input brings nothing for five minutes (--stall), when the disk
+would be full, and on a node whose cluster agent or containerd stops to answer for half a
+minute: run it again then, what is there already is not written twice.`,
 		Args: atMost(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.importImages(cmd.Context(), append(args, "-")[0], imported)
+			if stall <= 0 {
+				return &usageError{cmd, fmt.Errorf("invalid value of --stall: %s (such as 90s or 10m)", stall)}
+			}
+			return a.importImages(cmd.Context(), append(args, "-")[0], stall, imported)
 		},
 	}
+	importer.Flags().DurationVar(&stall, "stall", stall, "how long standard input may bring nothing")
 	imported = addOutput(importer, "text")
 	list := &cobra.Command{
 		Use:   "list [-o json|yaml]",
@@ -84,21 +98,19 @@ func atMost(n int) cobra.PositionalArgs {
 
 // importImages checks an archive and sends it to every node. It goes on after a node that
 // failed, and then fails.
-func (a *App) importImages(ctx context.Context, file string, out *output) error {
-	path, done, err := a.spool(file)
-	if errors.Is(err, syscall.ENOSPC) {
+func (a *App) importImages(ctx context.Context, file string, stall time.Duration, out *output) error {
+	path, done, err := a.spool(ctx, file, stall)
+	switch {
+	case errors.Is(err, syscall.ENOSPC):
 		return explain("cannot store standard input", err)
-	}
-	if err != nil {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err != nil:
 		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
 		return exitError(ExitError)
 	}
 	defer done()
-	f, err := os.Open(path)
-	if err == nil {
-		err = errors.Join(images.Check(f), f.Close())
-	}
-	if err != nil {
+	if err := checkArchive(path, stall); err != nil {
 		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
 		return exitError(ExitError)
 	}
@@ -168,23 +180,143 @@ func importOn(r fanout.Result) nodeImport {
 	return n
 }
 
+// checkArchive is images.Check of a file whose disk, or network file system, may stop to answer.
+func checkArchive(path string, stall time.Duration) error {
+	var read atomic.Int64
+	checked := make(chan error, 1)
+	go func() {
+		f, err := os.Open(path)
+		if err == nil {
+			err = errors.Join(images.Check(counted{f, &read}), f.Close())
+		}
+		checked <- err
+	}()
+	for before := int64(0); ; {
+		select {
+		case err := <-checked:
+			return err
+		case <-time.After(stall):
+		}
+		now := read.Load()
+		if now == before {
+			return fmt.Errorf("its disk or network file system brought nothing for %s, after %d bytes; see: dmesg", stall, now)
+		}
+		before = now
+	}
+}
+
+// counted counts what is read.
+type counted struct {
+	r io.Reader
+	n *atomic.Int64
+}
+
+func (c counted) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
 // spool returns a file that can be read several times; what comes from standard input is put
-// into one of our own first.
-func (a *App) spool(file string) (path string, done func(), err error) {
+// into one of our own first. It ends when nothing came for the time of stall, and before the disk
+// is full: containerd needs as much again.
+func (a *App) spool(ctx context.Context, file string, stall time.Duration) (path string, done func(), err error) {
 	if file != "-" {
 		return file, func() {}, nil
+	}
+	if f, ok := a.In.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return "", nil, errors.New("it is a terminal: name a file, or pipe an archive in, such as docker save app:1 | microk8s images import")
 	}
 	f, err := os.CreateTemp(filepath.Join(a.Env.Data, "tmp"), "images-*.tar")
 	if err != nil {
 		return "", nil, err
 	}
 	done = func() { _ = os.Remove(f.Name()) }
-	_, err = io.Copy(f, a.In)
-	if err = errors.Join(err, f.Close()); err != nil {
+	room := func(size int64) error {
+		return diskspace.Check(filepath.Dir(f.Name()), diskspace.Need{Bytes: uint64(size), Files: 1})
+	}
+	if err = errors.Join(a.copyInput(ctx, f, stall, room), f.Close()); err != nil {
 		done()
 		return "", nil, err
 	}
 	return f.Name(), done, nil
+}
+
+const (
+	// stdinStall is how long standard input may bring nothing.
+	stdinStall = 5 * time.Minute
+	// roomEvery is after how many bytes the disk is looked at again.
+	roomEvery = 16 << 20
+	// importShow is how often the progress of a copy is shown on a terminal.
+	importShow = 2 * time.Second
+)
+
+// copyInput copies standard input to a file; room says from time to time whether as many bytes as
+// have come fit once more. The read that stands still when it gives up ends with the process.
+func (a *App) copyInput(ctx context.Context, f io.Writer, stall time.Duration, room func(size int64) error) error {
+	type part struct {
+		data []byte
+		err  error
+	}
+	parts, free := make(chan part), make(chan []byte, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	free <- make([]byte, 256<<10)
+	go func() {
+		for {
+			var buffer []byte
+			select {
+			case buffer = <-free:
+			case <-ctx.Done():
+				return
+			}
+			n, err := a.In.Read(buffer)
+			select {
+			case parts <- part{buffer[:n], err}:
+			case <-ctx.Done():
+				return
+			}
+			if err != nil {
+				return
+			}
+		}
+	}()
+	silent := time.NewTimer(stall)
+	defer silent.Stop()
+	show := time.NewTicker(importShow)
+	defer show.Stop()
+	var size, checked int64
+	for {
+		select {
+		case p := <-parts:
+			silent.Reset(stall)
+			if _, err := f.Write(p.data); err != nil {
+				return err
+			}
+			size += int64(len(p.data))
+			if size-checked >= roomEvery {
+				checked = size
+				if err := room(size); err != nil {
+					return fmt.Errorf("%d MiB came so far, and the import needs as much again: %w", size>>20, err)
+				}
+			}
+			if errors.Is(p.err, io.EOF) {
+				return nil
+			}
+			if p.err != nil {
+				return p.err
+			}
+			free <- p.data[:cap(p.data)]
+		case <-silent.C:
+			return fmt.Errorf("standard input brought nothing for %s, after %d bytes: see what the program before the | waits for, or wait longer with --stall", stall, size)
+		case <-show.C:
+			if a.Term {
+				fmt.Fprintf(a.Err, "%d MiB read\n", size>>20)
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // exportImages writes an archive; a file is there only when it is complete.
@@ -282,7 +414,7 @@ func (a *App) imageUses(ctx context.Context) (map[string]int, error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg.Timeout = addonAPIWait
+	kube.Bound(cfg)
 	client, err := dynamic.NewForConfig(cfg)
 	if err != nil {
 		return nil, err

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/errdefs"
@@ -109,13 +110,18 @@ func checkNames(oci, docker []byte) error {
 }
 
 // Export writes images of this node, all that have a name where none is given, as one OCI
-// archive for this machine's platform. It calls say before each image it looks for.
+// archive for this machine's platform. It calls say before each image it looks for. A containerd
+// that stops to answer ends it with a [SilentError].
 func Export(ctx context.Context, env snapenv.Env, w io.Writer, names []string, say func(name string)) error {
-	c, err := connect(env)
+	ctx, c, explain, done, err := attended(ctx, env, silence)
 	if err != nil {
 		return err
 	}
-	defer c.Close()
+	defer done()
+	return explain(export(ctx, c, w, names, say))
+}
+
+func export(ctx context.Context, c *client.Client, w io.Writer, names []string, say func(name string)) error {
 	store := c.ImageService()
 	var chosen []images.Image
 	if len(names) == 0 {

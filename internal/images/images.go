@@ -292,16 +292,17 @@ func configuredSnapshotter(env snapenv.Env) string {
 	return "overlayfs" // containerd's default
 }
 
-// List returns the images of the node that have a name, sorted by it.
+// List returns the images of the node that have a name, sorted by it. A containerd that stops to
+// answer ends it with a [SilentError].
 func List(ctx context.Context, env snapenv.Env) ([]Image, error) {
-	c, err := connect(env)
+	ctx, c, explain, done, err := attended(ctx, env, silence)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
+	defer done()
 	all, err := c.ListImages(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("cannot list images: %w", err)
+		return nil, explain(fmt.Errorf("cannot list images: %w", err))
 	}
 	var out []Image
 	for _, img := range all {

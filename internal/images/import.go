@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -32,23 +33,36 @@ type Imported struct {
 // zstd, into this node's containerd and unpacks those that this machine can run. Their names
 // are made full ones, as pods ask for them. An archive of which nothing can be used is an error
 // that says why. Import needs nothing but the stream: it is read once.
+// A containerd that stops to answer ends it with a [SilentError].
 func Import(ctx context.Context, env snapenv.Env, r io.Reader) (Imported, error) {
 	plain, err := decompress(r)
 	if err != nil {
 		return Imported{}, err
 	}
 	defer plain.Close()
-	c, err := connect(env)
+	ctx, c, explain, end, err := attended(ctx, env, silence)
 	if err != nil {
 		return Imported{}, err
 	}
-	defer c.Close()
+	defer end()
+	out, err := importInto(ctx, env, c, plain)
+	return out, explain(err)
+}
+
+// leaseEnd is how long the end of a lease may take. One that is left ends by itself a day later.
+const leaseEnd = 10 * time.Second
+
+func importInto(ctx context.Context, env snapenv.Env, c *client.Client, plain io.Reader) (Imported, error) {
 	// What is not yet named would be collected as garbage.
 	ctx, done, err := c.WithLease(ctx)
 	if err != nil {
 		return Imported{}, fmt.Errorf("containerd does not answer: %w", err)
 	}
-	defer func() { _ = done(context.WithoutCancel(ctx)) }() // it ends by itself a day later
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseEnd)
+		defer cancel()
+		_ = done(ctx)
+	}()
 	store := c.ContentStore()
 	index, err := archive.ImportIndex(ctx, store, plain)
 	if err != nil {
