@@ -2,6 +2,7 @@ package addon
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 
 	"sigs.k8s.io/yaml"
 
@@ -26,7 +29,18 @@ type Repositories struct {
 	Env snapenv.Env
 	Out io.Writer // what is removed, and what git says
 	Err io.Writer
+	// Term: Err is a terminal, which sees how git proceeds.
+	Term bool
+	// Stall is how long git may show no progress; 0 means two minutes.
+	Stall time.Duration
 }
+
+const (
+	// gitStall is how long git may show no progress, which it does each second while anything comes.
+	gitStall = 2 * time.Minute
+	// gitEnd is how long git may take to clear up when it is ended.
+	gitEnd = 3 * time.Second
+)
 
 // Repository is one of them as `addons repo list` shows it.
 type Repository struct {
@@ -115,11 +129,11 @@ func (r *Repositories) Add(ctx context.Context, name, source, reference string, 
 	}
 	defer os.RemoveAll(fresh)
 	clone := filepath.Join(fresh, name)
-	args := []string{"clone"}
+	args := []string{"clone", "--progress"}
 	if reference != "" {
 		args = append(args, "-b", reference)
 	}
-	if err := r.git(ctx, "", append(args, "--", source, clone)...); err != nil {
+	if err := r.git(ctx, source, "", append(args, "--", source, clone)...); err != nil {
 		return fmt.Errorf("cannot fetch %s: %w", source, err)
 	}
 	if err := Validate(clone); err != nil {
@@ -176,12 +190,16 @@ func (r *Repositories) Update(ctx context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("cannot update repository %s: %w", name, err)
 	}
-	if err := r.git(ctx, dir, "pull", "--ff-only"); err != nil {
+	source, err := r.ask(ctx, dir, "remote", "get-url", "origin")
+	if err != nil {
+		return fmt.Errorf("cannot update repository %s: %w", name, err)
+	}
+	if err := r.git(ctx, source, dir, "pull", "--progress", "--ff-only"); err != nil {
 		return fmt.Errorf("cannot update repository %s: %w", name, err)
 	}
 	if err := Validate(dir); err != nil {
 		fmt.Fprintf(r.Out, "Rolling back repository %s\n", name)
-		if back := r.git(context.WithoutCancel(ctx), dir, "reset", "--hard", before); back != nil {
+		if back := r.git(context.WithoutCancel(ctx), dir, dir, "reset", "--hard", before); back != nil {
 			return errors.Join(err, fmt.Errorf("cannot roll back to %s: %w", before, back))
 		}
 		return err
@@ -225,14 +243,60 @@ func (r *Repositories) share(dir string) error {
 	})
 }
 
-// git runs git with its words shown.
-func (r *Repositories) git(ctx context.Context, dir string, args ...string) error {
+// git runs git with its words shown. from is where the data comes from: it is named when nothing
+// comes any more.
+func (r *Repositories) git(ctx context.Context, from, dir string, args ...string) error {
+	stall := cmp.Or(r.Stall, gitStall)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	cmd, err := r.command(ctx, dir, args)
 	if err != nil {
 		return err
 	}
-	cmd.Stdout, cmd.Stderr = r.Out, r.Err
-	return cmd.Run()
+	silent := time.AfterFunc(stall, func() {
+		cancel(fmt.Errorf("%s brought nothing for %s; check the address and the network, and try again", from, stall))
+	})
+	defer silent.Stop()
+	said := &progressLines{w: r.Err, all: r.Term, seen: func() { silent.Reset(stall) }}
+	cmd.Stdout, cmd.Stderr = r.Out, said
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it removes what is incomplete
+	cmd.WaitDelay = gitEnd
+	err = cmd.Run()
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+// progressLines passes on what git writes, and calls seen each time. Unless all is wanted, the lines
+// in which git overwrites its progress are left out.
+type progressLines struct {
+	w    io.Writer
+	all  bool
+	seen func()
+	line []byte
+}
+
+func (p *progressLines) Write(data []byte) (int, error) {
+	p.seen()
+	if p.all {
+		return p.w.Write(data)
+	}
+	for _, c := range data {
+		p.line = append(p.line, c)
+		switch {
+		case c == '\r':
+			p.line = p.line[:0]
+		case c == '\n':
+			if !bytes.HasSuffix(bytes.TrimRight(p.line, " \n"), []byte("done.")) {
+				if _, err := p.w.Write(p.line); err != nil {
+					return 0, err
+				}
+			}
+			p.line = p.line[:0]
+		}
+	}
+	return len(data), nil
 }
 
 // ask gives git's answer.

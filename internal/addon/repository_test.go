@@ -1,10 +1,13 @@
 package addon
 
 import (
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"microk8s/internal/snapenv"
 )
@@ -53,6 +56,47 @@ func TestValidate(t *testing.T) {
 			if err := Validate(dir); err == nil || err.Error() != "disable hook for x addon needs execute permissions" {
 				t.Errorf("a hook that is not executable: %v", err)
 			}
+		}
+	}
+}
+
+// TestFetchingFromASilentServer clones from a server that takes connections and says nothing.
+func TestFetchingFromASilentServer(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts for it, as for a frozen process
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	env := snapenv.Under(t.TempDir())
+	if err := os.MkdirAll(env.AddonRepositories(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, scheme := range []string{"http", "git"} {
+		source := scheme + "://" + l.Addr().String() + "/addons"
+		r := &Repositories{Env: env, Out: io.Discard, Err: io.Discard, Stall: 500 * time.Millisecond}
+		err := r.Add(t.Context(), "others", source, "", false)
+		if err == nil || !strings.Contains(err.Error(), source+" brought nothing for 500ms") {
+			t.Errorf("%s: %v", scheme, err)
+		}
+	}
+	if left, _ := os.ReadDir(env.AddonRepositories()); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// TestProgressLines leaves git's progress out where nobody watches, and nothing else.
+func TestProgressLines(t *testing.T) {
+	const said = "Cloning into 'x'...\nremote: Counting objects:  50% (1/2)\rremote: Counting objects: 100% (2/2), done.  \nwarning: a\nfatal: b\n"
+	for all, want := range map[bool]string{true: said, false: "Cloning into 'x'...\nwarning: a\nfatal: b\n"} {
+		var out strings.Builder
+		p := &progressLines{w: &out, all: all, seen: func() {}}
+		for i := range len(said) { // in pieces
+			if _, err := p.Write([]byte(said[i : i+1])); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if out.String() != want {
+			t.Errorf("%t: %q", all, out.String())
 		}
 	}
 }

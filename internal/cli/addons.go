@@ -110,7 +110,7 @@ func (a *App) repositories(ctx context.Context, do func(*addon.Repositories) err
 		return err
 	}
 	defer unlock()
-	r := &addon.Repositories{Env: a.Env, Out: a.Out, Err: a.Err}
+	r := &addon.Repositories{Env: a.Env, Out: a.Out, Err: a.Err, Term: a.Term}
 	r.Clean()
 	err = do(r)
 	var refused *addon.RefusedError

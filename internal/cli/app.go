@@ -47,6 +47,10 @@ type App struct {
 	// ReadyWait is how long start waits for the node to become Ready; 0 stands for 3 minutes.
 	ReadyWait time.Duration
 
+	// LockWait is how long a command waits for another one that changes addons; 0 stands for 15
+	// minutes.
+	LockWait time.Duration
+
 	// Exec replaces this process by a program; it returns only on failure.
 	Exec func(path string, argv, environ []string) error
 

@@ -32,6 +32,8 @@ import (
 const (
 	// addonAPIWait is how long enable and disable wait for a node that can be used (cli.md 5.3).
 	addonAPIWait = 30 * time.Second
+	// addonLockWait is how long a command waits for another one that changes addons.
+	addonLockWait = 15 * time.Minute
 
 	// addonReadyWait bounds the wait for an addon's pods. What they wait for is said as soon as
 	// it is known; this is for what does not end by itself.
@@ -594,6 +596,15 @@ func (a *App) lockAddons(ctx context.Context) (unlock func(), err error) {
 	}
 	lock := unix.Flock_t{Type: unix.F_WRLCK}
 	said := false
+	limit := time.NewTimer(cmp.Or(a.LockWait, addonLockWait))
+	defer limit.Stop()
+	holder := func() string {
+		who := unix.Flock_t{Type: unix.F_WRLCK}
+		if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &who); err != nil || who.Pid <= 0 {
+			return "another enable or disable"
+		}
+		return fmt.Sprintf("another enable or disable (process %d)", who.Pid)
+	}
 	for {
 		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &lock)
 		if err == nil {
@@ -605,10 +616,14 @@ func (a *App) lockAddons(ctx context.Context) (unlock func(), err error) {
 		}
 		if !said {
 			said = true
-			fmt.Fprintln(a.Err, "waiting for another enable or disable to end")
+			fmt.Fprintf(a.Err, "waiting for %s to end\n", holder())
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):
+		case <-limit.C:
+			who := holder()
+			f.Close()
+			return nil, failf("see what that process does, or end it, and run the same command again", "%s did not end within %s", who, cmp.Or(a.LockWait, addonLockWait))
 		case <-ctx.Done():
 			f.Close()
 			return nil, ctx.Err()
