@@ -31,13 +31,13 @@ type Repositories struct {
 	Err io.Writer
 	// Term: Err is a terminal, which sees how git proceeds.
 	Term bool
-	// Stall is how long git may show no progress; 0 means two minutes.
+	// Stall is how long git may show no progress; 0 means a minute.
 	Stall time.Duration
 }
 
 const (
 	// gitStall is how long git may show no progress, which it does each second while anything comes.
-	gitStall = 2 * time.Minute
+	gitStall = time.Minute
 	// gitEnd is how long git may take to clear up when it is ended.
 	gitEnd = 3 * time.Second
 )

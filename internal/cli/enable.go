@@ -24,6 +24,7 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/internal/addon"
 	"microk8s/internal/bootstrap"
+	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -185,6 +186,7 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 		return fmt.Errorf("cannot reach the cluster: %w", err)
 	}
 	cfg.Timeout = addonAPIWait
+	kube.Bound(cfg)
 	set, err := addon.Open(a.Env, cfg, a.log())
 	if err != nil {
 		return err

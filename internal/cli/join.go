@@ -220,6 +220,9 @@ func (a *App) joinFailure(target client.Target, err error) error {
 	case errors.As(err, &connect):
 		f.Code = exitConnect
 		f.Err = fmt.Errorf("Connecting to cluster failed with %w.", connect.Err) //nolint:staticcheck // upstream's text
+		if errors.Is(connect.Err, context.DeadlineExceeded) {
+			f.Hints = append(f.Hints, fmt.Sprintf("the cluster agent at %s did not answer in time; see on that node: microk8s status, and microk8s logs cluster-agent", target.Address()))
+		}
 		f.Hints = append(f.Hints, fmt.Sprintf("is the node up, and is TCP port %d open towards it?", target.Port))
 	case errors.As(err, &refused):
 		f.Code = exitRefused

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"runtime"
@@ -157,6 +158,10 @@ func (a *App) waitService(ctx context.Context, words []string) error {
 	defer tick.Stop()
 	for {
 		states, err := a.Services.Status(ctx)
+		var silent *service.SilentError
+		if errors.As(err, &silent) {
+			return err
+		}
 		for _, s := range states {
 			if err == nil && s.Name == name && s.Phase == service.Running {
 				return nil

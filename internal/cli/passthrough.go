@@ -39,7 +39,7 @@ func (a *App) kubectl(user []string) error {
 	if err := a.permUnlessOwn(user); err != nil {
 		return err
 	}
-	path, argv, err := a.kubectlCommand(user)
+	path, argv, err := a.kubectlCommand(append(a.kubectlEnd(user), user...))
 	if err != nil {
 		return err
 	}
@@ -138,6 +138,9 @@ func (a *App) helm(user []string) error {
 	if err := a.permUnlessOwn(user); err != nil {
 		return err
 	}
+	if err := a.helmReady(user); err != nil {
+		return err
+	}
 	path, argv := a.helmCommand(user)
 	return a.replace(path, argv, a.commandEnviron())
 }
@@ -190,6 +193,7 @@ func (a *App) ctr(user []string) error {
 	path := a.Env.Bin("ctr")
 	argv := append([]string{path}, f.Words(a.lookup)...)
 	vars := []string{"CONTAINERD_SNAPSHOTTER=" + snapshotter(a.Env.Common)}
+	argv = append(argv, a.ctrEnd(user)...)
 	return a.replace(path, append(argv, a.withHostsDir(user)...), append(a.environWithout(vars), vars...))
 }
 

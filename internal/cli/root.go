@@ -181,6 +181,10 @@ func (a *App) execute(ctx context.Context, args []string) error {
 	return root.ExecuteContext(ctx)
 }
 
+// Tree returns all commands, hidden ones too, for what has to know them: tests that want a row for
+// each.
+func (a *App) Tree() *cobra.Command { return a.root() }
+
 // help prints the help of a command, or of the subcommand that the first words name.
 func (a *App) help(c command, words ...string) error {
 	if c.raw {

@@ -52,17 +52,17 @@ type Image struct {
 	Shipped bool // with the product
 }
 
-// connect opens the node's containerd. It does not wait for it: calls do, up to their
+// connect opens the node's containerd, with more options of gRPC's. It does not wait for it: calls do, up to their
 // context.
-func connect(env snapenv.Env) (*client.Client, error) {
-	c, err := client.New(env.ContainerdSocket(), client.WithDefaultNamespace(Namespace), client.WithExtraDialOpts([]grpc.DialOption{
+func connect(env snapenv.Env, more ...grpc.DialOption) (*client.Client, error) {
+	c, err := client.New(env.ContainerdSocket(), client.WithDefaultNamespace(Namespace), client.WithExtraDialOpts(append(more,
 		// A starting containerd is there in a second or so; the default pause between
 		// attempts would grow well beyond that.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.5, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: 2 * time.Second,
 		}),
-	}))
+	)))
 	if err != nil {
 		return nil, fmt.Errorf("cannot connect to containerd: %w", err)
 	}

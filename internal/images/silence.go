@@ -3,6 +3,7 @@ package images
 import (
 	"context"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -30,7 +31,13 @@ func (e *SilentError) Error() string {
 // *SilentError as its cause, when containerd stops to answer; done ends that and the connection.
 // explain returns that error in the place of the one that a call returned because of it.
 func attended(ctx context.Context, env snapenv.Env, limit time.Duration) (_ context.Context, c *client.Client, explain func(error) error, done func(), err error) {
-	c, err = connect(env)
+	conn, err := (&net.Dialer{Timeout: limit}).DialContext(ctx, "unix", env.ContainerdSocket())
+	if err != nil {
+		return nil, nil, nil, nil, fmt.Errorf("containerd does not run (%w); see: microk8s status, and microk8s logs containerd", err)
+	}
+	conn.Close()
+	// A frozen one does not get as far as a connection of gRPC's: calls wait for that.
+	c, err = connect(env, grpc.WithDefaultCallOptions(grpc.WaitForReady(true)))
 	if err != nil {
 		return nil, nil, nil, nil, err
 	}
@@ -65,4 +72,26 @@ func attended(ctx context.Context, env snapenv.Env, limit time.Duration) (_ cont
 		c.Close()
 	}
 	return ctx, c, explain, done, nil
+}
+
+// Answers returns a [SilentError] when the node's containerd takes connections and does not answer
+// within a limit; nil when it answers, or is not there.
+func Answers(ctx context.Context, env snapenv.Env, limit time.Duration) error {
+	conn, err := (&net.Dialer{Timeout: limit}).DialContext(ctx, "unix", env.ContainerdSocket())
+	if err != nil {
+		return nil // not there, which whoever calls it finds out
+	}
+	conn.Close()
+	c, err := connect(env)
+	if err != nil {
+		return nil
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	_, err = c.HealthService().Check(ctx, &healthpb.HealthCheckRequest{}, grpc.WaitForReady(true))
+	if err != nil && ctx.Err() != nil {
+		return &SilentError{limit}
+	}
+	return nil
 }

@@ -2,9 +2,12 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -49,12 +52,19 @@ func (s silence) RoundTrip(req *http.Request) (*http.Response, error) {
 		wait = s.read
 	}
 	ctx, cancel := context.WithCancelCause(req.Context())
+	began := time.Now()
 	timer := time.AfterFunc(wait, func() { cancel(&SilentError{req.URL.Host, wait}) })
 	resp, err := s.next.RoundTrip(req.WithContext(ctx))
 	if err != nil {
 		timer.Stop()
-		if cause := context.Cause(ctx); cause != nil && req.Context().Err() == nil {
+		var silent net.Error
+		switch cause := context.Cause(ctx); {
+		case req.Context().Err() != nil:
+		case cause != nil:
 			err = cause
+		case errors.As(err, &silent) && silent.Timeout() && strings.Contains(err.Error(), "TLS handshake"):
+			// net/http's own end of a handshake, which comes before ours.
+			err = &SilentError{req.URL.Host, time.Since(began).Round(time.Second)}
 		}
 		cancel(nil)
 		return nil, err
