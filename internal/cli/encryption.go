@@ -18,9 +18,9 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"microk8s/cluster-agent/fanout"
-	"microk8s/internal/atomicfile"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/encryption"
+	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 )
@@ -56,8 +56,31 @@ their key.`,
 	return root
 }
 
-// rotationFile has the name of the new key of a rotation that has begun.
-func (a *App) rotationFile() string { return filepath.Join(a.Env.ClusterDir(), "encryption-rotation") }
+// rotationJournal has a rotation that has begun and not ended.
+func (a *App) rotationJournal() string {
+	return filepath.Join(a.Env.ClusterDir(), "encryption-journal")
+}
+
+// oldRotationFile has the name of the new key of a rotation that an earlier release has begun.
+func (a *App) oldRotationFile() string {
+	return filepath.Join(a.Env.ClusterDir(), "encryption-rotation")
+}
+
+// begunRotation returns the name of the new key of a rotation that an earlier release has begun; ""
+// where there is none.
+func (a *App) begunRotation() string {
+	data, err := os.ReadFile(a.oldRotationFile())
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}
+
+// rotating reports whether a rotation has begun and not ended.
+func (a *App) rotating() bool {
+	r, err := journal.Read(a.rotationJournal())
+	return r != nil || err != nil || a.begunRotation() != ""
+}
 
 // ownKeys returns the keys of this node, as its API server uses them.
 func (a *App) ownKeys() (encryption.Keys, error) {
@@ -92,8 +115,7 @@ func (a *App) encryptionStatus(out *output) error {
 	if err != nil {
 		return err
 	}
-	_, err = os.Stat(a.rotationFile())
-	rotating := err == nil
+	rotating := a.rotating()
 	if out.document() {
 		return a.print(out, encryptionDocument{documentOf("EncryptionStatus"), "secretbox", keys.Names(), rotating})
 	}
@@ -111,69 +133,45 @@ func (a *App) encryptionStatus(out *output) error {
 	return nil
 }
 
-// encryptionRotate goes through the steps of a rotation. Each can be repeated, and which have been
-// done follows from the keys and from the name of the new one, which is kept until the end.
+// encryptionRotate runs the steps of a rotation, or those that are left of one.
 func (a *App) encryptionRotate(ctx context.Context) error {
-	keys, err := a.ownKeys()
-	if err != nil {
+	if _, err := a.ownKeys(); err != nil {
 		return err
 	}
 	nodes, err := a.controlPlaneNodes(ctx)
 	if err != nil {
 		return err
 	}
-	cluster := fanout.Cluster{Env: a.Env}
-	spread := func(what string, keys encryption.Keys) error {
-		fmt.Fprintf(a.Err, "%s on %s\n", what, strings.Join(nodes, ", "))
-		if err := cluster.Encryption(ctx, string(keys.Encode()), nodes...); err != nil {
-			return failf("no Secret is lost: when all control plane nodes run, go on with: sudo microk8s encryption rotate", "the rotation was interrupted: %w", err)
-		}
-		return nil
-	}
-	target, err := os.ReadFile(a.rotationFile())
-	name := strings.TrimSpace(string(target))
-	switch {
-	case errors.Is(err, fs.ErrNotExist) || err == nil && !slices.Contains(keys.Names(), name):
-		key := encryption.NewKey()
-		name = key.Name
-		if keys, err = keys.Merge(encryption.Keys{key}); err != nil {
-			return err
-		}
-		if err := os.MkdirAll(a.Env.ClusterDir(), 0o700); err != nil {
-			return err
-		}
-		// Before any node has the key: from then on it is never made again.
-		if err := atomicfile.Write(a.rotationFile(), []byte(name+"\n"), 0o600, nil); err != nil {
-			return err
-		}
-	case err != nil:
-		return err
-	default:
-		fmt.Fprintln(a.Err, "Going on with the rotation that was interrupted")
-	}
-	if keys[0].Name != name {
-		if err := spread("Adding the new key "+name, keys); err != nil {
-			return err
-		}
-		if keys, err = keys.First(name); err != nil {
-			return err
-		}
-	}
-	if err := spread("Encrypting with it", keys); err != nil {
-		return err
-	}
-	fmt.Fprintln(a.Err, "Encrypting what is there")
-	n, err := a.encryptAgain(ctx)
+	j, err := journal.Open(a.rotationJournal())
 	if err != nil {
-		return failf("go on with: sudo microk8s encryption rotate", "the rotation was interrupted: %w", err)
-	}
-	if err := spread("Dropping the other keys", keys[:1]); err != nil {
 		return err
 	}
-	if err := os.Remove(a.rotationFile()); err != nil {
+	defer j.Close()
+	p := a.progress()
+	j.Log = a.log()
+	j.Show = func(s journal.Step, _ bool, run func() error) error { return p.step(s.Title, run) }
+	j.At = a.dieAt
+	cluster := fanout.Cluster{Env: a.Env}
+	rotation := encryption.Rotation{
+		Keys: a.ownKeys,
+		Spread: func(ctx context.Context, keys encryption.Keys) error {
+			p.say("  on %s, one after the other", strings.Join(nodes, ", "))
+			return cluster.Encryption(ctx, string(keys.Encode()), nodes...)
+		},
+		Rewrite: a.encryptAgain,
+		Begun:   a.begunRotation(),
+	}
+	if a.rotating() {
+		p.say("Going on with the rotation that was interrupted")
+	}
+	done, err := rotation.Run(ctx, j)
+	if err != nil {
+		return failf("no Secret is lost: when all control plane nodes run, go on with: sudo microk8s encryption rotate", "the rotation was interrupted: %w", err)
+	}
+	if err := os.Remove(a.oldRotationFile()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	fmt.Fprintf(a.Out, "%d Secrets and ConfigMaps are encrypted with %s\n", n, name)
+	fmt.Fprintf(a.Out, "%d Secrets and ConfigMaps are encrypted with %s\n", done.Objects, done.Key)
 	return nil
 }
 
