@@ -36,6 +36,7 @@ import (
 	"microk8s/internal/images"
 	"microk8s/internal/ingressrights"
 	"microk8s/internal/kubelitestate"
+	"microk8s/internal/netpolicy/enforcer"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -178,8 +179,9 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		watch.Run(ctx)
 		return nil
 	})
+	policies := newPolicies(ctx, env, config.NodeName, state, log) // closes pods before the kubelet can start any
 	group.Go("pod network", func(ctx context.Context) error {
-		return runNetwork(ctx, env, config, kubeletArgs, watch, log)
+		return runNetwork(ctx, env, config, kubeletArgs, watch, policies, log)
 	})
 	group.Start(parsed[daemons.Kubelet])
 	return group.WaitFor(func() time.Duration {
@@ -373,7 +375,21 @@ func keepDNS(ctx context.Context, admin *rest.Config, env snapenv.Env, log *slog
 	return nil
 }
 
-func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, kubelet *args.File, watch *hostwatch.Watcher, log *slog.Logger) error {
+// newPolicies returns what enforces network policies; nil where the user's own pod network does, and
+// where this host cannot, which status reports.
+func newPolicies(ctx context.Context, env snapenv.Env, node string, state *kubelitestate.Writer, log *slog.Logger) *enforcer.Enforcer {
+	if _, err := os.Stat(env.CNIManifest()); err == nil {
+		return nil
+	}
+	policies, err := enforcer.New(ctx, enforcer.Options{Env: env, NodeName: node, Log: log, Report: state.Policies})
+	if err != nil {
+		log.Error("network policies are not enforced on this node", "err", err)
+		return nil
+	}
+	return policies
+}
+
+func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, kubelet *args.File, watch *hostwatch.Watcher, policies *enforcer.Enforcer, log *slog.Logger) error {
 	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
 		return err
 	}
@@ -397,7 +413,7 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	options.NodeName = config.NodeName
 	options.NodeIP = nodeIP
 	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
-	options.Env, options.Log, options.Watch = env, log, watch
+	options.Env, options.Log, options.Watch, options.Policies = env, log, watch, policies
 	options.EndSandbox = func(ctx context.Context, id string) error { return images.EndSandbox(ctx, env, id) }
 	return network.Run(ctx, options)
 }

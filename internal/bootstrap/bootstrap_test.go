@@ -15,7 +15,6 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	admissionv1 "k8s.io/api/admissionregistration/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -24,6 +23,7 @@ import (
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/netpolicy/feed"
 	"microk8s/internal/snapenv"
 )
 
@@ -181,19 +181,19 @@ const (
 )
 
 var everything = []string{
-	admission + "validatingadmissionpolicies/network-policy-warning.microk8s.io",
 	admission + "validatingadmissionpolicies/node-addresses.microk8s.io",
 	admission + "validatingadmissionpolicies/node-claims.microk8s.io",
 	admission + "validatingadmissionpolicies/node-registration.microk8s.io",
 	admission + "validatingadmissionpolicies/node-role.microk8s.io",
 	admission + "validatingadmissionpolicies/node-service-addresses.microk8s.io",
-	admission + "validatingadmissionpolicybindings/network-policy-warning.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-addresses.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-claims.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-registration.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-role.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-service-addresses.microk8s.io",
+	rbac + "clusterrolebindings/microk8s:network-policy",
 	rbac + "clusterrolebindings/microk8s:pod-network",
+	rbac + "clusterroles/microk8s:network-policy",
 	rbac + "clusterroles/microk8s:pod-network",
 	rbac + "namespaces/default/rolebindings/microk8s:apiserver-proxy",
 	rbac + "namespaces/default/roles/microk8s:apiserver-proxy",
@@ -221,8 +221,8 @@ func without(part string) []string {
 	return slices.DeleteFunc(slices.Clone(everything), func(path string) bool { return strings.Contains(path, part) })
 }
 
-// With a CNI of the user's own the warning would be wrong, so it goes.
-func TestWarningStandsAside(t *testing.T) {
+// With a CNI of the user's own, nodes do not enforce policies and need no right to read them.
+func TestPoliciesStandAside(t *testing.T) {
 	f, cfg := newFake(t)
 	env := snapenv.Under(t.TempDir())
 	if err := Apply(t.Context(), cfg, manifests, quietly, Absent(env)...); err != nil {
@@ -240,7 +240,7 @@ func TestWarningStandsAside(t *testing.T) {
 	if err := Apply(t.Context(), cfg, manifests, quietly, Absent(env)...); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(without("network-policy-warning"), f.names()); diff != "" {
+	if diff := cmp.Diff(without("microk8s:network-policy"), f.names()); diff != "" {
 		t.Errorf("with cni.yaml objects differ (-want +got):\n%s", diff)
 	}
 }
@@ -251,7 +251,7 @@ func TestNothingIsRemovedWhenSomethingFailed(t *testing.T) {
 		"metadata": ours("old")}
 	f.refuse = "validatingadmissionpolicies"
 	err := Apply(t.Context(), cfg, manifests, quietly)
-	if err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy.admissionregistration.k8s.io/network-policy-warning.microk8s.io") {
+	if err == nil || !strings.Contains(err.Error(), "ValidatingAdmissionPolicy.admissionregistration.k8s.io/node-registration.microk8s.io") {
 		t.Errorf("error is %v, want one that names the refused object", err)
 	}
 	want := slices.Sorted(slices.Values(append([]string{rbac + "clusterroles/old"}, without("validatingadmissionpolicies/")...)))
@@ -330,31 +330,15 @@ func TestRightsOfNodes(t *testing.T) {
 			}
 		}
 		for _, r := range rules {
-			got = append(got, fmt.Sprintf("%v %v/%v %s", r.Verbs, r.APIGroups, r.Resources, where))
+			got = append(got, fmt.Sprintf("%v %v/%v%v %s", r.Verbs, r.APIGroups, r.Resources, r.NonResourceURLs, where))
 		}
 	}
 	slices.Sort(got)
-	want := []string{"[list watch] []/[nodes] everywhere", "[list watch] [discovery.k8s.io]/[endpointslices] in default"}
+	want := []string{
+		"[get] []/[][" + feed.Path + "] everywhere",
+		"[list watch] []/[nodes][] everywhere", "[list watch] [discovery.k8s.io]/[endpointslices][] in default",
+	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("rights differ (-want +got):\n%s", diff)
-	}
-}
-
-func TestNetworkPolicyWarningOnlyWarns(t *testing.T) {
-	objects := decode(t)
-	const name = "network-policy-warning.microk8s.io"
-	policy := objects["ValidatingAdmissionPolicy/"+name].(*admissionv1.ValidatingAdmissionPolicy)
-	binding := objects["ValidatingAdmissionPolicyBinding/"+name].(*admissionv1.ValidatingAdmissionPolicyBinding)
-	if got := binding.Spec.ValidationActions; len(got) != 1 || got[0] != admissionv1.Warn {
-		t.Errorf("actions are %v, want only Warn", got)
-	}
-	if binding.Spec.PolicyName != policy.Name {
-		t.Errorf("the binding is of %q", binding.Spec.PolicyName)
-	}
-	if len(policy.Spec.MatchConditions) > 0 || len(policy.Spec.Validations) != 1 || policy.Spec.Validations[0].Expression != "false" {
-		t.Errorf("the policy does not fail for every object: %+v", policy.Spec)
-	}
-	if m := policy.Spec.Validations[0].Message; strings.ContainsAny(m, "\n") || !strings.Contains(m, "NOT enforced") || !strings.Contains(m, "cni.yaml") {
-		t.Errorf("message is %q", m)
 	}
 }

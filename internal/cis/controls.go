@@ -247,7 +247,7 @@ func Controls() []Control {
 		}
 		add(person(p[0], "Pods without "+p[1], "label namespaces with pod-security.kubernetes.io/enforce: baseline or restricted (5.2.1 warns everywhere)"))
 	}
-	add(person("5.3.1", "The network enforces NetworkPolicies", "see docs/scope.md"), person("5.3.2", "Every namespace has NetworkPolicies", ""),
+	add(person("5.3.1", "The network enforces NetworkPolicies", "see docs/network-policy.md"), person("5.3.2", "Every namespace has NetworkPolicies", ""),
 		person("5.4.1", "Secrets as files rather than variables", ""), person("5.4.2", "Secrets outside of the cluster", ""),
 		person("5.5.1", "Where images come from is checked", "no service that could check them is part of the product"),
 		person("5.6.1", "Namespaces as borders", ""),

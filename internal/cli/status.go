@@ -45,9 +45,6 @@ func headline(r status.Report) string {
 	return notRunning
 }
 
-// policyNote is said wherever a person could believe otherwise (design, decision 3).
-const policyNote = "network policy: not enforced (see docs/scope.md)"
-
 func (a *App) newStatus() *cobra.Command {
 	o := statusOptions{}
 	cmd := &cobra.Command{
@@ -201,7 +198,9 @@ func printPretty(w io.Writer, r status.Report) error {
 	b.WriteString(headline(r) + "\n")
 	printHA(&b, r.HA)
 	if r.Ready {
-		b.WriteString(policyNote + "\n")
+		if p := r.NetworkPolicy; !p.Enforced {
+			b.WriteString("network policy: " + p.Why + "\n")
+		}
 		b.WriteString("addons:\n")
 		printed := ""
 		for _, x := range addons(r) {
@@ -329,7 +328,8 @@ type memberJSON struct {
 }
 
 type policyJSON struct {
-	Enforced bool `json:"enforced"`
+	Enforced bool   `json:"enforced"`
+	Why      string `json:"why,omitempty"` // not
 }
 
 type addonJSON struct {
@@ -347,6 +347,7 @@ type problemJSON struct {
 
 func jsonOf(r status.Report) statusJSON {
 	out := statusJSON{MicroK8s: runningJSON{Running: r.Ready}, HA: haJSON{Enabled: r.HA.Enabled, Endpoints: r.HA.Endpoints}}
+	out.NetworkPolicy = policyJSON{Enforced: r.NetworkPolicy.Enforced, Why: r.NetworkPolicy.Why}
 	for _, n := range r.HA.Nodes {
 		out.HA.Nodes = append(out.HA.Nodes, memberJSON{n.Address, n.RoleName(), n.Alive})
 	}
@@ -416,7 +417,11 @@ func fullDocument(r status.Report) *yaml.Node {
 	if len(items) > 0 {
 		ha.Content = append(ha.Content, yamlScalar("nodes"), yamlList(items))
 	}
-	doc := yamlMap("microk8s", running, "high-availability", ha, "network-policy", yamlMap("enforced", j.NetworkPolicy.Enforced))
+	policy := yamlMap("enforced", j.NetworkPolicy.Enforced)
+	if j.NetworkPolicy.Why != "" {
+		policy = yamlMap("enforced", j.NetworkPolicy.Enforced, "why", j.NetworkPolicy.Why)
+	}
+	doc := yamlMap("microk8s", running, "high-availability", ha, "network-policy", policy)
 	items = nil
 	for _, x := range j.Addons {
 		items = append(items, yamlMap("name", x.Name, "repository", x.Repository, "description", x.Description, "version", x.Version, "status", x.Status))

@@ -52,6 +52,10 @@ func conflist(env snapenv.Env, subnets []netip.Prefix, mtu int) ([]byte, error) 
 	return append(data, '\n'), err
 }
 
+// PodSubnets are the ranges of the pods of this node as the CNI configuration has them; none where
+// the built-in pod network has not written any.
+func PodSubnets(env snapenv.Env) []netip.Prefix { return conflistSubnets(env) }
+
 // conflistSubnets reads the node's pod subnets back; none if there is no readable file.
 func conflistSubnets(env snapenv.Env) []netip.Prefix {
 	data, err := os.ReadFile(Conflist(env))

@@ -36,6 +36,9 @@ type State struct {
 	// Refused is what the API server says to this node's credentials when the cluster has removed
 	// the node; "" while it is in the cluster.
 	Refused string `json:"refused,omitempty"`
+	// Policies is why network policies are not enforced on this node as the cluster has them; "" while
+	// they are.
+	Policies string `json:"policies,omitempty"`
 }
 
 // Path is the file of the state.
@@ -64,9 +67,10 @@ type Writer struct {
 	log *slog.Logger
 	now func() time.Time
 
-	mu      sync.Mutex
-	down    map[string]Daemon
-	refused string
+	mu       sync.Mutex
+	down     map[string]Daemon
+	refused  string
+	policies string
 }
 
 // NewWriter begins with an empty state.
@@ -113,14 +117,24 @@ func (w *Writer) Refused(why string) {
 	}
 }
 
+// Policies notes why network policies are not enforced; "" that they are.
+func (w *Writer) Policies(why string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if why = strings.Join(strings.Fields(why), " "); w.policies != why {
+		w.policies = why
+		w.write()
+	}
+}
+
 // write replaces the file, or removes it where there is nothing to say; w.mu is held.
 func (w *Writer) write() {
-	s := State{Refused: w.refused}
+	s := State{Refused: w.refused, Policies: w.policies}
 	for _, name := range slices.Sorted(maps.Keys(w.down)) {
 		s.Down = append(s.Down, w.down[name])
 	}
 	path := Path(w.env)
-	if len(s.Down) == 0 && s.Refused == "" {
+	if len(s.Down) == 0 && s.Refused == "" && s.Policies == "" {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			w.log.Warn("cannot say how the daemons are", "err", err)
 		}

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -37,6 +38,9 @@ type Report struct {
 	// Slow: the API server's process runs and did not answer in time, so that nothing is known of
 	// the node and of the addons. Ready is then false.
 	Slow bool
+
+	// NetworkPolicy is whether this node enforces network policies, and if not, why.
+	NetworkPolicy NetworkPolicy
 
 	HA       HA
 	Services []service.State // nil when the manager did not answer
@@ -343,6 +347,13 @@ func (r *Report) daemonProblems(env snapenv.Env) {
 	if state.Refused != "" {
 		r.add("the cluster has removed this node: %s", shorten(state.Refused))(removedAdvice)
 	}
+	r.NetworkPolicy.Enforced = true
+	if _, err := os.Stat(env.CNIManifest()); err == nil {
+		r.NetworkPolicy = NetworkPolicy{Why: "left to the pod network of " + env.CNIManifest()}
+	} else if state.Policies != "" {
+		r.NetworkPolicy = NetworkPolicy{Why: state.Policies}
+		r.add("network policies are not enforced on this node as the cluster has them: %s", shorten(state.Policies))("see microk8s logs kubelite")
+	}
 	for _, d := range state.Down {
 		times := ""
 		if d.Times > 1 {
@@ -351,6 +362,12 @@ func (r *Report) daemonProblems(env snapenv.Env) {
 		r.add("%s inside kubelite has ended%s and is started again, the other daemons go on; its error: %s", d.Name, times, shorten(d.Why))(
 			"if that names an argument, correct it in " + env.Args(d.Name) + " and run microk8s stop; microk8s start; or see microk8s logs kubelite")
 	}
+}
+
+// NetworkPolicy is what a node does about NetworkPolicy objects.
+type NetworkPolicy struct {
+	Enforced bool
+	Why      string // it does not
 }
 
 // removedAdvice is what to do on a node that the cluster has removed.

@@ -31,7 +31,6 @@ func TestNode(t *testing.T) {
 	step("version", n.testVersion)
 	step("status", n.testStatus)
 	step("rights", n.testRights)
-	step("network policies are warned about", n.testNetworkPolicyWarning)
 	step("deployment", n.deployWeb)
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
@@ -101,17 +100,6 @@ func (n *node) testStatus(t *testing.T) {
 	if err := json.Unmarshal([]byte(n.run(t, "microk8s", "status", "--format", "json")), &parsed); err != nil {
 		t.Errorf("status --format json: %v", err)
 	}
-}
-
-func (n *node) testNetworkPolicyWarning(t *testing.T) {
-	policy := `{"apiVersion":"networking.k8s.io/v1","kind":"NetworkPolicy","metadata":{"name":"deny","namespace":"default"},"spec":{"podSelector":{},"policyTypes":["Ingress"]}}`
-	eventually(t, time.Minute, func() error { // the policy object takes a moment to be in force
-		out, err := n.tryAll(t, policy, "microk8s", "kubectl", "apply", "-f", "-", "--dry-run=server")
-		if err == nil && !strings.Contains(out, "Warning:") {
-			err = fmt.Errorf("no warning in %q", out)
-		}
-		return err
-	})
 }
 
 // testForwardDrop sets the policy that Docker and ufw set and asks from outside again.

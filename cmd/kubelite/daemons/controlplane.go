@@ -3,10 +3,12 @@ package daemons
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"time"
 
 	"github.com/spf13/pflag"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/apiserver/pkg/util/compatibility"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
 	"k8s.io/client-go/rest"
@@ -23,6 +25,8 @@ import (
 	controlleroptions "k8s.io/kubernetes/cmd/kube-controller-manager/app/options"
 	schedulerapp "k8s.io/kubernetes/cmd/kube-scheduler/app"
 	scheduleroptions "k8s.io/kubernetes/cmd/kube-scheduler/app/options"
+
+	"microk8s/internal/netpolicy/feed"
 )
 
 // componentGlobals is the registry that the three daemons' options all use by default.
@@ -84,8 +88,8 @@ func newAPIServer(words []string) (func(context.Context) error, error) {
 // putInFront is guard; a test leaves it out, to see what it is for.
 var putInFront = guard
 
-// serveAPI does what apiserverapp.Run does, with the same functions, and puts the gate of the
-// nodes' records in front (docs/adr/0016).
+// serveAPI does what apiserverapp.Run does, with the same functions, puts the gate of the nodes'
+// records in front (docs/adr/0016), and serves nodes what network policies are made of (docs/adr/0037).
 func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) error {
 	klog.InfoS("Starting", "daemon", APIServer, "version", version.Get())
 	if options.InformerName == nil {
@@ -102,11 +106,28 @@ func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) er
 	if err := putInFront(config); err != nil {
 		return err
 	}
+	policies, err := feed.NewServer(config.KubeAPIs.ControlPlane.VersionedInformers)
+	if err != nil {
+		return err
+	}
+	outer := &config.Aggregator.GenericConfig.Config
+	endless := outer.LongRunningFunc
+	outer.LongRunningFunc = func(r *http.Request, info *request.RequestInfo) bool {
+		return info.Path == feed.Path || endless(r, info)
+	}
 	completed, err := config.Complete()
 	if err != nil {
 		return err
 	}
 	server, err := apiserverapp.CreateServerChain(completed)
+	if err != nil {
+		return err
+	}
+	server.GenericAPIServer.Handler.NonGoRestfulMux.Handle(feed.Path, policies)
+	err = server.GenericAPIServer.AddPreShutdownHook("network-policy-feed", func() error {
+		policies.Close()
+		return nil
+	})
 	if err != nil {
 		return err
 	}

@@ -5,7 +5,7 @@
 // objects, in flannel's own format.
 //
 // What is put on the host, and taken away again, is in package hostnet. Services are
-// kube-proxy's. Network policies are not enforced by anything here.
+// kube-proxy's. Network policies are enforced as long as this network runs (Options.Policies).
 //
 // Where the file args/cni-network/cni.yaml exists, the user brings another network and this
 // one stands aside completely.
@@ -30,6 +30,7 @@ import (
 	"microk8s/internal/backoff"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostwatch"
+	"microk8s/internal/netpolicy/enforcer"
 	"microk8s/internal/snapenv"
 )
 
@@ -67,6 +68,9 @@ type Options struct {
 
 	// Watch reports changes of the host's network; nil starts one.
 	Watch *hostwatch.Watcher
+
+	// Policies enforces NetworkPolicies on this node; nil leaves them alone.
+	Policies *enforcer.Enforcer
 
 	Ready func() // called once, when pods can be started; may be nil
 	Log   *slog.Logger
@@ -115,6 +119,9 @@ func Run(ctx context.Context, o Options) error {
 	}
 	firewall := n.Watch.Register(ctx, (&hostnet.Firewall{Cluster: cidrs}).Owner())
 	defer firewall.Close()
+	if err := n.enforcePolicies(ctx, &wg); err != nil {
+		return err
+	}
 
 	if err := n.watchNodes(ctx, &wg); err != nil {
 		return nil // ctx ended
@@ -182,6 +189,25 @@ type node struct {
 	store   cache.Store
 	mu      sync.Mutex
 	changed []chan struct{} // each holds at most one pending "look again"
+}
+
+// enforcePolicies starts what enforces network policies, as far as there is one.
+func (n *node) enforcePolicies(ctx context.Context, wg *sync.WaitGroup) error {
+	if n.Policies == nil {
+		return nil
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", n.Kubeconfig)
+	if err != nil {
+		return fmt.Errorf("cannot enforce network policies: %w", err)
+	}
+	owner := n.Watch.Register(ctx, n.Policies.Owner())
+	wg.Go(func() {
+		defer owner.Close()
+		if err := n.Policies.Run(ctx, cfg); err != nil {
+			n.Log.Error("network policies are not enforced", "err", err)
+		}
+	})
+	return nil
 }
 
 // watchNodes starts the one watch of all nodes and waits until it has seen them. Errors are

@@ -73,6 +73,11 @@ func (n *node) serve(parent context.Context) error {
 	if err := subnet.WriteSubnetFile(hostnet.SubnetEnv(n.Env), config, true, l.Subnet, l.IPv6Subnet, mtu); err != nil {
 		return fmt.Errorf("cannot write %s: %w", hostnet.SubnetEnv(n.Env), err)
 	}
+	if n.Policies != nil {
+		if err := n.Policies.SetSubnets(ctx, g.subnets); err != nil { // before a pod can have such an address
+			return err
+		}
+	}
 	n.replacePods(ctx, g.subnets)
 	if err := hostnet.WriteConflist(n.Env, g.subnets, mtu); err != nil {
 		return err

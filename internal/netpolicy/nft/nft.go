@@ -50,22 +50,20 @@ func New(log *slog.Logger) (*Table, error) {
 
 func newTable(n knftables.Interface, log *slog.Logger) *Table { return &Table{nft: n, log: log} }
 
-// Close makes sure that there is a table: where there is none yet, one that allows nothing to and
-// from pods with addresses in closed. One that an earlier process has left stays as it is, since
-// it is right for the pods that run.
-func (t *Table) Close(ctx context.Context, closed []netip.Prefix) error {
+// Close makes sure that there is a table: where there is none yet (made), one that allows nothing
+// to and from pods with addresses in closed. One that an earlier process has left stays as it is,
+// since it is right for the pods that run.
+func (t *Table) Close(ctx context.Context, closed []netip.Prefix) (made bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.model != nil {
-		return nil
-	}
 	if _, err := t.nft.List(ctx, "chains"); err == nil {
-		return nil
+		return false, nil
 	} else if !knftables.IsNotFound(err) {
-		return fmt.Errorf("cannot look for the table of network policies: %w", err)
+		return false, fmt.Errorf("cannot look for the table of network policies: %w", err)
 	}
-	_, err := t.apply(ctx, &netpolicy.Model{Closed: closed})
-	return err
+	t.model = &netpolicy.Model{Closed: closed}
+	_, err = t.apply(ctx, t.model)
+	return err == nil, err
 }
 
 // Apply makes the table say what the model does. tightened reports whether something may be
@@ -262,8 +260,8 @@ func element(name string, s set, key, verdict string) *knftables.Element {
 // ErrNoTable is what [Table.Check] returns when somebody has removed the table.
 var ErrNoTable = errors.New("the table of network policies is gone")
 
-// Check reports whether the chains are there that were written: nil, or what is missing. It does
-// not look into them.
+// Check reports whether the chains are there that were written, with as many rules: nil, or what
+// is missing. What is in the sets is not looked at.
 func (t *Table) Check(ctx context.Context) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -277,9 +275,20 @@ func (t *Table) Check(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("cannot list the table of network policies: %w", err)
 	}
-	for name := range t.there.chains {
-		if !slices.Contains(names, name) {
+	rules, err := t.nft.ListRules(ctx, "")
+	if err != nil {
+		return fmt.Errorf("cannot list the table of network policies: %w", err)
+	}
+	count := map[string]int{}
+	for _, r := range rules {
+		count[r.Chain]++
+	}
+	for name, c := range t.there.chains {
+		switch {
+		case !slices.Contains(names, name):
 			return fmt.Errorf("the table of network policies lacks the chain %s", name)
+		case count[name] != len(c.rules):
+			return fmt.Errorf("the chain %s of network policies has %d rules, not %d", name, count[name], len(c.rules))
 		}
 	}
 	return nil

@@ -27,6 +27,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/hostnet"
+	"microk8s/internal/longtest"
 	"microk8s/internal/netpolicy"
 )
 
@@ -482,8 +483,8 @@ func TestTableStays(t *testing.T) {
 	w := newWorld(t)
 	deny := []probe{{"a", "b", false, 7}}
 	closed := input().Closed
-	if err := w.table.Close(t.Context(), closed); err != nil {
-		t.Fatal(err)
+	if made, err := w.table.Close(t.Context(), closed); err != nil || !made {
+		t.Fatal(made, err)
 	}
 	if w.arrive(deny)[0] {
 		t.Error("a pod may talk before anything is known of it")
@@ -499,8 +500,8 @@ func TestTableStays(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := next.Close(t.Context(), closed); err != nil {
-		t.Fatal(err)
+	if made, err := next.Close(t.Context(), closed); err != nil || made {
+		t.Fatal(made, err)
 	}
 	if !w.arrive(deny)[0] {
 		t.Error("the next process has closed pods that run")
@@ -610,13 +611,9 @@ func randomPolicies(r *rand.Rand) (out []*netpolicy.Policy) {
 // Random policies follow each other. After each change real packets fare as the model says, and the
 // table that was changed by differences is the one that is written anew.
 func TestRandomPolicies(t *testing.T) {
-	seeds := 8
-	if os.Getenv("MICROK8S_TEST_LONG") != "" {
-		seeds = 400
-	}
 	w := newWorld(t)
 	w.table.log = slog.New(failing{t}) // what has to be written again was not understood
-	for seed := range seeds {
+	for seed := range longtest.Of(400, 4) {
 		r := rand.New(rand.NewPCG(uint64(seed), 1))
 		in := input(randomPolicies(r)...)
 		if r.IntN(3) == 0 { // a pod goes, or comes back
@@ -657,7 +654,7 @@ func TestTransactionsAreWhole(t *testing.T) {
 	fake := knftables.NewFake(knftables.InetFamily, hostnet.PolicyTable)
 	table := newTable(fake, slog.New(failing{t}))
 	var c netpolicy.Compiler
-	for seed := range 300 {
+	for seed := range longtest.Of(2000, 100) {
 		r := rand.New(rand.NewPCG(uint64(seed), 2))
 		if _, err := table.Apply(t.Context(), c.Compile(input(randomPolicies(r)...))); err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
