@@ -1,6 +1,6 @@
-// Package agreement keeps a summary of the API server's arguments in the record of this
-// control-plane node, so that `microk8s status` on any of them can name those in which they
-// differ (ADR 28). It follows the argument file and all files that arguments name.
+// Package agreement keeps a summary of the API server's arguments, and the agent's port, in the record
+// of this control-plane node, so that `microk8s status` on any of them can name those in which they
+// differ (ADR 28). It follows the argument files and all files that arguments name.
 package agreement
 
 import (
@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"microk8s/internal/filewatch"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/snapenv"
@@ -44,7 +45,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 // once writes the summary and waits until it may have changed. It reports whether to go on.
 func (k *Keeper) once(ctx context.Context) bool {
 	summary, used, err := serverargs.Summarize(k.Env)
-	match, folders := filewatch.Files(used...)
+	match, folders := filewatch.Files(append(used, k.Env.Args("cluster-agent"))...)
 	// Watching begins before the files are read again, so that no change falls in between.
 	watch, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -57,7 +58,7 @@ func (k *Keeper) once(ctx context.Context) bool {
 	pause := sweep
 	if err == nil {
 		err = k.Nodes.Change(ctx, k.Node, func(r *noderegistry.Record) error {
-			r.ServerArguments = summary.String()
+			r.ServerArguments, r.AgentPort = summary.String(), nodeconfig.Load(k.Env).AgentPort
 			return nil
 		})
 	}

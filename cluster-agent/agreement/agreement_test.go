@@ -63,6 +63,19 @@ func TestKeeper(t *testing.T) {
 	written("after an edit", "oidc-ca-file")
 	put(elsewhere, "two")
 	written("after an edit of a file elsewhere", "oidc-ca-file")
+	if r, err := nodes.Get(t.Context(), "n1"); err != nil || r.AgentPort != 25000 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	put(env.Args("cluster-agent"), "--bind [::]:2379\n")
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		r, err := nodes.Get(t.Context(), "n1")
+		if err == nil && r.AgentPort == 2379 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the agent's port is %+v, %v", r, err)
+		}
+	}
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)

@@ -655,6 +655,12 @@ func TestPreflight(t *testing.T) {
 	if s.events != nil {
 		t.Errorf("the agent saw %q", s.events)
 	}
+	// Another port is named as the line to type.
+	s.problems = []api.Problem{{Message: "The port of the cluster agent port has to be set to 2379", Fatal: true, Code: api.CodePort}}
+	err = s.node().Join(t.Context(), s.journal2(t), s.options(t, true))
+	if !errors.As(err, &pre) || len(pre.Problems) != 1 || !strings.Contains(pre.Problems[0].Do, "sudo sed -i 's/:25000/:2379/' "+s.env.Args("cluster-agent")) {
+		t.Errorf("the next step: %+v", pre)
+	}
 }
 
 // TestUpstreamAgent has a worker join a cluster of upstream's: the pod network stands aside, and
@@ -722,6 +728,7 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 				t.Parallel()
 				s := newSite(t)
 				kubelet := read(t, s.env.Args("kubelet"))
+				write(t, filepath.Join(s.env.BackendLive(), "info.yaml"), "Address: 127.0.0.1:2380\nID: 1\nRole: 0\n")
 				j := s.journal(t)
 				if err := s.node().Join(t.Context(), j, s.options(t, true)); err != nil {
 					t.Fatal(err)
@@ -748,7 +755,7 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 						t.Errorf("%s has something of the cluster's", path)
 					}
 				}
-				if ini := read(t, filepath.Join(s.env.BackendLive(), "init.yaml")); !strings.Contains(ini, "127.0.0.1:19001") {
+				if ini := read(t, filepath.Join(s.env.BackendLive(), "init.yaml")); !strings.Contains(ini, "127.0.0.1:2380") {
 					t.Errorf("the datastore begins with %q", ini)
 				}
 			})

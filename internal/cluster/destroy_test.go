@@ -111,7 +111,7 @@ func left(t *testing.T, s *site) []string {
 // it.
 func TestLeaveWithTheLastCopy(t *testing.T) {
 	s := newSite(t)
-	s.member(t, ownIP+":19001", false)
+	s.member(t, ownIP+":2380", false)
 	ca := read(t, s.env.Cert("ca.key"))
 	before := s.tree(t)
 	j := s.journal(t)
@@ -147,6 +147,9 @@ func TestLeaveWithTheLastCopy(t *testing.T) {
 	}
 	if read(t, s.env.Cert("ca.key")) == ca || IsMember(s.env) {
 		t.Error("the node has not left")
+	}
+	if ini := read(t, filepath.Join(s.env.BackendLive(), "init.yaml")); !strings.Contains(ini, "127.0.0.1:2380") {
+		t.Errorf("the new member does not have the old one's port: %s", ini)
 	}
 	if !slices.ContainsFunc(s.said, func(l string) bool { return strings.Contains(l, kept[0]) }) {
 		t.Errorf("said: %q", s.said)

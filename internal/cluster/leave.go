@@ -18,6 +18,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
@@ -54,6 +55,8 @@ type leaveParams struct {
 	// Elsewhere: the member's address is not one of this host's. It may be another machine's, of
 	// whose disk this one is a copy: the member stays.
 	Elsewhere bool `json:"elsewhere,omitempty"`
+	// Port is that of the datastore's member, which the new one has too: firewalls were opened for it.
+	Port int `json:"port,omitempty"`
 }
 
 // Reasons not to leave.
@@ -125,8 +128,9 @@ func (n *Node) mayLeave(ctx context.Context, o LeaveOptions) (*leaveParams, erro
 	if err != nil {
 		return nil, err
 	}
-	p := &leaveParams{Self: hostname, Worker: n.state().Worker, Force: o.Force}
+	p := &leaveParams{Self: hostname, Worker: n.state().Worker, Force: o.Force, Port: storedir.Dir(n.Env.BackendLive()).Port()}
 	if p.Worker {
+		p.Port = storedir.Dir(n.backendBackup()).Port() // what it was before the join
 		return p, nil
 	}
 	if !IsMember(n.Env) {
@@ -347,6 +351,9 @@ func (s *leaveRun) forget(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := s.keepPort(); err != nil {
+		return err
+	}
 	if err := config.Uninstall(s.Env); err != nil {
 		return err
 	}
@@ -384,6 +391,23 @@ func (s *leaveRun) forget(ctx context.Context) error {
 		return err
 	}
 	return s.ownDatastore()
+}
+
+// keepPort has the new member of the datastore listen on the port of the one before; the first start
+// does not replace the file.
+func (s *leaveRun) keepPort() error {
+	if s.Port == 0 || s.Port == storedir.DefaultPort {
+		return nil
+	}
+	access := fileaccess.For(s.Env)
+	if err := access.SharedDir(s.Env.BackendLive()); err != nil {
+		return err
+	}
+	first, err := storedir.Init{Address: join(storedir.Loopback, s.Port)}.Encode()
+	if err != nil {
+		return err
+	}
+	return access.WriteShared(storedir.Dir(s.Env.BackendLive()).File(storedir.InitFile), first)
 }
 
 // ownNetwork removes the manifest of a pod network that the join has placed, unless it was changed

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -136,7 +137,7 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 		if p.Code == api.CodeAgent && !agent {
 			continue // not before the join has started it
 		}
-		out = append(out, Problem{Fatal: p.Fatal, What: p.Message})
+		out = append(out, Problem{Fatal: p.Fatal, What: p.Message, Do: s.advice(p)})
 	}
 	theirs := time.UnixMilli(resp.Time)
 	if d := asked.Add(took / 2).Sub(theirs).Abs(); resp.Time != 0 && d > took/2+warnClock {
@@ -144,6 +145,23 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "synchronize them, for example with systemd-timesyncd or chrony"})
 	}
 	return append(out, s.unreachable(ctx, resp)...), nil
+}
+
+// advice is the next step for what a cluster objects to; "" where its message says it, or nothing helps.
+func (s *joinRun) advice(p api.Problem) string {
+	if p.Code != api.CodePort {
+		return ""
+	}
+	words := strings.Fields(p.Message)
+	if len(words) == 0 {
+		return ""
+	}
+	port, err := strconv.ParseUint(words[len(words)-1], 10, 16)
+	if err != nil {
+		return ""
+	}
+	return fmt.Sprintf("all nodes of a cluster have the same: sudo sed -i 's/:%d/:%d/' %s; microk8s stop; microk8s start; then run the same command again",
+		nodeconfig.Load(s.Env).AgentPort, port, s.Env.Args("cluster-agent"))
 }
 
 func (s *joinRun) askPreflight(ctx context.Context, c *client.Client) (*api.PreflightResponse, error) {

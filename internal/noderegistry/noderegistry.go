@@ -49,6 +49,7 @@ const (
 	annotationUntil    = "microk8s.io/until"
 	annotationSecrets  = "microk8s.io/secrets"
 	annotationServer   = "microk8s.io/server-arguments"
+	annotationAgent    = "microk8s.io/agent-port"
 	annotationMember   = "microk8s.io/datastore-member"
 	annotationComplete = "microk8s.io/complete" // of the ClusterRole
 )
@@ -86,6 +87,8 @@ type Record struct {
 	// Member is the ID of the datastore's member on the node, as its own agent says; 0 where it has
 	// none, or has not said yet.
 	Member uint64
+	// AgentPort is that of a control-plane node's agent; 0 where it is not known.
+	AgentPort int
 	// UID is that of the object, and tells a record from a later one of the same name.
 	UID types.UID
 }
@@ -176,7 +179,8 @@ func (g Registry) Put(ctx context.Context, r Record) error {
 		}
 		if was := decode(old); was.Join == r.Join && was.Role == r.Role {
 			kept := r
-			kept.ServerArguments = cmp.Or(r.ServerArguments, was.ServerArguments) // the node itself says it
+			kept.ServerArguments = cmp.Or(r.ServerArguments, was.ServerArguments) // the node itself says these
+			kept.AgentPort = cmp.Or(r.AgentPort, was.AgentPort)
 			b := encode(kept)
 			b.ResourceVersion = old.ResourceVersion
 			return g.write(ctx, "PUT", bindings+"/"+b.Name, b)
@@ -394,6 +398,9 @@ func encode(r Record) *rbacv1.ClusterRoleBinding {
 	if r.Member != 0 {
 		notes[annotationMember] = strconv.FormatUint(r.Member, 10)
 	}
+	if r.AgentPort > 0 {
+		notes[annotationAgent] = strconv.Itoa(r.AgentPort)
+	}
 	labels := map[string]string{Label: "true"}
 	if r.Role == ControlPlane {
 		labels[ControlPlaneLabel] = "true"
@@ -415,6 +422,9 @@ func decode(b *rbacv1.ClusterRoleBinding) *Record {
 	}
 	if b.Annotations[annotationRole] == string(ControlPlane) {
 		r.Role = ControlPlane
+	}
+	if port, err := strconv.ParseUint(b.Annotations[annotationAgent], 10, 16); err == nil {
+		r.AgentPort = int(port)
 	}
 	r.Since, _ = time.Parse(time.RFC3339, b.Annotations[annotationSince])
 	if text, ok := b.Annotations[annotationUntil]; ok {

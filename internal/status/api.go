@@ -109,6 +109,7 @@ type apiState struct {
 	foreignErr error
 
 	differences []serverargs.Difference
+	agentPorts  map[int][]string // nodes by their agents' ports
 
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
@@ -157,7 +158,7 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	if missed["records"] {
 		delete(missed, "records") // one that answers says enough
 	} else if bindingsErr == nil {
-		s.differences = differences(bindings.Items)
+		s.differences, s.agentPorts = differences(bindings.Items)
 	}
 	if len(missed) > 0 || errors.Is(s.healthy, context.DeadlineExceeded) { // the same, told by the connection
 		return apiState{late: true, err: errors.New("the API server accepts connections and does not answer in time")}

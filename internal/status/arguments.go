@@ -2,6 +2,7 @@ package status
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -11,20 +12,38 @@ import (
 	"microk8s/internal/serverargs"
 )
 
-// differences compares what control-plane nodes say of their API servers' arguments in their records.
-// A node that is joining is not asked yet.
-func differences(records []rbacv1.ClusterRoleBinding) []serverargs.Difference {
+// differences compares what control-plane nodes say of their API servers' arguments in their records,
+// and sorts the nodes by their agents' ports. A node that is joining is not asked yet.
+func differences(records []rbacv1.ClusterRoleBinding) ([]serverargs.Difference, map[int][]string) {
 	nodes := map[string]*serverargs.Summary{}
+	ports := map[int][]string{}
 	for i := range records {
 		r := noderegistry.Decode(&records[i])
 		if r.Pending() || r.ServerArguments == "" || r.Role != noderegistry.ControlPlane {
 			continue
 		}
+		if r.AgentPort > 0 {
+			ports[r.AgentPort] = append(ports[r.AgentPort], r.Name)
+		}
 		if s, err := serverargs.ParseSummary(r.ServerArguments); err == nil {
 			nodes[r.Name] = s
 		}
 	}
-	return serverargs.Compare(nodes)
+	return serverargs.Compare(nodes), ports
+}
+
+// portProblem says that agents listen on different ports: nodes call each other on that which they have
+// themselves.
+func (r *Report) portProblem(ports map[int][]string) {
+	if len(ports) < 2 {
+		return
+	}
+	var sides []string
+	for _, port := range slices.Sorted(maps.Keys(ports)) {
+		sides = append(sides, fmt.Sprintf("port %d on %s", port, enumerate(slices.Sorted(slices.Values(ports[port])))))
+	}
+	r.add("the nodes cannot call each other: their cluster agents have %s", enumerate(sides))(
+		"write the same port into --bind of args/cluster-agent on every node, workers too, and run microk8s stop; microk8s start there")
 }
 
 // argumentProblems names the arguments in which API servers differ, those of the same nodes together.

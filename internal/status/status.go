@@ -210,6 +210,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		r.apiProblems(answer)
 		r.Differences = answer.differences
 		r.argumentProblems()
+		r.portProblem(answer.agentPorts)
 	}
 	r.addons(p.Env, answer)
 	p.seen(answer)

@@ -193,12 +193,12 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// records are those of three control-plane nodes of which one has another issuer, and no audit policy,
-// and of one that is joining.
+// records are those of three control-plane nodes of which one has another issuer, no audit policy, and
+// its agent on another port, and of one that is joining.
 const records = `{"items":[
-{"metadata":{"name":"microk8s:node:n1","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
-{"metadata":{"name":"microk8s:node:n2","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"99\",\"event-ttl\":\"03\"}}"}}},
-{"metadata":{"name":"microk8s:node:n3","annotations":{"microk8s.io/role":"control-plane","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n1","annotations":{"microk8s.io/role":"control-plane","microk8s.io/agent-port":"25000","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n2","annotations":{"microk8s.io/role":"control-plane","microk8s.io/agent-port":"2379","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"99\",\"event-ttl\":\"03\"}}"}}},
+{"metadata":{"name":"microk8s:node:n3","annotations":{"microk8s.io/role":"control-plane","microk8s.io/agent-port":"25000","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
 {"metadata":{"name":"microk8s:node:n4","annotations":{"microk8s.io/role":"control-plane","microk8s.io/until":"2036-11-28T00:00:00Z","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{}}"}}}]}`
 
 // secret keeps Secrets with resource versions, as far as the command line uses them.
