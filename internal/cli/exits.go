@@ -61,7 +61,10 @@ func (c command) exitCodes() []exitCode {
 	return all
 }
 
-// exitHelp is the paragraph of the help about exit codes.
+// ungrouped are the commands without sudo that anybody may use, or root alone.
+var ungrouped = []string{"completion", "version", "reset", "refresh-certs"}
+
+// exitHelp is the end of the help: whom the command is for, and its exit codes.
 func (a *App) exitHelp(cmd *cobra.Command) string {
 	for cmd.HasParent() && cmd.Parent().HasParent() {
 		cmd = cmd.Parent()
@@ -71,6 +74,9 @@ func (a *App) exitHelp(cmd *cobra.Command) string {
 			continue
 		}
 		var b strings.Builder
+		if c.group != "" && !c.sudo && !slices.Contains(ungrouped, c.name) {
+			fmt.Fprintf(&b, "\nIt is for root and members of the group %[1]s. The group %[1]s is root on this machine;\nfor everybody else there is: microk8s config --user NAME\n", a.Group)
+		}
 		b.WriteString("\nExit codes:\n")
 		for _, e := range c.exitCodes() {
 			fmt.Fprintf(&b, "  %3d  %s\n", e.code, e.when)

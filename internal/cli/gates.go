@@ -55,7 +55,10 @@ You can either try again with sudo or add the user %[1]s to the '%[2]s' group:
 After this, reload the user groups either via a reboot or by running 'newgrp %[2]s'.
 
 Members of the group '%[2]s' are as good as root on this machine, as those of the group
-docker are: add only users that may use sudo for everything.
+docker are: add only users that may use sudo for everything. For everybody else an
+administrator makes a kubeconfig with fewer rights and an end:
+
+    sudo microk8s config --user %[1]s --role view > %[1]s.kubeconfig
 `, user, a.Group)
 	return exitError(ExitError)
 }
