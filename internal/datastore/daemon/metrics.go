@@ -38,7 +38,7 @@ func newMetrics(rep *replica.Replica) *metrics {
 	}
 	st := e.Stats()
 	gauge("revision", "Committed revision.", func() float64 { return float64(e.Rev()) })
-	gauge("compacted_revision", "Revision of the last compaction.", func() float64 { return float64(e.Compacted()) })
+	gauge("compacted_revision", "Revision of the last compaction.", func() float64 { return float64(max(e.Compacted(), 0)) })
 	gauge("keys", "Live keys.", func() float64 { return float64(e.Keys()) })
 	gauge("watches", "Open watches.", func() float64 { return float64(e.Hub().Len()) })
 	gauge("db_size_bytes", "Size of the database.", func() float64 { n, _ := rep.Size(); return float64(n) })

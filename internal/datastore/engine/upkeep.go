@@ -18,7 +18,7 @@ import (
 const CompactKey = "compact_rev_key"
 
 const (
-	expireKeys = 1000 // keys of a lease that are deleted in one statement
+	expireKeys = 1000 // keys after which no further lease is ended in the same statement
 	buryRows   = 1000 // dead rows that are deleted between two groups
 
 	releaseRows = 1 << 14 // rows after whose end memory is given back; they may be some 20 MiB
@@ -67,11 +67,10 @@ func (e *Engine) end(ctx context.Context, leases []int64) error {
 		if e.opt.Full() {
 			return errFull
 		}
-		budget := expireKeys
-		n := 0
+		staged, n := 0, 0
 		e.mu.Lock()
-		for n < len(leases) && budget > 0 {
-			budget -= e.st.StageExpire(leases[n], budget)
+		for n < len(leases) && staged < expireKeys {
+			staged += e.st.StageExpire(leases[n])
 			if len(e.st.LeaseKeys(leases[n])) > 0 {
 				break
 			}

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"microk8s/internal/datastore/state"
+
 	"github.com/canonical/go-dqlite/v3/client"
 	dqdriver "github.com/canonical/go-dqlite/v3/driver"
 )
@@ -275,6 +277,7 @@ func (l *Dqlite) Append(ctx context.Context, rows []Row) error {
 
 // Load is part of Log.
 func (l *Dqlite) Load(ctx context.Context, after int64, fn func(Row) error) (compacted int64, err error) {
+	compacted = state.NeverCompacted
 	err = l.query(ctx, "SELECT value FROM meta WHERE name = 'compacted'", nil, func(v []driver.Value) (err error) {
 		compacted, err = number(v[0])
 		return err

@@ -70,7 +70,7 @@ type Log interface {
 	// Append makes the rows durable, all or none.
 	Append(ctx context.Context, rows []Row) error
 	// Load calls fn for every row with a larger id, by rising id, and for all leases when
-	// after is negative. It also gives the revision of the last compaction.
+	// after is negative. It also returns the revision of the last compaction, or state.NeverCompacted.
 	Load(ctx context.Context, after int64, fn func(Row) error) (compacted int64, err error)
 	// IDs calls fn for the id of every version up to an id, by rising id.
 	IDs(ctx context.Context, upTo int64, fn func(int64) error) error

@@ -97,7 +97,11 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 		watchdog.Reset(beatLimit)
 		if b.Snapshot {
 			if loader == nil {
-				loader = state.NewLoader(b.Compacted)
+				compacted := b.Compacted
+				if compacted == 0 { // see batch.marshal
+					compacted = state.NeverCompacted
+				}
+				loader = state.NewLoader(compacted)
 			}
 			for _, v := range b.Versions {
 				if err := loader.Add(v); err != nil {

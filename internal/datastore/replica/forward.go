@@ -52,7 +52,7 @@ func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), th
 
 // outcome tells etcd's errors from those of the way there, after which nothing is known.
 func outcome(ctx context.Context, err error) error {
-	if s, ok := status.FromError(err); ok && strings.HasPrefix(s.Message(), "etcdserver: ") {
+	if s, ok := status.FromError(err); ok && strings.HasPrefix(s.Message(), "etcdserver: ") || errors.Is(err, state.ErrLeaseNotFound) {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -73,8 +73,11 @@ func (r *Replica) Compact(ctx context.Context, rev int64) error {
 	_, err := onLeader(r, ctx,
 		func() (*empty, error) { return nil, r.e.Compact(ctx, rev) },
 		func(f *following) (*empty, error) {
-			_, err := pb.NewKVClient(f.conn).Compact(ctx, &pb.CompactionRequest{Revision: rev})
+			a, err := pb.NewKVClient(f.conn).Compact(ctx, &pb.CompactionRequest{Revision: rev})
 			if err == nil {
+				err = r.e.WaitRev(ctx, a.Header.GetRevision())
+			}
+			if err == nil && rev > 0 { // of revision 0 followers hear nothing
 				err = r.e.WaitCompacted(ctx, rev)
 			}
 			return nil, err
@@ -88,6 +91,9 @@ func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 		func() (int64, error) { return r.e.Grant(ctx, id, ttl) },
 		func(f *following) (int64, error) {
 			a, err := pb.NewLeaseClient(f.conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: ttl})
+			if err == nil {
+				err = r.e.WaitRev(ctx, a.Header.GetRevision()) // which the answer will name
+			}
 			return a.GetID(), err
 		})
 }
@@ -97,7 +103,10 @@ func (r *Replica) Revoke(ctx context.Context, id int64) error {
 	_, err := onLeader(r, ctx,
 		func() (*empty, error) { return nil, r.e.Revoke(ctx, id) },
 		func(f *following) (*empty, error) {
-			_, err := pb.NewLeaseClient(f.conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+			a, err := pb.NewLeaseClient(f.conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
+			if err == nil {
+				err = r.e.WaitRev(ctx, a.Header.GetRevision())
+			}
 			return nil, err
 		})
 	return err

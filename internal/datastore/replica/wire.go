@@ -121,7 +121,7 @@ func (b *batch) marshal() []byte {
 		out[0] |= flagLast
 	}
 	out = binary.AppendUvarint(out, uint64(b.Rev))
-	out = binary.AppendUvarint(out, uint64(b.Compacted))
+	out = binary.AppendUvarint(out, uint64(max(b.Compacted, 0))) // below revision 1 there is nothing to lose
 	out = binary.AppendUvarint(out, uint64(len(b.Versions)))
 	for _, v := range b.Versions {
 		out = binary.AppendUvarint(out, uint64(dslog.VersionID(v)))

@@ -9,7 +9,7 @@ import (
 // MemberList is part of the Cluster service: one member, with the address of the caller. The
 // real members are behind it and not for etcd's clients, which would connect to them.
 func (s *Server) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberListResponse, error) {
-	return &pb.MemberListResponse{Header: s.now(), Members: []*pb.Member{{
+	return &pb.MemberListResponse{Header: s.header(0), Members: []*pb.Member{{
 		ID: s.opt.MemberID, Name: "k8s-dqlite", ClientURLs: []string{s.opt.ClientURL}, PeerURLs: []string{s.opt.ClientURL},
 	}}}, nil
 }
@@ -19,7 +19,7 @@ func (s *Server) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse,
 	total, used := s.opt.Backend.Size()
 	h := s.now()
 	resp := &pb.StatusResponse{
-		Header: h, Version: Version, StorageVersion: "3.7.0", DbSize: total, DbSizeInUse: used,
+		Header: h, Version: Version, DowngradeInfo: &pb.DowngradeInfo{}, StorageVersion: "3.7.0", DbSize: total, DbSizeInUse: used,
 		RaftIndex: uint64(h.Revision), RaftAppliedIndex: uint64(h.Revision), RaftTerm: h.RaftTerm,
 	}
 	if s.opt.Backend.HasLeader() {

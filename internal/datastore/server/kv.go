@@ -1,9 +1,9 @@
 package server
 
 import (
-	"bytes"
 	"context"
 	"errors"
+	"slices"
 
 	dslog "microk8s/internal/datastore/log"
 	"microk8s/internal/datastore/state"
@@ -46,9 +46,11 @@ func (s *Server) RangeStream(r *pb.RangeRequest, stream grpc.ServerStreamingServ
 	if err := checkRange(r); err != nil {
 		return err
 	}
-	if r.SortOrder == pb.RangeRequest_DESCEND || r.SortTarget != pb.RangeRequest_KEY ||
-		r.MinModRevision != 0 || r.MaxModRevision != 0 || r.MinCreateRevision != 0 || r.MaxCreateRevision != 0 {
-		return status.Error(codes.Unimplemented, "etcdserver: RangeStream does not offer sort orders nor revision filters")
+	if r.SortOrder == pb.RangeRequest_DESCEND || r.SortTarget != pb.RangeRequest_KEY {
+		return status.Error(codes.Unimplemented, "RangeStream does not support custom sort orders")
+	}
+	if r.MinModRevision != 0 || r.MaxModRevision != 0 || r.MinCreateRevision != 0 || r.MaxCreateRevision != 0 {
+		return status.Error(codes.Unimplemented, "RangeStream does not support revision filters")
 	}
 	if err := s.barrier(stream.Context()); err != nil {
 		return toGRPC(err)
@@ -106,7 +108,9 @@ func (s *Server) Put(ctx context.Context, r *pb.PutRequest) (*pb.PutResponse, er
 	if err != nil {
 		return nil, err
 	}
-	return resp.Responses[0].GetResponsePut(), nil
+	put := resp.Responses[0].GetResponsePut()
+	put.Header = resp.Header
+	return put, nil
 }
 
 // DeleteRange is part of the KV service.
@@ -118,13 +122,20 @@ func (s *Server) DeleteRange(ctx context.Context, r *pb.DeleteRangeRequest) (*pb
 	if err != nil {
 		return nil, err
 	}
-	return resp.Responses[0].GetResponseDeleteRange(), nil
+	deleted := resp.Responses[0].GetResponseDeleteRange()
+	deleted.Header = resp.Header
+	return deleted, nil
 }
 
 // Txn is part of the KV service.
 func (s *Server) Txn(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, error) {
 	if err := checkTxn(r, maxTxnOps); err != nil {
 		return nil, err
+	}
+	for _, ops := range [][]*pb.RequestOp{r.Success, r.Failure} {
+		if _, err := checkOverlap(ops); err != nil {
+			return nil, err
+		}
 	}
 	if !writes(r) {
 		if err := s.barrier(ctx); err != nil {
@@ -159,11 +170,8 @@ func (s *Server) write(ctx context.Context, r *pb.TxnRequest) (*pb.TxnResponse, 
 	return resp, nil
 }
 
-// sign completes the header, which all parts of a response share.
-func (s *Server) sign(resp *pb.TxnResponse) {
-	h := s.header(resp.Header.Revision)
-	resp.Header.ClusterId, resp.Header.MemberId, resp.Header.RaftTerm = h.ClusterId, h.MemberId, h.RaftTerm
-}
+// sign completes the header of a response; those of its parts have the revision only, as in etcd.
+func (s *Server) sign(resp *pb.TxnResponse) { resp.Header = s.header(resp.Header.Revision) }
 
 // Compact is part of the KV service. Physical compaction is not waited for.
 func (s *Server) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.CompactionResponse, error) {
@@ -246,77 +254,85 @@ func checkTxn(r *pb.TxnRequest, ops int) error {
 				return err
 			}
 		}
-		if _, err := checkOverlap(branch); err != nil {
-			return err
-		}
 	}
 	return nil
 }
 
+// touched is the keys that a list of operations puts, and what it deletes.
 type touched struct {
 	puts    map[string]struct{}
 	deletes []*pb.DeleteRangeRequest
 }
 
-func (t *touched) deleted(key []byte) bool {
-	for _, d := range t.deletes {
-		switch {
-		case len(d.RangeEnd) == 0:
-			if bytes.Equal(d.Key, key) {
-				return true
-			}
-		case bytes.Compare(key, d.Key) < 0:
-		case len(d.RangeEnd) == 1 && d.RangeEnd[0] == 0, bytes.Compare(key, d.RangeEnd) < 0:
-			return true
-		}
+// put adds a key, which must not be deleted, nor put before except by the other branch of its transaction.
+func (t *touched) put(key string, other map[string]struct{}) error {
+	_, twice := t.puts[key]
+	_, exclusive := other[key]
+	if twice && !exclusive || slices.ContainsFunc(t.deletes, func(d *pb.DeleteRangeRequest) bool { return deletes(d, key) }) {
+		return rpctypes.ErrGRPCDuplicateKey
 	}
-	return false
+	t.puts[key] = struct{}{}
+	return nil
 }
 
-// checkOverlap refuses a branch that puts a key twice, or puts and deletes it: there would be
-// two versions of one revision. The two branches of a nested transaction may each put a key.
-func checkOverlap(branch []*pb.RequestOp) (*touched, error) {
-	t := &touched{puts: map[string]struct{}{}}
-	add := func(other *touched) error {
-		for k := range other.puts {
-			if _, twice := t.puts[k]; twice || t.deleted([]byte(k)) {
-				return rpctypes.ErrGRPCDuplicateKey
-			}
-		}
-		for k := range t.puts {
-			if other.deleted([]byte(k)) {
-				return rpctypes.ErrGRPCDuplicateKey
-			}
-		}
-		for k := range other.puts {
-			t.puts[k] = struct{}{}
-		}
-		t.deletes = append(t.deletes, other.deletes...)
-		return nil
+func deletes(d *pb.DeleteRangeRequest, key string) bool {
+	switch from, to := string(d.Key), string(d.RangeEnd); to {
+	case "":
+		return key == from
+	case "\x00":
+		return key >= from
+	default:
+		return key >= from && key < to
 	}
-	for _, op := range branch {
-		one := &touched{puts: map[string]struct{}{}}
-		switch o := op.Request.(type) {
-		case *pb.RequestOp_RequestPut:
-			one.puts[string(o.RequestPut.Key)] = struct{}{}
-		case *pb.RequestOp_RequestDeleteRange:
-			one.deletes = append(one.deletes, o.RequestDeleteRange)
-		case *pb.RequestOp_RequestTxn:
-			for _, inner := range [][]*pb.RequestOp{o.RequestTxn.Success, o.RequestTxn.Failure} {
-				i, err := checkOverlap(inner)
-				if err != nil {
-					return nil, err
-				}
-				for k := range i.puts {
-					one.puts[k] = struct{}{}
-				}
-				one.deletes = append(one.deletes, i.deletes...)
-			}
-		default:
+}
+
+// checkOverlap refuses operations that put a key twice, or put and delete it: there would be two versions
+// of one revision. The two branches of an inner transaction may each put a key. etcd overlooks two kinds,
+// deletes without end and deletes by an inner transaction of what an earlier one has put, and ends when it
+// reads such a revision after its compaction.
+func checkOverlap(ops []*pb.RequestOp) (*touched, error) {
+	t := &touched{puts: map[string]struct{}{}}
+	for _, op := range ops {
+		if d := op.GetRequestDeleteRange(); d != nil {
+			t.deletes = append(t.deletes, d)
+		}
+	}
+	for _, op := range ops {
+		inner := op.GetRequestTxn()
+		if inner == nil {
 			continue
 		}
-		if err := add(one); err != nil {
+		success, err := checkOverlap(inner.Success)
+		if err != nil {
 			return nil, err
+		}
+		failure, err := checkOverlap(inner.Failure)
+		if err != nil {
+			return nil, err
+		}
+		both := slices.Concat(success.deletes, failure.deletes)
+		for k := range t.puts {
+			if slices.ContainsFunc(both, func(d *pb.DeleteRangeRequest) bool { return deletes(d, k) }) {
+				return nil, rpctypes.ErrGRPCDuplicateKey
+			}
+		}
+		for k := range success.puts {
+			if err := t.put(k, nil); err != nil {
+				return nil, err
+			}
+		}
+		for k := range failure.puts {
+			if err := t.put(k, success.puts); err != nil {
+				return nil, err
+			}
+		}
+		t.deletes = append(t.deletes, both...)
+	}
+	for _, op := range ops {
+		if p := op.GetRequestPut(); p != nil {
+			if err := t.put(string(p.Key), nil); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return t, nil

@@ -9,20 +9,29 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
-// maxTTL is etcd's largest lease, in seconds.
-const maxTTL = 9000000000
+// etcd's largest lease, in seconds, and its smallest with its default election timeout (one and a half
+// times that, rounded up).
+const (
+	maxTTL = 9000000000
+	minTTL = 2
+)
 
 // LeaseGrant is part of the Lease service.
 func (s *Server) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
 	if r.TTL > maxTTL {
 		return nil, rpctypes.ErrGRPCLeaseTTLTooLarge
 	}
-	ttl := max(r.TTL, 1)
+	if r.ID < 0 {
+		return nil, status.Error(codes.Unimplemented, "etcdserver: leases with a negative ID are not supported")
+	}
+	ttl := max(r.TTL, minTTL)
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	id, err := s.opt.Backend.Grant(ctx, max(r.ID, 0), ttl)
+	id, err := s.opt.Backend.Grant(ctx, r.ID, ttl)
 	if err != nil {
 		return nil, toGRPC(err)
 	}

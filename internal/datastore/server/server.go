@@ -30,7 +30,7 @@ const Version = "3.7.0"
 // etcd's limits.
 const (
 	maxRequestBytes = 1536 * 1024
-	maxReceiveBytes = 16 << 20 // read at all, to answer "request is too large" by name
+	maxReceiveBytes = maxRequestBytes + 512*1024 // of one message; gRPC refuses what is larger
 	maxTxnOps       = 128
 	requestTimeout  = 7 * time.Second // for a write to become durable, and for a read to be confirmed
 )

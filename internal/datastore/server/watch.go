@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
 )
 
 // watchMessage is about how large one message of events gets.
@@ -21,9 +23,13 @@ const watchMessage = 1 << 20
 type clientWatch struct {
 	*watch.Watcher
 	id       int64
+	start    int64 // the revision that was asked for
 	prev     bool
+	noPrev   int64 // up to here the versions before are compacted
 	progress bool
+	fragment bool
 	quiet    bool // nothing was sent since the last tick of progress notifications
+	ended    bool // by a compaction; it keeps its id until it is cancelled, as in etcd
 }
 
 // stream is one Watch call. Only its own goroutine sends.
@@ -136,7 +142,8 @@ func (st *stream) request(r *pb.WatchRequest) error {
 		if w == nil {
 			return nil
 		}
-		st.remove(w)
+		st.s.opt.Engine.Hub().Remove(w.Watcher)
+		delete(st.watches, id)
 		return st.Send(&pb.WatchResponse{Header: st.s.now(), WatchId: id, Canceled: true})
 	case *pb.WatchRequest_ProgressRequest:
 		return st.progress()
@@ -144,26 +151,23 @@ func (st *stream) request(r *pb.WatchRequest) error {
 	return nil
 }
 
-func (st *stream) remove(w *clientWatch) {
-	st.s.opt.Engine.Hub().Remove(w.Watcher)
-	delete(st.watches, w.id)
-}
-
-func (st *stream) refuse(id int64, reason string) error {
-	return st.Send(&pb.WatchResponse{Header: st.s.now(), WatchId: id, Created: true, Canceled: true, CancelReason: reason})
+func (st *stream) refuse(reason string) error {
+	return st.Send(&pb.WatchResponse{Header: st.s.now(), WatchId: -1, Created: true, Canceled: true, CancelReason: reason})
 }
 
 func (st *stream) create(r *pb.WatchCreateRequest) error {
 	if len(r.Key) == 0 {
-		r.Key = []byte{0} // as in etcd: everything
+		r.Key = []byte{0} // as in etcd
 	}
 	if len(r.RangeEnd) == 0 {
 		r.RangeEnd = nil
 	}
 	id := r.WatchId
 	switch {
-	case id < 0:
-		return st.refuse(-1, "etcdserver: a watch id must not be negative")
+	case r.StartRevision < 0:
+		return st.refuse(rpctypes.ErrCompacted.Error())
+	case len(r.RangeEnd) > 0 && string(r.RangeEnd) != "\x00" && bytes.Compare(r.Key, r.RangeEnd) >= 0:
+		return st.refuse("mvcc: watcher range is empty")
 	case id == 0:
 		for st.watches[st.nextID] != nil {
 			st.nextID++
@@ -171,7 +175,7 @@ func (st *stream) create(r *pb.WatchCreateRequest) error {
 		id = st.nextID
 		st.nextID++
 	case st.watches[id] != nil:
-		return st.refuse(-1, "etcdserver: mvcc: duplicate watch ID provided on the WatchStream")
+		return st.refuse("mvcc: duplicate watch ID provided on the WatchStream")
 	}
 	f := watch.Filter{Key: r.Key, End: r.RangeEnd}
 	for _, x := range r.Filters {
@@ -183,25 +187,24 @@ func (st *stream) create(r *pb.WatchCreateRequest) error {
 		}
 	}
 	watcher, rev := st.s.opt.Engine.Hub().Add(f, r.StartRevision, st.poke)
-	w := &clientWatch{Watcher: watcher, id: id, prev: r.PrevKv, progress: r.ProgressNotify}
+	w := &clientWatch{
+		Watcher: watcher, id: id, start: r.StartRevision, prev: r.PrevKv, noPrev: st.s.opt.Engine.Compacted(),
+		progress: r.ProgressNotify, fragment: r.Fragment,
+	}
 	st.watches[id] = w
 	if err := st.Send(&pb.WatchResponse{Header: st.s.header(rev), WatchId: id, Created: true}); err != nil {
 		return err
 	}
-	// The previous values at the compacted revision itself belong to what was compacted: API
-	// servers want to hear so, others may go on from there, as in etcd.
-	if compacted := st.s.opt.Engine.Compacted(); r.PrevKv && r.StartRevision > 0 && r.StartRevision <= compacted {
-		return st.compacted(w, compacted)
-	}
 	return st.deliver(w)
 }
 
-// compacted ends a watch that begins, or has fallen behind, a compaction.
-func (st *stream) compacted(w *clientWatch, rev int64) error {
-	st.remove(w)
+// compacted ends a watch that begins before, or has fallen behind, a compaction. As in etcd, neither
+// reason nor revision are sent.
+func (st *stream) compacted(w *clientWatch) error {
+	st.s.opt.Engine.Hub().Remove(w.Watcher)
+	w.ended = true
 	return st.Send(&pb.WatchResponse{
-		Header: st.s.now(), WatchId: w.id, Canceled: true,
-		CompactRevision: rev, CancelReason: state.ErrCompacted.Error(),
+		Header: st.s.header(0), WatchId: w.id, Canceled: true, CompactRevision: st.s.opt.Engine.Compacted(),
 	})
 }
 
@@ -216,10 +219,10 @@ func (st *stream) deliverAll() error {
 
 // deliver sends everything there is for a watch.
 func (st *stream) deliver(w *clientWatch) error {
-	for {
+	for !w.ended {
 		changes, rev, more, err := w.Collect(watchMessage)
 		if errors.Is(err, state.ErrCompacted) {
-			return st.compacted(w, st.s.opt.Engine.Compacted())
+			return st.compacted(w)
 		}
 		if err != nil {
 			return toGRPC(err)
@@ -229,7 +232,8 @@ func (st *stream) deliver(w *clientWatch) error {
 			if more {
 				rev = changes[len(changes)-1].Rev()
 			}
-			if err := st.Send(&pb.WatchResponse{Header: st.s.header(rev), WatchId: w.id, Events: events(changes, w.prev)}); err != nil {
+			resp := &pb.WatchResponse{Header: st.s.header(rev), WatchId: w.id, Events: events(changes, w)}
+			if err := st.sendEvents(resp, w.fragment); err != nil {
 				return err
 			}
 		}
@@ -237,9 +241,30 @@ func (st *stream) deliver(w *clientWatch) error {
 			return nil
 		}
 	}
+	return nil
 }
 
-func events(changes []state.Change, prev bool) []*mvccpb.Event {
+// sendEvents sends events, in several messages if they are too many for one and the client can put them
+// together.
+func (st *stream) sendEvents(resp *pb.WatchResponse, fragment bool) error {
+	for fragment && len(resp.Events) > 1 && proto.Size(resp) >= maxRequestBytes {
+		part := &pb.WatchResponse{Header: resp.Header, WatchId: resp.WatchId, Fragment: true}
+		size := 0
+		for _, ev := range resp.Events[:len(resp.Events)-1] {
+			if size += proto.Size(ev) + 16; len(part.Events) > 0 && size >= maxRequestBytes {
+				break
+			}
+			part.Events = append(part.Events, ev)
+		}
+		if err := st.Send(part); err != nil {
+			return err
+		}
+		resp.Events = resp.Events[len(part.Events):]
+	}
+	return st.Send(resp)
+}
+
+func events(changes []state.Change, w *clientWatch) []*mvccpb.Event {
 	evs := make([]mvccpb.Event, len(changes))
 	out := make([]*mvccpb.Event, len(changes))
 	for i, c := range changes {
@@ -248,7 +273,7 @@ func events(changes []state.Change, prev bool) []*mvccpb.Event {
 		if c.Cur.Deleted() {
 			ev.Type = mvccpb.Event_DELETE
 		}
-		if prev && c.Prev != nil {
+		if w.prev && c.Prev != nil && c.Rev() > w.noPrev {
 			ev.PrevKv = &c.Prev.KV
 		}
 		out[i] = ev
@@ -256,14 +281,20 @@ func events(changes []state.Change, prev bool) []*mvccpb.Event {
 	return out
 }
 
-// progress answers a progress request: after all events up to the revision that it names. That
+// progress answers a progress request: after all events up to the revision that it names, and only if
+// there are watches and all of them have begun, and none has been ended by a compaction, as in etcd. That
 // need not be confirmed by a majority, as a read is: who asks has got the revision that it waits
 // for from a read, and asks again when the answer is older.
 func (st *stream) progress() error {
 	st.s.opt.Backend.CatchUp(st.Context())
 	rev := st.s.opt.Engine.Hub().Rev()
-	if err := st.deliverAll(); err != nil {
+	if err := st.deliverAll(); err != nil || len(st.watches) == 0 {
 		return err
+	}
+	for _, w := range st.watches {
+		if w.ended || w.start > rev {
+			return nil
+		}
 	}
 	return st.Send(&pb.WatchResponse{Header: st.s.header(rev), WatchId: -1})
 }
@@ -271,10 +302,10 @@ func (st *stream) progress() error {
 // notifyProgress tells the watches that asked for it, and had nothing to hear, where they are.
 func (st *stream) notifyProgress() error {
 	for _, w := range st.watches {
-		if !w.progress {
+		rev := st.s.opt.Engine.Hub().Rev()
+		if !w.progress || w.ended || w.start > rev {
 			continue
 		}
-		rev := st.s.opt.Engine.Hub().Rev()
 		if err := st.deliver(w); err != nil {
 			return err
 		}

@@ -17,16 +17,18 @@ func (s *State) StageGrant(id, ttl int64) error {
 	return nil
 }
 
-// StageExpire stages the deletion of up to max keys of a lease, each at a revision of its
-// own, and returns how many. A lease with none left can be dropped.
-func (s *State) StageExpire(id int64, max int) int {
+// StageExpire stages the deletion of a lease's keys, all at one revision and in key order, and
+// returns how many. Of more than MaxChanges keys the others are left for the next call. A lease with
+// none left can be dropped.
+func (s *State) StageExpire(id int64) int {
 	keys := s.LeaseKeys(id)
-	if len(keys) > max {
-		keys = keys[:max]
+	if len(keys) == 0 {
+		return 0
 	}
-	for _, k := range keys {
-		s.stagedRev++
-		s.staged = append(s.staged, s.push(&Version{KV: mvccpb.KeyValue{Key: []byte(k), ModRevision: s.stagedRev}}))
+	keys = keys[:min(len(keys), MaxChanges)]
+	s.stagedRev++
+	for i, k := range keys {
+		s.staged = append(s.staged, s.push(&Version{KV: mvccpb.KeyValue{Key: []byte(k), ModRevision: s.stagedRev}, Sub: i}))
 	}
 	return len(keys)
 }

@@ -11,7 +11,7 @@ type Loader struct {
 	last *Version
 }
 
-// NewLoader begins with the revision of the last compaction, 0 for none.
+// NewLoader begins with the revision of the last compaction, or NeverCompacted.
 func NewLoader(compacted int64) *Loader {
 	s := New()
 	s.compacted = compacted

@@ -2,6 +2,7 @@ package state
 
 import (
 	"bytes"
+	"math"
 	"sort"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -27,34 +28,31 @@ func (s *State) ascend(key, end []byte, fn func(*entry) bool) {
 	s.keys.AscendRange(&entry{key: key}, &entry{key: end}, fn)
 }
 
-// Range reads at the request's revision, the committed one if that is 0. Header.Revision is
-// the committed revision. The key-value pairs are shared: do not change them.
-func (s *State) Range(r *pb.RangeRequest) (*pb.RangeResponse, error) {
-	resp, err := s.rangeAt(r, s.rev, s.rev)
-	if err != nil {
-		return nil, err
-	}
-	resp.Header = &pb.ResponseHeader{Revision: s.rev}
-	return resp, nil
-}
+// Range reads at the request's revision, the committed one if that is 0 or below. Header.Revision
+// is the committed revision. The key-value pairs are shared: do not change them.
+func (s *State) Range(r *pb.RangeRequest) (*pb.RangeResponse, error) { return s.rangeAt(r, s.rev) }
 
-// rangeAt reads at the request's revision, or at rev if it names none; latest is the newest
-// that it may name.
-func (s *State) rangeAt(r *pb.RangeRequest, rev, latest int64) (*pb.RangeResponse, error) {
-	if r.Revision > latest {
+// rangeAt reads at the request's revision, or at now, the newest one, if it names none.
+func (s *State) rangeAt(r *pb.RangeRequest, now int64) (*pb.RangeResponse, error) {
+	if r.Revision > now {
 		return nil, ErrFutureRev
 	}
+	rev := now
 	if r.Revision > 0 {
 		if r.Revision < s.compacted {
 			return nil, ErrCompacted
 		}
 		rev = r.Revision
 	}
-	resp := &pb.RangeResponse{}
+	resp := &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: now}}
 	filtered := r.MinModRevision != 0 || r.MaxModRevision != 0 || r.MinCreateRevision != 0 || r.MaxCreateRevision != 0
-	// As in etcd, naming a target other than the key asks for rising order.
+	// As in etcd, naming a target other than the key asks for rising order. Without an order the limit
+	// comes first: then what is sorted is the first keys and one more.
 	sorted := r.SortOrder == pb.RangeRequest_DESCEND || r.SortTarget != pb.RangeRequest_KEY
-	collectAll := filtered || sorted
+	most := int64(math.MaxInt64)
+	if r.Limit > 0 && r.Limit < most && !filtered && (!sorted || r.SortOrder == pb.RangeRequest_NONE) {
+		most = r.Limit + 1
+	}
 	var kvs []*mvccpb.KeyValue
 	s.ascend(r.Key, r.RangeEnd, func(e *entry) bool {
 		v := e.at(rev)
@@ -62,7 +60,7 @@ func (s *State) rangeAt(r *pb.RangeRequest, rev, latest int64) (*pb.RangeRespons
 			return true
 		}
 		resp.Count++
-		if !r.CountOnly && (collectAll || r.Limit <= 0 || int64(len(kvs)) < r.Limit) {
+		if !r.CountOnly && int64(len(kvs)) < most {
 			kvs = append(kvs, &v.KV)
 		}
 		return true
@@ -86,20 +84,17 @@ func (s *State) rangeAt(r *pb.RangeRequest, rev, latest int64) (*pb.RangeRespons
 	if sorted {
 		order(kvs, r.SortTarget, r.SortOrder == pb.RangeRequest_DESCEND)
 	}
-	if r.Limit > 0 {
-		if collectAll {
-			if int64(len(kvs)) > r.Limit {
-				kvs, resp.More = kvs[:r.Limit], true
-			}
-		} else {
-			resp.More = resp.Count > int64(len(kvs))
-		}
+	if r.Limit > 0 && int64(len(kvs)) > r.Limit {
+		kvs, resp.More = kvs[:r.Limit], true
 	}
 	if r.KeysOnly {
 		bare := make([]mvccpb.KeyValue, len(kvs))
 		for i, kv := range kvs {
 			b := &bare[i]
-			b.Key, b.CreateRevision, b.ModRevision, b.Version, b.Lease = kv.Key, kv.CreateRevision, kv.ModRevision, kv.Version, kv.Lease
+			b.Key, b.CreateRevision, b.ModRevision, b.Version = kv.Key, kv.CreateRevision, kv.ModRevision, kv.Version
+			if r.SortTarget == pb.RangeRequest_VALUE {
+				b.Lease = kv.Lease // etcd reads the others from its index, which knows no leases
+			}
 			kvs[i] = b
 		}
 	}
@@ -121,7 +116,8 @@ func order(kvs []*mvccpb.KeyValue, target pb.RangeRequest_SortTarget, descend bo
 		}
 		return bytes.Compare(a.Key, b.Key) < 0
 	}
-	sort.SliceStable(kvs, func(i, j int) bool {
+	// The algorithm and its input are those of etcd, and so is the order of what compares as equal.
+	sort.Slice(kvs, func(i, j int) bool {
 		if descend {
 			return less(kvs[j], kvs[i])
 		}
@@ -150,7 +146,7 @@ func (s *State) Page(key, end []byte, rev, limit int64, maxBytes int, keysOnly b
 		}
 		kv := &v.KV
 		if keysOnly {
-			kv = &mvccpb.KeyValue{Key: kv.Key, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, Version: kv.Version, Lease: kv.Lease}
+			kv = &mvccpb.KeyValue{Key: kv.Key, CreateRevision: kv.CreateRevision, ModRevision: kv.ModRevision, Version: kv.Version}
 		}
 		kvs = append(kvs, kv)
 		size += len(kv.Key) + len(kv.Value) + 32

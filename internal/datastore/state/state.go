@@ -31,6 +31,10 @@ var (
 // MaxChanges is the largest number of keys that one transaction may change.
 const MaxChanges = 4096
 
+// NeverCompacted is the revision of the last compaction when there was none. As in etcd, a first
+// compaction to revision 0 is possible.
+const NeverCompacted = -1
+
 // FirstRevision is the revision of an empty store, as in etcd.
 const FirstRevision = 1
 
@@ -100,6 +104,7 @@ func New() *State {
 	return &State{
 		keys:      btree.NewG(32, func(a, b *entry) bool { return bytes.Compare(a.key, b.key) < 0 }),
 		rev:       FirstRevision,
+		compacted: NeverCompacted,
 		stagedRev: FirstRevision,
 		leases:    map[int64]*Lease{},
 		attached:  map[int64]map[string]struct{}{},
@@ -109,7 +114,7 @@ func New() *State {
 // Rev is the committed revision.
 func (s *State) Rev() int64 { return s.rev }
 
-// Compacted is the revision of the last compaction, 0 if there was none.
+// Compacted is the revision of the last compaction, or NeverCompacted.
 func (s *State) Compacted() int64 { return s.compacted }
 
 // Keys is the number of live keys.

@@ -133,17 +133,17 @@ func TestLeaseCountdown(t *testing.T) {
 	if due, _ := s.Expired(now.Add(10 * time.Second)); len(due) != 1 {
 		t.Fatal("late")
 	}
-	if n := s.StageExpire(7, 1); n != 1 || len(s.LeaseKeys(7)) != 1 {
-		t.Fatal("the limit was not kept")
+	if n := s.StageExpire(7); n != 2 || len(s.LeaseKeys(7)) != 0 {
+		t.Fatal("keys are left")
 	}
 	s.Rollback()
 	if len(s.LeaseKeys(7)) != 2 {
 		t.Fatal("rollback did not attach again")
 	}
-	s.StageExpire(7, 10)
+	s.StageExpire(7)
 	s.Commit(now)
 	s.DropLease(7)
-	if s.Keys() != 0 || s.Rev() != 4 || len(s.Leases()) != 0 {
+	if s.Keys() != 0 || s.Rev() != 3 || len(s.Leases()) != 0 {
 		t.Fatalf("%d keys at %d", s.Keys(), s.Rev())
 	}
 }
@@ -202,7 +202,7 @@ func history(t *testing.T, r *rand.Rand) {
 	m := &simple{rev: 1, states: map[int64]map[string]pair{1: {}}, events: map[int64]map[string]bool{}}
 	log := map[int64]*Version{} // what a log would hold, by a unique id
 	id := func(v *Version) int64 { return v.KV.ModRevision<<12 | int64(v.Sub) }
-	compacted := int64(0)
+	compacted := int64(NeverCompacted)
 	var buried []*Version // dead, but still in the log
 	key := func() string { return fmt.Sprintf("k%d", r.IntN(8)) }
 	for range 120 {

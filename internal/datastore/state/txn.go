@@ -8,77 +8,119 @@ import (
 )
 
 // Stage evaluates a transaction on top of everything staged, and stages its changes, if it
-// has any, with the next revision. Only Header.Revision of the headers is set. An error
+// has any, with the next revision. Only Header.Revision of the headers is set, as in etcd: of an
+// operation it is the revision after it, and the header of an inner transaction is empty. An error
 // leaves nothing of the transaction staged. The caller has validated the request.
 func (s *State) Stage(r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	t := txn{s: s, rev: s.stagedRev + 1, first: len(s.staged)}
+	t := txn{s: s, base: s.stagedRev}
+	first := len(s.staged)
 	resp, err := t.run(r)
 	if err == nil && t.sub > MaxChanges {
 		err = ErrTooManyRows
 	}
 	if err != nil {
-		s.unstage(t.first)
+		s.unstage(first)
 		return nil, err
 	}
-	if t.sub > 0 {
-		s.stagedRev = t.rev
-	}
-	setRevision(resp, s.stagedRev)
+	s.stagedRev = t.rev()
 	return resp, nil
 }
 
 // Read evaluates a transaction that changes nothing at the committed revision.
 func (s *State) Read(r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	t := txn{s: s, rev: s.rev}
-	resp, err := t.run(r)
-	if err != nil {
-		return nil, err
-	}
-	setRevision(resp, s.rev)
-	return resp, nil
+	t := txn{s: s, base: s.rev}
+	return t.run(r)
 }
 
-func setRevision(r *pb.TxnResponse, rev int64) {
-	h := &pb.ResponseHeader{Revision: rev}
-	r.Header = h
-	for _, op := range r.Responses {
-		switch o := op.Response.(type) {
-		case *pb.ResponseOp_ResponseRange:
-			o.ResponseRange.Header = h
-		case *pb.ResponseOp_ResponsePut:
-			o.ResponsePut.Header = h
-		case *pb.ResponseOp_ResponseDeleteRange:
-			o.ResponseDeleteRange.Header = h
-		case *pb.ResponseOp_ResponseTxn:
-			setRevision(o.ResponseTxn, rev)
-		}
-	}
-}
-
+// txn is a transaction under evaluation.
 type txn struct {
-	s     *State
-	rev   int64 // of this transaction's changes, if there are any; reads include them
-	first int
-	sub   int
+	s    *State
+	base int64 // the revision before it
+	sub  int   // its changes so far
+}
+
+// rev is the revision that reads see: with the changes so far.
+func (t *txn) rev() int64 {
+	if t.sub > 0 {
+		return t.base + 1
+	}
+	return t.base
+}
+
+// branch is what a transaction will do. As in etcd, all compares, those of inner transactions too,
+// are decided before the first change, and so is whether an operation is possible.
+type branch struct {
+	succeeded bool
+	ops       []*pb.RequestOp
+	inner     []*branch // of the operations that are transactions, in order
 }
 
 func (t *txn) run(r *pb.TxnRequest) (*pb.TxnResponse, error) {
-	resp := &pb.TxnResponse{Succeeded: true}
+	b := t.decide(r)
+	if err := t.check(b); err != nil {
+		return nil, err
+	}
+	resp, err := t.execute(b)
+	if err != nil {
+		return nil, err
+	}
+	resp.Header.Revision = t.rev()
+	return resp, nil
+}
+
+func (t *txn) decide(r *pb.TxnRequest) *branch {
+	b := &branch{succeeded: true, ops: r.Success}
 	for _, c := range r.Compare {
 		if !t.compare(c) {
-			resp.Succeeded = false
+			b.succeeded, b.ops = false, r.Failure
 			break
 		}
 	}
-	ops := r.Success
-	if !resp.Succeeded {
-		ops = r.Failure
+	for _, op := range b.ops {
+		if o, ok := op.Request.(*pb.RequestOp_RequestTxn); ok {
+			b.inner = append(b.inner, t.decide(o.RequestTxn))
+		}
 	}
-	for _, op := range ops {
+	return b
+}
+
+func (t *txn) check(b *branch) error {
+	inner := b.inner
+	for _, op := range b.ops {
+		switch o := op.Request.(type) {
+		case *pb.RequestOp_RequestRange:
+			switch rev := o.RequestRange.Revision; {
+			case rev > t.base:
+				return ErrFutureRev
+			case rev != 0 && rev < t.s.compacted:
+				return ErrCompacted
+			}
+		case *pb.RequestOp_RequestPut:
+			p := o.RequestPut
+			if p.Lease != 0 && t.s.leases[p.Lease] == nil {
+				return ErrLeaseNotFound
+			}
+			if (p.IgnoreValue || p.IgnoreLease) && t.s.current(p.Key) == nil {
+				return ErrKeyNotFound
+			}
+		case *pb.RequestOp_RequestTxn:
+			if err := t.check(inner[0]); err != nil {
+				return err
+			}
+			inner = inner[1:]
+		}
+	}
+	return nil
+}
+
+func (t *txn) execute(b *branch) (*pb.TxnResponse, error) {
+	resp := &pb.TxnResponse{Header: &pb.ResponseHeader{}, Succeeded: b.succeeded}
+	inner := b.inner
+	for _, op := range b.ops {
 		out := &pb.ResponseOp{}
 		switch o := op.Request.(type) {
 		case *pb.RequestOp_RequestRange:
-			rr, err := t.s.rangeAt(o.RequestRange, t.rev, t.latest())
+			rr, err := t.s.rangeAt(o.RequestRange, t.rev())
 			if err != nil {
 				return nil, err
 			}
@@ -92,10 +134,11 @@ func (t *txn) run(r *pb.TxnRequest) (*pb.TxnResponse, error) {
 		case *pb.RequestOp_RequestDeleteRange:
 			out.Response = &pb.ResponseOp_ResponseDeleteRange{ResponseDeleteRange: t.delete(o.RequestDeleteRange)}
 		case *pb.RequestOp_RequestTxn:
-			tr, err := t.run(o.RequestTxn)
+			tr, err := t.execute(inner[0])
 			if err != nil {
 				return nil, err
 			}
+			inner = inner[1:]
 			out.Response = &pb.ResponseOp_ResponseTxn{ResponseTxn: tr}
 		}
 		resp.Responses = append(resp.Responses, out)
@@ -103,27 +146,19 @@ func (t *txn) run(r *pb.TxnRequest) (*pb.TxnResponse, error) {
 	return resp, nil
 }
 
-// latest is the newest revision that a read inside the transaction may name.
-func (t *txn) latest() int64 {
-	if t.sub > 0 || t.rev == t.s.rev {
-		return t.rev
-	}
-	return t.rev - 1
-}
-
 func (t *txn) put(r *pb.PutRequest) (*pb.PutResponse, error) {
-	s := t.s
+	s, rev := t.s, t.base+1
 	prev := s.current(r.Key)
 	v := &Version{KV: mvccpb.KeyValue{
 		Key: r.Key, Value: r.Value, Lease: r.Lease,
-		ModRevision: t.rev, CreateRevision: t.rev, Version: 1,
+		ModRevision: rev, CreateRevision: rev, Version: 1,
 	}, Sub: t.sub}
 	if prev != nil {
 		v.KV.CreateRevision = prev.KV.CreateRevision
 		v.KV.Version = prev.KV.Version + 1
 	}
 	if r.IgnoreValue || r.IgnoreLease {
-		if prev == nil {
+		if prev == nil { // deleted by an operation before, in a transaction of its own
 			return nil, ErrKeyNotFound
 		}
 		if r.IgnoreValue {
@@ -133,12 +168,9 @@ func (t *txn) put(r *pb.PutRequest) (*pb.PutResponse, error) {
 			v.KV.Lease = prev.KV.Lease
 		}
 	}
-	if v.KV.Lease != 0 && s.leases[v.KV.Lease] == nil {
-		return nil, ErrLeaseNotFound
-	}
 	s.staged = append(s.staged, s.push(v))
 	t.sub++
-	resp := &pb.PutResponse{}
+	resp := &pb.PutResponse{Header: &pb.ResponseHeader{Revision: rev}}
 	if r.PrevKv && prev != nil {
 		resp.PrevKv = &prev.KV
 	}
@@ -149,16 +181,18 @@ func (t *txn) delete(r *pb.DeleteRangeRequest) *pb.DeleteRangeResponse {
 	s := t.s
 	var victims []*Version
 	s.ascend(r.Key, r.RangeEnd, func(e *entry) bool {
-		if v := e.at(t.rev); v != nil {
+		if v := e.at(t.rev()); v != nil {
 			victims = append(victims, v)
 		}
 		return true
 	})
-	resp := &pb.DeleteRangeResponse{Deleted: int64(len(victims))}
 	for _, v := range victims {
-		s.staged = append(s.staged, s.push(&Version{KV: mvccpb.KeyValue{Key: v.KV.Key, ModRevision: t.rev}, Sub: t.sub}))
+		s.staged = append(s.staged, s.push(&Version{KV: mvccpb.KeyValue{Key: v.KV.Key, ModRevision: t.base + 1}, Sub: t.sub}))
 		t.sub++
-		if r.PrevKv {
+	}
+	resp := &pb.DeleteRangeResponse{Header: &pb.ResponseHeader{Revision: t.rev()}, Deleted: int64(len(victims))}
+	if r.PrevKv {
+		for _, v := range victims {
 			resp.PrevKvs = append(resp.PrevKvs, &v.KV)
 		}
 	}
@@ -172,11 +206,11 @@ func (t *txn) compare(c *pb.Compare) bool {
 		if !ok {
 			return holds(c, nil)
 		}
-		return holds(c, e.at(t.rev))
+		return holds(c, e.at(t.base))
 	}
 	found, ok := false, true
 	t.s.ascend(c.Key, c.RangeEnd, func(e *entry) bool {
-		v := e.at(t.rev)
+		v := e.at(t.base)
 		if v == nil {
 			return true
 		}
@@ -222,7 +256,7 @@ func holds(c *pb.Compare, v *Version) bool {
 	case pb.Compare_LESS:
 		return d < 0
 	}
-	return false
+	return true // as etcd has it
 }
 
 func cmp(a, b int64) int {
