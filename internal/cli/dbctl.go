@@ -47,9 +47,10 @@ type dbctlOptions struct {
 func (a *App) newDbctl() *cobra.Command {
 	o := dbctlOptions{}
 	cmd := &cobra.Command{
-		Use:   "dbctl backup [-o FILE|DIRECTORY] [--keep N] | restore FILE [--prune] [--no-copy] [--debug]",
+		Use:   "dbctl backup [-o FILE|DIRECTORY] [--keep N] | restore FILE [--prune] [--no-copy] [--debug] | disarm",
 		Short: "Back up the datastore, or restore it",
-		Long: `Back up the datastore to an archive, or restore one. The node must be running.
+		Long: `Back up the datastore to an archive, or restore one, or let it grow again after it has reached
+its limit. The node must be running.
 
   microk8s dbctl backup [-o FILE|DIRECTORY] [--keep N]
       Write all keys, as of one moment, to FILE.tar.gz. Without a file name the archive is
@@ -63,8 +64,12 @@ func (a *App) newDbctl() *cobra.Command {
       restore brings back no token that was used or revoked, and no node that was removed.
       What the datastore had before is archived first, except with --no-copy; the last three
       such archives are kept.
+  microk8s dbctl disarm
+      Let the datastore take writes again that it refuses because it had reached its limit
+      (--quota-backend-bytes in args/k8s-dqlite). Delete what is not needed before:
+      microk8s status shows what takes most.
 
-Both check what they have written, by number and hash of the keys.`,
+Backup and restore check what they have written, by number and hash of the keys.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			wrong := func(format string, v ...any) error { return &usageError{cmd, fmt.Errorf(format, v...)} }
 			rest := args
@@ -85,8 +90,12 @@ Both check what they have written, by number and hash of the keys.`,
 				if o.output != "" || cmd.Flags().Changed("keep") {
 					return wrong("--output and --keep are for backup")
 				}
+			case "disarm":
+				if o.prune || o.noCopy || o.output != "" || cmd.Flags().Changed("keep") {
+					return wrong("disarm has no options")
+				}
 			default:
-				return wrong("neither backup nor restore: %s", o.verb)
+				return wrong("none of backup, restore and disarm: %s", o.verb)
 			}
 			if len(rest) > 0 {
 				return wrong("unexpected argument: %s", rest[0])
@@ -105,8 +114,11 @@ Both check what they have written, by number and hash of the keys.`,
 				fmt.Fprintln(a.Out, "Please ensure the kubernetes apiserver is running and HA is enabled.")
 				return exitError(exitNoDatastore)
 			}
-			if o.verb == "restore" {
+			switch o.verb {
+			case "restore":
 				return a.dbRestore(cmd.Context(), o)
+			case "disarm":
+				return a.dbDisarm(cmd.Context())
 			}
 			return a.dbBackup(cmd.Context(), o)
 		},
@@ -117,6 +129,20 @@ Both check what they have written, by number and hash of the keys.`,
 	cmd.Flags().BoolVar(&o.noCopy, "no-copy", false, "archive nothing of what the datastore has before a restore")
 	cmd.Flags().BoolVar(&o.debug, "debug", false, "show what the tool does")
 	return cmd
+}
+
+// dbDisarm ends the datastore's alarms.
+func (a *App) dbDisarm(ctx context.Context) error {
+	var out bytes.Buffer
+	cmd := exec.CommandContext(ctx, a.Env.Bin("k8s-dqlite"), "alarm", "disarm", "--endpoint", "unix://"+a.Env.DatastoreSocket())
+	cmd.Env = a.Env.Environ(a.Environ)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	err := cmd.Run()
+	if err != nil {
+		return fmt.Errorf("%w\n%s", err, bytes.TrimSpace(out.Bytes()))
+	}
+	_, err = a.Out.Write(out.Bytes())
+	return err
 }
 
 func (a *App) dbBackup(ctx context.Context, o dbctlOptions) error {

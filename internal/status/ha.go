@@ -2,6 +2,7 @@ package status
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"slices"
 	"strings"
@@ -27,6 +28,9 @@ func askHA(ctx context.Context, env snapenv.Env) HA {
 	ha = HA{Datastore: true, Asked: true}
 	voters, alive := 0, 0
 	for _, m := range list {
+		if m.Self {
+			ha.space, ha.memory = m.Space, m.Memory
+		}
 		ha.Nodes = append(ha.Nodes, Member{Address: m.Address, Role: m.Role, Alive: m.Online, full: m.DiskFull})
 		if m.Role == storedir.Voter {
 			voters++
@@ -112,6 +116,33 @@ func (r *Report) haProblems() {
 			what += ", and nothing can be written"
 		}
 		r.add("%s", what)("free some space there (10 MiB or more); nothing has to be restarted")
+	}
+	r.spaceProblems()
+}
+
+// nearlyFull is the part of a limit from which on it is a problem, in percent.
+const nearlyFull = 80
+
+// spaceProblems says how near the datastore is to its limits.
+func (r *Report) spaceProblems() {
+	if s := r.HA.space; s != nil {
+		var most []string
+		for _, p := range s.Largest[:min(len(s.Largest), 3)] {
+			most = append(most, fmt.Sprintf("%s (%d MiB in %d keys)", p.Prefix, p.Bytes>>20, p.Keys))
+		}
+		what := fmt.Sprintf("%d of %d MiB, most of it in %s", s.Bytes>>20, s.Quota>>20, strings.Join(most, ", "))
+		const larger = "set a larger --quota-backend-bytes in args/k8s-dqlite of each control-plane node and restart it"
+		switch {
+		case s.Refused:
+			r.add("the datastore has reached its limit and refuses what would make it larger: it holds %s", what)(
+				"delete what is not needed, or " + larger + "; then run: microk8s dbctl disarm")
+		case s.Quota > 0 && s.Bytes >= s.Quota/100*nearlyFull:
+			r.add("the datastore is near its limit: it holds %s", what)("delete what is not needed, or " + larger)
+		}
+	}
+	if m := r.HA.memory; m != nil && m.Low {
+		r.add("the datastore on this node is near its memory limit, at which the kernel kills it: it uses %d of %d MiB", m.Used>>20, m.Limit>>20)(
+			"raise MemoryMax= of the service, or delete what is not needed")
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
@@ -62,6 +63,9 @@ type HA struct {
 	Quorum    bool // a majority of the voters lives
 	Nodes     []Member
 	Endpoints []string
+
+	space  *peers.Space  // nil where it is not known
+	memory *peers.Memory // nil where it is not limited
 }
 
 // Member is one member of the datastore.

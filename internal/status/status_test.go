@@ -298,6 +298,11 @@ func TestHighAvailability(t *testing.T) {
 		m.DiskFull = true
 		return m
 	}
+	limits := func(space *peers.Space, memory *peers.Memory) []peers.Member {
+		m := member(1, storedir.Voter, true)
+		m.Self, m.Space, m.Memory = true, space, memory
+		return []peers.Member{m}
+	}
 	v, s, sp := storedir.Voter, storedir.StandBy, storedir.Spare
 	for _, tc := range []struct {
 		name           string
@@ -314,6 +319,11 @@ func TestHighAvailability(t *testing.T) {
 		{"a silent stand-by", []peers.Member{member(1, v, true), member(2, v, true), member(3, v, true), member(4, s, false)}, true, "any one node", "10.0.0.4:19001 does not answer"},
 		{"a full disk", []peers.Member{member(1, v, true), full(2), member(3, v, true)}, true, "any one node", "is full at 10.0.0.2:19001; free some space"},
 		{"full disks", []peers.Member{member(1, v, true), full(2), full(3)}, true, "any one node", "is full at 10.0.0.2:19001, 10.0.0.3:19001, and nothing can be written"},
+		{"far from its limits", limits(&peers.Space{Bytes: 700, Quota: 1000}, &peers.Memory{Used: 10, Limit: 20}), false, "", ""},
+		{"near its limit", limits(&peers.Space{Bytes: 900 << 20, Quota: 1000 << 20, Largest: []peers.Prefix{{Prefix: "/registry/events/", Keys: 7, Bytes: 800 << 20}}}, nil), false, "",
+			"is near its limit: it holds 900 of 1000 MiB, most of it in /registry/events/ (800 MiB in 7 keys)"},
+		{"at its limit", limits(&peers.Space{Bytes: 1000 << 20, Quota: 1000 << 20, Refused: true, Largest: []peers.Prefix{{Prefix: "/registry/events/"}}}, nil), false, "", "then run: microk8s dbctl disarm"},
+		{"little memory", limits(nil, &peers.Memory{Used: 90 << 20, Limit: 100 << 20, Low: true}), false, "", "it uses 90 of 100 MiB; raise MemoryMax="},
 		{"roles not given yet", []peers.Member{member(1, v, true), member(2, sp, true), member(3, sp, true)}, false, "until there are three voters", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -27,6 +27,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/replica"
 	"microk8s/internal/datastore/server"
+	"microk8s/internal/datastore/state"
 	"microk8s/internal/snapenv"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -127,16 +128,29 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, NoBarrier: c.faults.NoBarrier, Twice: c.faults.Twice})
+	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, Quota: c.Quota, NoBarrier: c.faults.NoBarrier, Twice: c.faults.Twice})
 	defer r.Close()
 	e := r.Engine()
 	serving, stopServing := context.WithCancel(context.Background())
 	defer stopServing()
-	waitMembers, err := peers.Serve(serving, c.StorageDir, log, r.Members)
+	mem := findMemory("/")
+	waitMembers, err := peers.Serve(serving, c.StorageDir, log, func() []peers.Member {
+		members := r.Members()
+		for i := range members {
+			if members[i].Self {
+				members[i].Memory = mem.usage()
+			}
+		}
+		return members
+	})
 	if err != nil {
 		return err
 	}
 	defer waitMembers()
+	var watching sync.WaitGroup
+	watching.Go(func() { mem.watch(serving, log) })
+	defer watching.Wait()
+	defer stopServing()
 	begin := time.Now()
 	if err := r.Ready(ctx); err != nil {
 		return err
@@ -233,6 +247,16 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 
 // createHealthKey makes the key if it is missing. It waits for a leader as long as it takes.
 func createHealthKey(ctx context.Context, r *replica.Replica) error {
+	// Beyond the quota not even this transaction is taken, which would change nothing.
+	exists := false
+	_ = r.Engine().View(func(st *state.State) error {
+		got, err := st.Range(&pb.RangeRequest{Key: []byte(HealthKey), CountOnly: true})
+		exists = err == nil && got.Count > 0
+		return nil
+	})
+	if exists {
+		return nil
+	}
 	create := &pb.TxnRequest{
 		Compare: []*pb.Compare{{Key: []byte(HealthKey), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{}}},
 		Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(HealthKey), Value: []byte(HealthValue)}}}},

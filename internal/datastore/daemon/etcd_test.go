@@ -44,7 +44,6 @@ var notCompared = map[protoreflect.FullName]string{
 	"etcdserverpb.StatusResponse.raftIndex":        "of another Raft",
 	"etcdserverpb.StatusResponse.raftAppliedIndex": "of another Raft",
 	"etcdserverpb.StatusResponse.raftTerm":         "of another Raft",
-	"etcdserverpb.StatusResponse.dbSizeQuota":      "there is no quota",
 	"etcdserverpb.MemberListResponse.members":      "one member is listed, because clients would connect to the others",
 	// Of watches, which are compared as one list of events for each, also not: into which messages the
 	// events are divided, and which revision beyond the events the header of such a message has.
@@ -168,7 +167,7 @@ func rangeStream(ctx context.Context, c *grpc.ClientConn, r *pb.RangeRequest) (*
 	}
 }
 
-// comparable is an answer without what is not compared, as text.
+// comparableText is an answer without what is not compared, as text.
 func comparableText(m proto.Message, err error) string {
 	if err != nil {
 		s := status.Convert(err)
@@ -177,7 +176,8 @@ func comparableText(m proto.Message, err error) string {
 	m = proto.Clone(m)
 	normalize(m.ProtoReflect())
 	// Without the spaces that prototext varies from build to build.
-	return strings.ReplaceAll(prototext.MarshalOptions{Multiline: true, Indent: " "}.Format(m), ":  ", ": ")
+	text := strings.ReplaceAll(prototext.MarshalOptions{Multiline: true, Indent: " "}.Format(m), ":  ", ": ")
+	return strings.ReplaceAll(text, "  alarm:", " alarm:")
 }
 
 func normalize(m protoreflect.Message) {

@@ -2,8 +2,10 @@ package daemon
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -15,6 +17,7 @@ type generator struct {
 	rand      *rand.Rand
 	rev       int64 // of the store
 	compacted int64
+	alarms    map[string]*pb.AlarmRequest // that stand
 }
 
 // learn takes over where the store is.
@@ -24,6 +27,15 @@ func (g *generator) learn(r request, answer proto.Message) {
 	}
 	if q, ok := r.msg.(*pb.CompactionRequest); ok {
 		g.compacted = q.Revision
+	}
+	if q, ok := r.msg.(*pb.AlarmRequest); ok && q.Alarm != pb.AlarmType_NONE {
+		k := fmt.Sprint(q.MemberID, q.Alarm)
+		switch q.Action {
+		case pb.AlarmRequest_ACTIVATE:
+			g.alarms[k] = q
+		case pb.AlarmRequest_DEACTIVATE:
+			delete(g.alarms, k)
+		}
 	}
 }
 
@@ -223,8 +235,31 @@ func (g *generator) txn(depth int) *pb.TxnRequest {
 	return r
 }
 
+// alarm makes a request about alarms. Those that stand end soon, because they make writes fail.
+func (g *generator) alarm() *pb.AlarmRequest {
+	if g.alarms == nil {
+		g.alarms = map[string]*pb.AlarmRequest{}
+	}
+	r := &pb.AlarmRequest{
+		Action: pb.AlarmRequest_AlarmAction(g.rand.IntN(3)), MemberID: uint64(g.rand.IntN(3)), Alarm: pb.AlarmType(g.rand.IntN(3)),
+	}
+	if g.one(2) {
+		r.Alarm = pb.AlarmType_NOSPACE
+	}
+	for _, k := range slices.Sorted(maps.Keys(g.alarms)) {
+		if g.one(2) {
+			a := g.alarms[k]
+			return &pb.AlarmRequest{Action: pb.AlarmRequest_DEACTIVATE, MemberID: a.MemberID, Alarm: a.Alarm}
+		}
+	}
+	return r
+}
+
 // next makes a request that is not a watch.
 func (g *generator) next() request {
+	if g.one(80) || len(g.alarms) > 0 && g.one(12) {
+		return request{msg: g.alarm()}
+	}
 	switch k := g.rand.IntN(100); {
 	case k < 24:
 		return request{msg: g.rng()}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"microk8s/internal/datastore/engine"
 	"microk8s/internal/datastore/migrator"
 
 	"github.com/spf13/cobra"
@@ -35,6 +36,8 @@ type Config struct {
 	StorageAction   string        // none, handover, terminate
 
 	ProgressInterval time.Duration
+
+	Quota int64 // bytes, 0 or less: none
 
 	faults Faults
 
@@ -88,6 +91,7 @@ func addFlags(fs *pflag.FlagSet, c *Config, raw *rawFlags) {
 	fs.DurationVar(&c.StorageInterval, "watch-storage-available-size-interval", 5*time.Second, "how often free space is checked; 0: never")
 	fs.Uint64Var(&c.StorageMin, "watch-storage-available-size-min-bytes", 10<<20, "free space below which the action is taken, in bytes")
 	fs.StringVar(&c.StorageAction, "low-available-storage-action", "none", "none (log), handover or terminate")
+	fs.Int64Var(&c.Quota, "quota-backend-bytes", engine.DefaultQuota, "bytes of data (all versions that can be read) beyond which writes that grow it are refused until room is made and the alarm is ended; 0: etcd's default, below 0: no limit")
 	fs.DurationVar(&c.ProgressInterval, "watch-progress-notify-interval", 5*time.Second, "period of progress notifications of idle watches")
 
 	fs.Int("datastore-max-idle-connections", 5, "no effect")
@@ -130,6 +134,9 @@ func (c *Config) finish(fs *pflag.FlagSet, raw rawFlags) error {
 	case "none", "handover", "terminate":
 	default:
 		return fmt.Errorf("--low-available-storage-action is %q; it must be none, handover or terminate", c.StorageAction)
+	}
+	if c.Quota == 0 {
+		c.Quota = engine.DefaultQuota
 	}
 	if c.Listen == "" {
 		c.Listen = "unix://kine.sock"
@@ -212,7 +219,7 @@ func NewCommand(args []string, run func(*cobra.Command, *Config) error, versions
 			return nil
 		},
 	})
-	root.AddCommand(migrator.NewCommand(), newReseed(), newRecover())
+	root.AddCommand(migrator.NewCommand(), newReseed(), newRecover(), newAlarm())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }

@@ -77,6 +77,11 @@ type Options struct {
 	// Compacted is called, and must not block, after a compaction.
 	Compacted func()
 
+	// Quota is the number of bytes (see state.State.Bytes) beyond which nothing is written that grows the
+	// data; 0 or less: there is no limit. Member is the id in the alarm that is raised then.
+	Quota  int64
+	Member uint64
+
 	// Full says that there is no space for more; it is asked often. Nothing is sent to the log
 	// then: it would fail with an unknown outcome, and end this member's leadership.
 	Full func() bool
@@ -90,6 +95,7 @@ type Engine struct {
 	mu      sync.RWMutex
 	st      *state.State // nil until there is data
 	waiters []waiter     // by WaitRev
+	alarms  map[dslog.Alarm]struct{}
 
 	term      atomic.Pointer[term] // not nil while the engine leads
 	rereading atomic.Bool
@@ -102,6 +108,7 @@ type Engine struct {
 	sweep       bool    // rows that the last leader left may be dead as well
 	lastCompact time.Time
 	samples     []sample
+	overQuota   bool // a request was refused, and the alarm is not raised yet
 
 	size, sizeInUse atomic.Int64 // of the database
 	wakeExpiry      chan struct{}
@@ -192,7 +199,7 @@ func New(opt Options) *Engine {
 	if opt.Full == nil {
 		opt.Full = func() bool { return false }
 	}
-	e := &Engine{opt: opt, wakeExpiry: make(chan struct{}, 1)}
+	e := &Engine{opt: opt, alarms: map[dslog.Alarm]struct{}{}, wakeExpiry: make(chan struct{}, 1)}
 	e.hub = watch.NewHub(e, 0)
 	return e
 }
@@ -204,6 +211,9 @@ func (e *Engine) Lead(ctx context.Context, l dslog.Log, started func()) error {
 	e.log, e.dead, e.sweep = l, nil, false
 	if err := e.takeOver(ctx); err != nil {
 		return err
+	}
+	if err := e.readAlarms(ctx); err != nil {
+		return fmt.Errorf("cannot read the alarms: %w", err)
 	}
 	now := e.opt.Now()
 	e.lastCompact = now
@@ -553,7 +563,11 @@ func (e *Engine) settle(ctx context.Context, t *term, j *job) error {
 // the writes before it as well: its answer may depend on them.
 func (e *Engine) Txn(ctx context.Context, r *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
 	var resp *pb.TxnResponse
+	cost := state.Cost(r)
 	err := e.do(ctx, &job{bytes: size, stage: func(s *state.State) (err error) {
+		if err := e.admit(cost); err != nil {
+			return err
+		}
 		resp, err = s.Stage(r)
 		return err
 	}})
@@ -566,6 +580,9 @@ func (e *Engine) Txn(ctx context.Context, r *pb.TxnRequest, size int) (*pb.TxnRe
 // Grant makes a lease of ttl seconds. An id of 0 lets the engine choose.
 func (e *Engine) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 	err := e.do(ctx, &job{stage: func(s *state.State) error {
+		if err := e.admit(state.GrantCost); err != nil {
+			return err
+		}
 		for id == 0 {
 			id = rand.Int64()
 			if _, taken := s.Lease(id); taken {
@@ -580,6 +597,9 @@ func (e *Engine) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 // Revoke ends a lease: its keys are deleted.
 func (e *Engine) Revoke(ctx context.Context, id int64) error {
 	return e.do(ctx, &job{alone: func(ctx context.Context) error {
+		if err := e.admit(0); err != nil {
+			return err
+		}
 		if _, ok := e.st.Lease(id); !ok {
 			return state.ErrLeaseNotFound
 		}
@@ -635,7 +655,12 @@ func (e *Engine) LeaseList() *pb.LeaseLeasesResponse {
 
 // Compact makes revisions below rev unreadable.
 func (e *Engine) Compact(ctx context.Context, rev int64) error {
-	return e.do(ctx, &job{alone: func(ctx context.Context) error { return e.compact(ctx, rev) }})
+	return e.do(ctx, &job{alone: func(ctx context.Context) error {
+		if err := e.admit(0); err != nil {
+			return err
+		}
+		return e.compact(ctx, rev)
+	}})
 }
 
 // run is the writer.
@@ -749,6 +774,7 @@ func (e *Engine) write(ctx context.Context, group []*job) {
 		e.mu.Unlock()
 		_ = e.flush(ctx)
 	}
+	e.raise(ctx)
 	for _, j := range group {
 		j.wrote = writes
 		close(j.done)
@@ -876,6 +902,9 @@ func (e *Engine) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 				e.st.RestartLeases(e.opt.Now())
 				e.mu.Unlock()
 			}
+			err = e.readAlarms(ctx)
+		}
+		if err == nil {
 			e.epoch.Add(1)
 			return found, nil
 		}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sort"
 	"sync"
 	"testing"
@@ -21,6 +23,7 @@ type memory struct {
 	mu        sync.Mutex
 	rows      map[int64]dslog.Row
 	compacted int64
+	alarms    map[dslog.Alarm]bool
 	closed    bool
 	reopens   int
 	// fault decides what becomes of an append: applied or not, and the error.
@@ -86,6 +89,21 @@ func (m *memory) SetCompacted(_ context.Context, rev int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.compacted = rev
+	return m.usable()
+}
+
+func (m *memory) Alarms(context.Context) ([]dslog.Alarm, error) {
+	return slices.Collect(maps.Keys(m.alarms)), m.usable()
+}
+
+func (m *memory) SetAlarm(_ context.Context, a dslog.Alarm, on bool) error {
+	if m.alarms == nil {
+		m.alarms = map[dslog.Alarm]bool{}
+	}
+	m.alarms[a] = true
+	if !on {
+		delete(m.alarms, a)
+	}
 	return m.usable()
 }
 

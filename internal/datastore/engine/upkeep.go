@@ -39,7 +39,7 @@ func (e *Engine) release(rows int) {
 
 // expire ends the leases whose time is over and sets the timer for the next one.
 func (e *Engine) expire(ctx context.Context, timer *time.Timer) {
-	if e.opt.Full() {
+	if e.opt.Full() || e.raised(pb.AlarmType_CORRUPT) {
 		timer.Reset(time.Second)
 		return
 	}
@@ -216,7 +216,8 @@ func (e *Engine) everyMinute(ctx context.Context) {
 	if first := e.samples[0]; !first.at.After(now.Add(-e.opt.CompactKeep)) {
 		target = first.rev
 	}
-	if now.Sub(e.lastCompact) < e.opt.CompactAfter || e.st.CheckCompact(target) != nil || target <= state.FirstRevision {
+	// With the alarm API servers cannot compact, because they would write a key first.
+	if !e.raised(pb.AlarmType_NOSPACE) && now.Sub(e.lastCompact) < e.opt.CompactAfter || e.st.CheckCompact(target) != nil || target <= state.FirstRevision {
 		return
 	}
 	// As an API server would: first the key, which says that this compaction is ours.

@@ -370,6 +370,32 @@ func (l *Dqlite) SetCompacted(ctx context.Context, rev int64) error {
 	return l.exec(ctx, "INSERT OR REPLACE INTO meta (name, value) VALUES ('compacted', ?)", named(rev))
 }
 
+// Alarms are rows of the table meta, too: the name has the type and the member.
+const alarmName = "alarm %d of %d"
+
+// Alarms is part of Log.
+func (l *Dqlite) Alarms(ctx context.Context) (alarms []Alarm, err error) {
+	err = l.query(ctx, "SELECT name FROM meta WHERE name LIKE 'alarm %'", nil, func(v []driver.Value) error {
+		name, _ := v[0].(string)
+		var a Alarm
+		if _, err := fmt.Sscanf(name, alarmName, &a.Type, &a.Member); err != nil {
+			return fmt.Errorf("the alarm %q cannot be read: %w", name, err)
+		}
+		alarms = append(alarms, a)
+		return nil
+	})
+	return alarms, err
+}
+
+// SetAlarm is part of Log.
+func (l *Dqlite) SetAlarm(ctx context.Context, a Alarm, on bool) error {
+	sql := "DELETE FROM meta WHERE name = ?"
+	if on {
+		sql = "INSERT OR REPLACE INTO meta (name, value) VALUES (?, 1)"
+	}
+	return l.exec(ctx, sql, named(fmt.Sprintf(alarmName, a.Type, a.Member)))
+}
+
 // Delete is part of Log.
 func (l *Dqlite) Delete(ctx context.Context, ids []int64) error {
 	for len(ids) > 0 {

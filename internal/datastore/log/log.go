@@ -12,6 +12,7 @@ import (
 
 	"microk8s/internal/datastore/state"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
@@ -60,6 +61,12 @@ func (r Row) VersionOf() *state.Version {
 	}
 }
 
+// Alarm is one of etcd's alarms, which is raised by or for a member and stands until somebody ends it.
+type Alarm struct {
+	Member uint64       `json:"member"`
+	Type   pb.AlarmType `json:"type"`
+}
+
 // ErrNoSpace says that nothing is appended because disks are full.
 var ErrNoSpace = errors.New("no space left for the datastore")
 
@@ -78,6 +85,10 @@ type Log interface {
 	Leases(ctx context.Context) ([]Row, error)
 	// SetCompacted remembers the revision of a compaction.
 	SetCompacted(ctx context.Context, rev int64) error
+	// Alarms returns the alarms that stand.
+	Alarms(ctx context.Context) ([]Alarm, error)
+	// SetAlarm raises an alarm, or ends it.
+	SetAlarm(ctx context.Context, a Alarm, on bool) error
 	// Delete removes rows that nobody can reach.
 	Delete(ctx context.Context, ids []int64) error
 	// Size is the size of the live database in bytes, and how much of it is in use.

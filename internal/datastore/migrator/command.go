@@ -63,7 +63,7 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 					return err
 				}
 			}
-			c, err := connect(cmd, endpoint)
+			c, err := Connect(cmd.Context(), endpoint)
 			if err != nil {
 				return err
 			}
@@ -92,8 +92,9 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 	return cmd
 }
 
-// connect makes a client and waits until the datastore answers.
-func connect(cmd *cobra.Command, endpoint string) (*clientv3.Client, error) {
+// Connect makes a client of the datastore at an endpoint and waits until it answers. Its calls are bound in
+// time. The caller closes it.
+func Connect(ctx context.Context, endpoint string) (*clientv3.Client, error) {
 	if path, ok := strings.CutPrefix(endpoint, "unix://"); ok && !strings.HasSuffix(path, ":12379") {
 		if _, err := os.Stat(path); err != nil {
 			if _, err := os.Stat(path + ":12379"); err == nil {
@@ -102,14 +103,14 @@ func connect(cmd *cobra.Command, endpoint string) (*clientv3.Client, error) {
 		}
 	}
 	c, err := clientv3.New(clientv3.Config{
-		Endpoints: []string{endpoint}, Context: cmd.Context(), Logger: zap.NewNop(),
+		Endpoints: []string{endpoint}, Context: ctx, Logger: zap.NewNop(),
 		DialOptions: []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())},
 	})
 	if err == nil {
 		c.KV, c.Lease = boundKV{c.KV, answerTimeout}, boundLease{c.Lease, answerTimeout}
 		// The client would go on trying to connect for ever.
-		ctx, cancel := context.WithTimeout(cmd.Context(), connectTimeout)
-		_, err = c.Get(ctx, Prefix, clientv3.WithLimit(1))
+		limited, cancel := context.WithTimeout(ctx, connectTimeout)
+		_, err = c.Get(limited, Prefix, clientv3.WithLimit(1))
 		cancel()
 		if err != nil {
 			c.Close()

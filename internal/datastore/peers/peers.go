@@ -31,6 +31,30 @@ type Member struct {
 	Self     bool          `json:"self"`               // it is the daemon that was asked
 	DiskFull bool          `json:"diskFull,omitempty"` // it has no space for more data, as it said last
 	LastSeen time.Time     `json:"lastSeen"`           // when it answered last; zero: not since that daemon's start
+	Space    *Space        `json:"space,omitempty"`    // of the datastore, as the daemon that was asked knows it
+	Memory   *Memory       `json:"memory,omitempty"`   // of the daemon that was asked, if it is limited
+}
+
+// Space is how much of the datastore's quota is used.
+type Space struct {
+	Bytes   int64    `json:"bytes"`             // of all versions that can be read
+	Quota   int64    `json:"quota,omitempty"`   // 0: none
+	Refused bool     `json:"refused,omitempty"` // the alarm NOSPACE stands: what may grow the data is refused
+	Largest []Prefix `json:"largest,omitempty"` // what takes most, if the quota is nearly used or the alarm stands
+}
+
+// Prefix is what the keys below a prefix take.
+type Prefix struct {
+	Prefix string `json:"prefix"`
+	Keys   int    `json:"keys"`
+	Bytes  int64  `json:"bytes"`
+}
+
+// Memory is how much of its limit a daemon uses.
+type Memory struct {
+	Used  int64 `json:"used"`  // bytes that cannot be given back without losing something
+	Limit int64 `json:"limit"` // bytes at which the kernel kills it
+	Low   bool  `json:"low,omitempty"`
 }
 
 // ErrNotRunning says that no daemon runs on the storage directory.

@@ -135,12 +135,21 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			f.barrier.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)
 				defer cancel()
-				return askRev(ctx, conn, r.ownVote())
+				a, err := call[barrierAnswer](ctx, conn, "Barrier", r.ownVote())
+				if err != nil {
+					return 0, err
+				}
+				f.compacted.Store(a.Compacted)
+				return a.Rev, nil
 			}
 			f.latest.run = func(ctx context.Context) (int64, error) {
 				ctx, cancel := context.WithTimeout(ctx, askLimit)
 				defer cancel()
-				return askRev(ctx, conn, &barrierRequest{Unconfirmed: true})
+				a, err := call[barrierAnswer](ctx, conn, "Barrier", &barrierRequest{Unconfirmed: true})
+				if err != nil {
+					return 0, err
+				}
+				return a.Rev, nil
 			}
 			r.following.Store(f)
 			r.log.Info("following", "leader", address, "revision", r.e.Rev())
@@ -148,14 +157,6 @@ func (r *Replica) followOn(ctx context.Context, cancel context.CancelFunc, conn 
 			r.isReady()
 		}
 	}
-}
-
-func askRev(ctx context.Context, conn *grpc.ClientConn, q *barrierRequest) (int64, error) {
-	a, err := call[barrierAnswer](ctx, conn, "Barrier", q)
-	if err != nil {
-		return 0, err
-	}
-	return a.Rev, nil
 }
 
 // serveFollow sends everything after a revision, as long as this daemon leads.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/canonical/go-dqlite/v3/client"
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
@@ -54,6 +55,9 @@ func onLeader[T any](r *Replica, ctx context.Context, here func() (T, error), th
 func outcome(ctx context.Context, err error) error {
 	if s, ok := status.FromError(err); ok && strings.HasPrefix(s.Message(), "etcdserver: ") || errors.Is(err, state.ErrLeaseNotFound) {
 		return err
+	}
+	if status.Code(err) == codes.Unimplemented {
+		return err // the leader is older than this member
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -171,6 +175,19 @@ func (r *Replica) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
 		})
 }
 
+// Alarm is part of server.Backend.
+func (r *Replica) Alarm(ctx context.Context, q *pb.AlarmRequest) (*pb.AlarmResponse, error) {
+	return onLeader(r, ctx,
+		func() (*pb.AlarmResponse, error) { return r.e.Alarm(ctx, q) },
+		func(f *following) (*pb.AlarmResponse, error) {
+			a, err := pb.NewMaintenanceClient(f.conn).Alarm(ctx, q)
+			if err == nil {
+				err = r.e.WaitRev(ctx, a.Header.GetRevision())
+			}
+			return a, err
+		})
+}
+
 // HasLeader is part of server.Backend.
 func (r *Replica) HasLeader() bool { return r.e.Leads() || r.following.Load() != nil }
 
@@ -203,7 +220,14 @@ func (r *Replica) Barrier(ctx context.Context) error {
 			}
 		} else if f := r.following.Load(); f != nil {
 			if rev, err := f.barrier.wait(ctx, f.ctx); err == nil {
-				return r.e.WaitRev(ctx, rev)
+				if err := r.e.WaitRev(ctx, rev); err != nil {
+					return err
+				}
+				// What was compacted cannot be read here either.
+				if compacted := f.compacted.Load(); compacted > max(r.e.Compacted(), 0) {
+					return r.e.WaitCompacted(ctx, compacted)
+				}
+				return nil
 			}
 		}
 		wait := time.NewTimer(retryEvery)
@@ -250,7 +274,7 @@ func (r *Replica) serveBarrier(ctx context.Context, q *barrierRequest) (*barrier
 	if !q.Unconfirmed && !r.confirmedWith(q) && r.confirm(ctx) != nil {
 		return nil, notLeading
 	}
-	return &barrierAnswer{Rev: r.e.Rev()}, nil
+	return &barrierAnswer{Rev: r.e.Rev(), Compacted: max(r.e.Compacted(), 0)}, nil
 }
 
 // confirmedWith confirms without asking others, where the voter that asks and this node are a
@@ -382,6 +406,10 @@ func (l leader) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
 		return nil, notLeading
 	}
 	return l.r.e.LeaseList(), nil
+}
+func (l leader) Alarm(ctx context.Context, q *pb.AlarmRequest) (*pb.AlarmResponse, error) {
+	v, err := l.r.e.Alarm(ctx, q)
+	return v, refuse(err)
 }
 func (l leader) Barrier(ctx context.Context) error {
 	if err := l.r.confirm(ctx); err != nil {

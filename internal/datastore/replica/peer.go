@@ -153,6 +153,7 @@ func (r *Replica) servePing(_ context.Context, q *pingRequest) (*pingAnswer, err
 	if a.Leads = r.e.Leads(); a.Leads {
 		a.Members = r.members
 		a.Size, a.InUse = r.e.Size()
+		a.Alarms = r.e.Space().Alarms
 	}
 	return a, nil
 }

@@ -61,6 +61,9 @@ type Options struct {
 	// ClusterID goes into the headers of answers to other daemons.
 	ClusterID uint64
 
+	// Quota is --quota-backend-bytes (see engine.Options).
+	Quota int64
+
 	// Faults of tests that check the checker: reads without a barrier, groups applied twice.
 	NoBarrier, Twice bool
 }
@@ -92,6 +95,10 @@ type Replica struct {
 	rolesMu   sync.Mutex // one change of roles at a time
 	kick      chan struct{}
 
+	largestMu sync.Mutex
+	largest   []peers.Prefix
+	largestAt time.Time
+
 	mu      sync.Mutex
 	members []storedir.Member    // as the last leader named them
 	peers   map[string]*peer     // by address, without this one
@@ -107,8 +114,10 @@ type following struct {
 	conn    *grpc.ClientConn
 	ctx     context.Context
 	barrier rounds // gives a confirmed revision
-	latest  rounds // gives the revision that the leader has
-	writes  forwarding
+	// compacted is up to where the leader had compacted at the last round of barrier.
+	compacted atomic.Int64
+	latest    rounds // gives the revision that the leader has
+	writes    forwarding
 }
 
 var _ server.Backend = (*Replica)(nil)
@@ -121,7 +130,7 @@ func Start(opt Options) *Replica {
 		peers: map[string]*peer{}, pinged: map[uint64]time.Time{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Twice: opt.Twice})
+	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Twice: opt.Twice, Quota: opt.Quota, Member: r.m.Node().ID})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
@@ -137,6 +146,7 @@ func Start(opt Options) *Replica {
 	r.kv = s
 	pb.RegisterKVServer(r.grpc, s)
 	pb.RegisterLeaseServer(r.grpc, s)
+	pb.RegisterMaintenanceServer(r.grpc, s)
 	r.spawn(func() {
 		if err := r.grpc.Serve(r.m.Peers()); err != nil && r.ctx.Err() == nil && !errors.Is(err, net.ErrClosed) {
 			r.fail(fmt.Errorf("cannot serve other members: %w", err))
@@ -354,6 +364,7 @@ func (r *Replica) Members() []peers.Member {
 	own := r.m.Node()
 	t := r.target()
 	leads := r.e.Leads()
+	space := r.space()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var out []peers.Member
@@ -361,7 +372,7 @@ func (r *Replica) Members() []peers.Member {
 		m := peers.Member{ID: n.ID, Address: n.Address, Role: n.Role}
 		if n.Address == own.Address {
 			m.ID, m.Self, m.Online, m.LastSeen = own.ID, true, true, time.Now()
-			m.Leader, m.DiskFull = leads, r.full.Load()
+			m.Leader, m.DiskFull, m.Space = leads, r.full.Load(), space
 		} else if p := r.peers[n.Address]; p != nil {
 			m.Online, m.LastSeen = p.online(shownFor), p.seen
 			m.Leader = m.Online && (t.address == n.Address || p.last.Leads)

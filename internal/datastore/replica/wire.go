@@ -51,6 +51,7 @@ type pingAnswer struct {
 	Stopping      bool              // it is about to stop
 	LowDisk       bool              // its disk is nearly full
 	Full          bool              // its disk has no space for the log to grow
+	Alarms        []dslog.Alarm     `json:",omitempty"` // if it leads
 	Domain        uint64
 	Weight        uint64
 	Size, InUse   int64 // of the database, if it leads
@@ -68,7 +69,10 @@ type barrierRequest struct {
 	Leader uint64 `json:",omitempty"`
 }
 
-type barrierAnswer struct{ Rev int64 }
+type barrierAnswer struct {
+	Rev       int64
+	Compacted int64 `json:",omitempty"`
+}
 
 type joinRequest struct {
 	ID        uint64

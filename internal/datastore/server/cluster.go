@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
@@ -15,17 +16,43 @@ func (s *Server) MemberList(context.Context, *pb.MemberListRequest) (*pb.MemberL
 }
 
 // Status is part of the Maintenance service.
-func (s *Server) Status(context.Context, *pb.StatusRequest) (*pb.StatusResponse, error) {
+func (s *Server) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusResponse, error) {
 	total, used := s.opt.Backend.Size()
 	h := s.now()
 	resp := &pb.StatusResponse{
 		Header: h, Version: Version, DowngradeInfo: &pb.DowngradeInfo{}, StorageVersion: "3.7.0", DbSize: total, DbSizeInUse: used,
-		RaftIndex: uint64(h.Revision), RaftAppliedIndex: uint64(h.Revision), RaftTerm: h.RaftTerm,
+		DbSizeQuota: s.opt.Engine.Space().Quota,
+		RaftIndex:   uint64(h.Revision), RaftAppliedIndex: uint64(h.Revision), RaftTerm: h.RaftTerm,
 	}
 	if s.opt.Backend.HasLeader() {
 		resp.Leader = s.opt.MemberID
 	} else {
 		resp.Errors = []string{"etcdserver: no leader"}
+		return resp, nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	alarms, err := s.opt.Backend.Alarm(ctx, &pb.AlarmRequest{})
+	if err != nil {
+		return nil, toGRPC(err)
+	}
+	for _, a := range alarms.Alarms {
+		resp.Errors = append(resp.Errors, a.String())
+	}
+	return resp, nil
+}
+
+// statusTimeout is for the question to the leader which alarms stand.
+const statusTimeout = 2 * time.Second
+
+// Alarm is part of the Maintenance service.
+func (s *Server) Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	resp, err := s.opt.Backend.Alarm(ctx, r)
+	if err != nil {
+		return nil, toGRPC(err)
+	}
+	resp.Header = s.now()
 	return resp, nil
 }

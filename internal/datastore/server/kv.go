@@ -5,6 +5,7 @@ import (
 	"errors"
 	"slices"
 
+	"microk8s/internal/datastore/engine"
 	dslog "microk8s/internal/datastore/log"
 	"microk8s/internal/datastore/state"
 
@@ -19,7 +20,9 @@ import (
 // streamChunk is about how many bytes one message of a RangeStream has, as in etcd.
 const streamChunk = 1536 * 1024
 
-func isNoSpace(err error) bool { return errors.Is(err, dslog.ErrNoSpace) }
+func isNoSpace(err error) bool {
+	return errors.Is(err, dslog.ErrNoSpace) || errors.Is(err, engine.ErrNoSpace)
+}
 
 // Range is part of the KV service.
 func (s *Server) Range(ctx context.Context, r *pb.RangeRequest) (*pb.RangeResponse, error) {
@@ -183,20 +186,9 @@ func (s *Server) Compact(ctx context.Context, r *pb.CompactionRequest) (*pb.Comp
 	return &pb.CompactionResponse{Header: s.now()}, nil
 }
 
+// writes reports whether a transaction has other operations than ranges, even if they change nothing.
 func writes(r *pb.TxnRequest) bool {
-	for _, ops := range [][]*pb.RequestOp{r.Success, r.Failure} {
-		for _, op := range ops {
-			switch o := op.Request.(type) {
-			case *pb.RequestOp_RequestPut, *pb.RequestOp_RequestDeleteRange:
-				return true
-			case *pb.RequestOp_RequestTxn:
-				if writes(o.RequestTxn) {
-					return true
-				}
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(slices.Concat(r.Success, r.Failure), func(op *pb.RequestOp) bool { return op.GetRequestRange() == nil })
 }
 
 func checkRange(r *pb.RangeRequest) error {

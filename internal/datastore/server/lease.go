@@ -8,23 +8,16 @@ import (
 	"microk8s/internal/datastore/state"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
-// etcd's largest lease, in seconds, and its smallest with its default election timeout (one and a half
-// times that, rounded up).
-const (
-	maxTTL = 9000000000
-	minTTL = 2
-)
+// minTTL is etcd's smallest lease, in seconds, with its default election timeout: one and a half times that,
+// rounded up.
+const minTTL = 2
 
 // LeaseGrant is part of the Lease service.
 func (s *Server) LeaseGrant(ctx context.Context, r *pb.LeaseGrantRequest) (*pb.LeaseGrantResponse, error) {
-	if r.TTL > maxTTL {
-		return nil, rpctypes.ErrGRPCLeaseTTLTooLarge
-	}
 	if r.ID < 0 {
 		return nil, status.Error(codes.Unimplemented, "etcdserver: leases with a negative ID are not supported")
 	}

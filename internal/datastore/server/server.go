@@ -70,6 +70,8 @@ type Backend interface {
 	// CatchUp tries to bring the engine to where the leader is. It proves nothing: an answer
 	// after it is as new as can be had without asking a majority.
 	CatchUp(ctx context.Context)
+	// Alarm lists, raises or ends alarms.
+	Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error)
 	// HasLeader says whether a leader is known.
 	HasLeader() bool
 	// Size is the size of the database in bytes, and how much of it is in use.
@@ -155,12 +157,16 @@ func toGRPC(err error) error {
 		return rpctypes.ErrGRPCFutureRev
 	case errors.Is(err, state.ErrLeaseNotFound):
 		return rpctypes.ErrGRPCLeaseNotFound
+	case errors.Is(err, state.ErrTTLTooLarge):
+		return rpctypes.ErrGRPCLeaseTTLTooLarge
 	case errors.Is(err, state.ErrLeaseExists):
 		return rpctypes.ErrGRPCLeaseExist
 	case errors.Is(err, state.ErrKeyNotFound):
 		return rpctypes.ErrGRPCKeyNotFound
 	case errors.Is(err, state.ErrTooManyRows):
 		return rpctypes.ErrGRPCTooManyOps
+	case errors.Is(err, engine.ErrCorrupt):
+		return rpctypes.ErrGRPCCorrupt
 	case isNoSpace(err):
 		return rpctypes.ErrGRPCNoSpace
 	case errors.Is(err, engine.ErrNotApplied):

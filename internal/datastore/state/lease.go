@@ -7,8 +7,14 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
+// maxTTL is etcd's largest lease, in seconds.
+const maxTTL = 9000000000
+
 // StageGrant stages a lease. It counts from the Commit that makes it visible.
 func (s *State) StageGrant(id, ttl int64) error {
+	if ttl > maxTTL {
+		return ErrTTLTooLarge
+	}
 	if s.leases[id] != nil {
 		return ErrLeaseExists
 	}

@@ -24,6 +24,7 @@ var (
 	ErrFutureRev     = errors.New("required revision is a future revision")
 	ErrLeaseNotFound = errors.New("requested lease not found")
 	ErrLeaseExists   = errors.New("lease already exists")
+	ErrTTLTooLarge   = errors.New("too large lease TTL")
 	ErrKeyNotFound   = errors.New("key not found")
 	ErrTooManyRows   = errors.New("transaction changes too many keys")
 )
@@ -47,6 +48,12 @@ type Version struct {
 
 // Deleted says whether the version is a deletion.
 func (v *Version) Deleted() bool { return v.KV.Version == 0 }
+
+// versionBytes is what a version counts beside its key and value: its numbers and its place in the index.
+const versionBytes = 64
+
+// size is what the version counts in State.Bytes.
+func (v *Version) size() int64 { return int64(versionBytes + len(v.KV.Key) + len(v.KV.Value)) }
 
 // Change is one version and the live version that it replaced (nil for a creation).
 type Change struct {
@@ -97,6 +104,7 @@ type State struct {
 	leases   map[int64]*Lease
 	attached map[int64]map[string]struct{} // lease → keys whose newest (also staged) version has it
 	live     int                           // live keys at the committed revision
+	bytes    int64                         // of all versions, staged ones included
 }
 
 // New gives the empty state.
@@ -116,6 +124,10 @@ func (s *State) Rev() int64 { return s.rev }
 
 // Compacted is the revision of the last compaction, or NeverCompacted.
 func (s *State) Compacted() int64 { return s.compacted }
+
+// Bytes is what all versions take that can be read, staged ones included: a deletion frees nothing until a
+// compaction has passed it.
+func (s *State) Bytes() int64 { return s.bytes }
 
 // Keys is the number of live keys.
 func (s *State) Keys() int { return s.live }
@@ -175,6 +187,7 @@ func (s *State) unstage(n int) {
 		cur := s.staged[i].Cur
 		e, _ := s.keys.Get(&entry{key: cur.KV.Key})
 		s.detach(cur)
+		s.bytes -= cur.size()
 		e.vers = e.vers[:len(e.vers)-1]
 		if len(e.vers) == 0 {
 			s.keys.Delete(e)
@@ -222,6 +235,7 @@ func (s *State) push(v *Version) Change {
 	}
 	v.KV.Key = e.key // one copy of the key for all versions
 	e.vers = append(e.vers, v)
+	s.bytes += v.size()
 	s.attach(v)
 	return Change{Cur: v, Prev: prev}
 }
@@ -274,6 +288,9 @@ func (s *State) prune(key []byte, dead []*Version) []*Version {
 	}
 	if n == 0 {
 		return dead
+	}
+	for _, v := range e.vers[:n] {
+		s.bytes -= v.size()
 	}
 	dead = append(dead, e.vers[:n]...)
 	if n == len(e.vers) {
