@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/datastore/backup"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/diskspace"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
@@ -141,8 +142,17 @@ func (a *App) dbDisarm(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, bytes.TrimSpace(out.Bytes()))
 	}
-	_, err = a.Out.Write(out.Bytes())
-	return err
+	fmt.Fprint(a.Out, out.String())
+	members, err := peers.Members(ctx, a.Env.BackendLive())
+	if err != nil {
+		return nil // it has answered, and this was a note only
+	}
+	for _, m := range members {
+		if s := m.Space; m.Self && s != nil && s.Quota > 0 && s.Bytes >= s.Quota/100*90 {
+			fmt.Fprintf(a.Err, "The datastore still holds %d of %d MiB and will soon refuse writes again; microk8s status shows what takes most.\n", s.Bytes>>20, s.Quota>>20)
+		}
+	}
+	return nil
 }
 
 func (a *App) dbBackup(ctx context.Context, o dbctlOptions) error {
