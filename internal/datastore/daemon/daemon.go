@@ -55,17 +55,19 @@ func sameFile(a, b string) bool {
 
 // Main runs the program and returns its exit status.
 func Main(args []string, stdout, stderr io.Writer, getenv func(string) string) int {
-	return run(args, stdout, stderr, getenv, Faults{})
+	return run(args, stdout, stderr, getenv, nil)
 }
 
-func run(args []string, stdout, stderr io.Writer, getenv func(string) string, faults Faults) int {
+func run(args []string, stdout, stderr io.Writer, getenv func(string) string, change func(*Config)) int {
 	// SIGPWR is what lxd sends to containers.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGQUIT, unix.SIGPWR)
 	defer stop()
 	// What gRPC says of connections that fail is said by the callers, with the reason.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	cmd := NewCommand(args, func(cmd *cobra.Command, c *Config) error {
-		c.faults = faults
+		if change != nil {
+			change(c)
+		}
 		log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: c.Level}))
 		c.snapRevision = getenv("SNAP_REVISION")
 		if env := snapenv.FromEnviron(getenv); sameFile(c.StorageDir, env.BackendLive()) {
@@ -121,14 +123,14 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	}
 	m, err := member.Start(member.Options{
 		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
-		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, FromOwn: c.faults.FromOwn,
+		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, FromOwn: c.fromOwn,
 		Marker: c.marker, SnapRevision: c.snapRevision,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close()) }()
-	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, Quota: c.Quota, NoBarrier: c.faults.NoBarrier, Twice: c.faults.Twice})
+	r := replica.Start(replica.Options{Member: m, Logger: log, ClusterID: member.BootstrapID, Quota: c.Quota})
 	defer r.Close()
 	e := r.Engine()
 	serving, stopServing := context.WithCancel(context.Background())
@@ -162,8 +164,12 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 
 	metrics := newMetrics(r)
 	id := m.Node().ID
+	backend := server.Backend(r)
+	if c.backend != nil {
+		backend = c.backend(r)
+	}
 	s := server.New(server.Options{
-		Engine: e, Backend: r, Logger: log, ClusterID: member.BootstrapID, MemberID: id, ClientURL: c.Listen,
+		Engine: e, Backend: backend, Logger: log, ClusterID: member.BootstrapID, MemberID: id, ClientURL: c.Listen,
 		ProgressInterval: c.ProgressInterval,
 	})
 	g := s.GRPC(grpc.ChainUnaryInterceptor(metrics.unary))

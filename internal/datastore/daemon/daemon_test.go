@@ -22,7 +22,10 @@ import (
 	"testing"
 	"time"
 
+	"microk8s/internal/datastore/server"
+
 	"github.com/spf13/cobra"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -38,7 +41,7 @@ func TestMain(m *testing.M) {
 		if err := json.Unmarshal([]byte(cmp.Or(os.Getenv("TEST_FAULTS"), "{}")), &faults); err != nil {
 			panic(err)
 		}
-		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, os.Getenv, faults))
+		os.Exit(run(os.Args[1:], os.Stdout, os.Stderr, os.Getenv, faults.into))
 	case "tool":
 		os.Exit(Tool(os.Args[1:], os.Stdout, os.Stderr))
 	case "ask":
@@ -51,6 +54,47 @@ func TestMain(m *testing.M) {
 	// Clients that outlive their daemon complain at length.
 	grpclog.SetLoggerV2(grpclog.NewLoggerV2(io.Discard, io.Discard, io.Discard))
 	os.Exit(m.Run())
+}
+
+// Faults are what tests do to a daemon, to see that they find it.
+type Faults struct {
+	NoBarrier bool // reads are answered without a round
+	Twice     bool // what is put is put twice
+	FromOwn   bool // see member.Options; no fault
+}
+
+func (f Faults) into(c *Config) {
+	c.fromOwn = f.FromOwn
+	c.backend = func(b server.Backend) server.Backend { return faulty{b, f} }
+}
+
+// faulty is a datastore with faults.
+type faulty struct {
+	server.Backend
+	faults Faults
+}
+
+func (f faulty) Barrier(ctx context.Context) error {
+	if f.faults.NoBarrier {
+		return nil
+	}
+	return f.Backend.Barrier(ctx)
+}
+
+func (f faulty) Txn(ctx context.Context, r *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
+	resp, err := f.Backend.Txn(ctx, r, size)
+	if err == nil && resp.Succeeded && f.faults.Twice {
+		again := &pb.TxnRequest{}
+		for _, op := range r.Success {
+			if op.GetRequestPut() != nil {
+				again.Success = append(again.Success, op)
+			}
+		}
+		if len(again.Success) > 0 {
+			_, _ = f.Backend.Txn(ctx, again, size)
+		}
+	}
+	return resp, err
 }
 
 // writeKeyPair makes the pair that a setup would have made, with a quicker kind of key.

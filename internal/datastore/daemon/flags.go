@@ -9,6 +9,7 @@ import (
 
 	"microk8s/internal/datastore/engine"
 	"microk8s/internal/datastore/migrator"
+	"microk8s/internal/datastore/server"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -39,19 +40,15 @@ type Config struct {
 
 	Quota int64 // bytes, 0 or less: none
 
-	faults Faults
+	// For tests, which cannot be reached from outside: see member.Options, and what stands between the etcd API
+	// and the datastore.
+	fromOwn bool
+	backend func(server.Backend) server.Backend
 
 	marker, snapRevision string // see member.Options
 
 	// Warnings are about flags that are accepted and have no effect.
 	Warnings []string
-}
-
-// Faults are what tests do to a daemon. They cannot be set from outside.
-type Faults struct {
-	NoBarrier bool // reads are answered without a round
-	Twice     bool // groups are applied twice
-	FromOwn   bool // see member.Options
 }
 
 // accepted flags that mean nothing here: the engine has neither a connection pool nor event

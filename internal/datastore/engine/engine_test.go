@@ -257,7 +257,7 @@ func TestFailedCompareIsConfirmed(t *testing.T) {
 		t.Errorf("an unknown lease on a deposed leader: %v", err)
 	}
 	confirm = nil
-	e.opt.Confirm = func(context.Context) error { e.epoch.Add(2); return nil } // leadership ended and began again meanwhile
+	e.opt.Confirm = func(context.Context) error { e.epoch.begin(); return nil } // leadership ended and began again meanwhile
 	if _, err := e.Txn(ctx, create, 0); !errors.Is(err, ErrNotLeading) {
 		t.Errorf("a create across two leaderships: %v", err)
 	}

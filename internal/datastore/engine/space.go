@@ -62,56 +62,56 @@ func (e *Engine) raised(t pb.AlarmType) bool {
 }
 
 // admit decides whether a request may be staged that etcd charges with cost. The caller holds the lock.
-func (e *Engine) admit(cost int64) error {
+func (t *term) admit(cost int64) error {
 	switch {
-	case e.raised(pb.AlarmType_CORRUPT):
+	case t.raised(pb.AlarmType_CORRUPT):
 		return ErrCorrupt
 	case cost == 0:
 		return nil
-	case e.raised(pb.AlarmType_NOSPACE):
+	case t.raised(pb.AlarmType_NOSPACE):
 		return ErrNoSpace
-	case e.opt.Quota > 0 && e.st.Bytes()+cost >= e.opt.Quota:
-		e.overQuota = true
+	case t.opt.Quota > 0 && t.st.Bytes()+cost >= t.opt.Quota:
+		t.overQuota = true
 		return ErrNoSpace
 	}
 	return nil
 }
 
 // raise raises the alarm for a request that admit has refused. Whoever writes calls it.
-func (e *Engine) raise(ctx context.Context) {
-	if !e.overQuota {
+func (t *term) raise(ctx context.Context) {
+	if !t.overQuota {
 		return
 	}
-	e.overQuota = false
-	a := dslog.Alarm{Member: e.opt.Member, Type: pb.AlarmType_NOSPACE}
-	if err := e.setAlarm(ctx, a, true); err != nil {
-		e.opt.Logger.Error("the alarm cannot be raised; the next write that is refused tries again", "err", err)
+	t.overQuota = false
+	a := dslog.Alarm{Member: t.opt.Member, Type: pb.AlarmType_NOSPACE}
+	if err := t.setAlarm(ctx, a, true); err != nil {
+		t.opt.Logger.Error("the alarm cannot be raised; the next write that is refused tries again", "err", err)
 		return
 	}
-	e.opt.Logger.Error("writes are refused: the datastore has reached its quota (--quota-backend-bytes); delete what is not needed, "+
-		"then run: microk8s dbctl disarm", "bytes", e.st.Bytes(), "quota", e.opt.Quota)
+	t.opt.Logger.Error("writes are refused: the datastore has reached its quota (--quota-backend-bytes); delete what is not needed, "+
+		"then run: microk8s dbctl disarm", "bytes", t.st.Bytes(), "quota", t.opt.Quota)
 }
 
-func (e *Engine) setAlarm(ctx context.Context, a dslog.Alarm, on bool) error {
-	if e.opt.Full() {
+func (t *term) setAlarm(ctx context.Context, a dslog.Alarm, on bool) error {
+	if t.opt.Full() {
 		return errFull
 	}
-	if err := e.log.SetAlarm(ctx, a, on); err != nil {
-		return e.broken(ctx, err)
+	if err := t.log.SetAlarm(ctx, a, on); err != nil {
+		return t.broken(ctx, err)
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	if on {
-		e.alarms[a] = struct{}{}
+		t.alarms[a] = struct{}{}
 	} else {
-		delete(e.alarms, a)
+		delete(t.alarms, a)
 	}
 	return nil
 }
 
 // readAlarms takes over the alarms of the log.
-func (e *Engine) readAlarms(ctx context.Context) error {
-	list, err := e.log.Alarms(ctx)
+func (t *term) readAlarms(ctx context.Context) error {
+	list, err := t.log.Alarms(ctx)
 	if err != nil {
 		return err
 	}
@@ -119,16 +119,16 @@ func (e *Engine) readAlarms(ctx context.Context) error {
 	for _, a := range list {
 		alarms[a] = struct{}{}
 	}
-	e.mu.Lock()
-	e.alarms = alarms
-	e.mu.Unlock()
+	t.mu.Lock()
+	t.alarms = alarms
+	t.mu.Unlock()
 	return nil
 }
 
 // Alarm lists, raises or ends alarms, as etcd does. Only the leader knows.
 func (e *Engine) Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	resp := &pb.AlarmResponse{}
-	err := e.do(ctx, &job{alone: func(ctx context.Context) error {
+	err := e.do(ctx, &job{alone: func(ctx context.Context, t *term) error {
 		a := dslog.Alarm{Member: r.MemberID, Type: r.Alarm}
 		_, stands := e.alarms[a]
 		list := []dslog.Alarm{a}
@@ -140,7 +140,7 @@ func (e *Engine) Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmRespon
 				return nil
 			}
 			if !stands {
-				if err := e.setAlarm(ctx, a, true); err != nil {
+				if err := t.setAlarm(ctx, a, true); err != nil {
 					return err
 				}
 			}
@@ -148,7 +148,7 @@ func (e *Engine) Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmRespon
 			if !stands {
 				return nil
 			}
-			if err := e.setAlarm(ctx, a, false); err != nil {
+			if err := t.setAlarm(ctx, a, false); err != nil {
 				return err
 			}
 			e.opt.Logger.Info("an alarm was ended", "alarm", r.Alarm.String())

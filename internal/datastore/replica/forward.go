@@ -68,14 +68,14 @@ func outcome(ctx context.Context, err error) error {
 // Txn is part of server.Backend.
 func (r *Replica) Txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
 	return onLeader(r, ctx,
-		func() (*pb.TxnResponse, error) { return r.e.Txn(ctx, q, size) },
+		func() (*pb.TxnResponse, error) { return r.here().Txn(ctx, q, size) },
 		func(f *following) (*pb.TxnResponse, error) { return f.writes.txn(ctx, q, size) })
 }
 
 // Compact is part of server.Backend.
 func (r *Replica) Compact(ctx context.Context, rev int64) error {
 	_, err := onLeader(r, ctx,
-		func() (*empty, error) { return nil, r.e.Compact(ctx, rev) },
+		func() (*empty, error) { return nil, r.here().Compact(ctx, rev) },
 		func(f *following) (*empty, error) {
 			a, err := pb.NewKVClient(f.conn).Compact(ctx, &pb.CompactionRequest{Revision: rev})
 			if err == nil {
@@ -92,7 +92,7 @@ func (r *Replica) Compact(ctx context.Context, rev int64) error {
 // Grant is part of server.Backend.
 func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 	return onLeader(r, ctx,
-		func() (int64, error) { return r.e.Grant(ctx, id, ttl) },
+		func() (int64, error) { return r.here().Grant(ctx, id, ttl) },
 		func(f *following) (int64, error) {
 			a, err := pb.NewLeaseClient(f.conn).LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: id, TTL: ttl})
 			if err == nil {
@@ -105,7 +105,7 @@ func (r *Replica) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 // Revoke is part of server.Backend.
 func (r *Replica) Revoke(ctx context.Context, id int64) error {
 	_, err := onLeader(r, ctx,
-		func() (*empty, error) { return nil, r.e.Revoke(ctx, id) },
+		func() (*empty, error) { return nil, r.here().Revoke(ctx, id) },
 		func(f *following) (*empty, error) {
 			a, err := pb.NewLeaseClient(f.conn).LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: id})
 			if err == nil {
@@ -119,7 +119,7 @@ func (r *Replica) Revoke(ctx context.Context, id int64) error {
 // Renew is part of server.Backend.
 func (r *Replica) Renew(ctx context.Context, id int64) (int64, error) {
 	return onLeader(r, ctx,
-		func() (int64, error) { return r.renewHere(ctx, id) },
+		func() (int64, error) { return r.here().Renew(ctx, id) },
 		func(f *following) (int64, error) {
 			ctx, cancel := context.WithCancel(ctx)
 			defer cancel()
@@ -138,24 +138,10 @@ func (r *Replica) Renew(ctx context.Context, id int64) (int64, error) {
 		})
 }
 
-// renewHere renews a lease if this daemon really leads: one that was deposed must not promise.
-func (r *Replica) renewHere(ctx context.Context, id int64) (int64, error) {
-	if err := r.confirm(ctx); err != nil {
-		return 0, engine.ErrNotLeading
-	}
-	l, err := r.e.Renew(id)
-	return l.TTL, err
-}
-
 // TimeToLive is part of server.Backend.
 func (r *Replica) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
 	return onLeader(r, ctx,
-		func() (*pb.LeaseTimeToLiveResponse, error) {
-			if err := r.confirm(ctx); err != nil {
-				return nil, engine.ErrNotLeading
-			}
-			return r.e.TimeToLive(q), nil
-		},
+		func() (*pb.LeaseTimeToLiveResponse, error) { return r.here().TimeToLive(ctx, q) },
 		func(f *following) (*pb.LeaseTimeToLiveResponse, error) {
 			return pb.NewLeaseClient(f.conn).LeaseTimeToLive(ctx, q)
 		})
@@ -164,12 +150,7 @@ func (r *Replica) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) 
 // Leases is part of server.Backend.
 func (r *Replica) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
 	return onLeader(r, ctx,
-		func() (*pb.LeaseLeasesResponse, error) {
-			if err := r.confirm(ctx); err != nil {
-				return nil, engine.ErrNotLeading
-			}
-			return r.e.LeaseList(), nil
-		},
+		func() (*pb.LeaseLeasesResponse, error) { return r.here().Leases(ctx) },
 		func(f *following) (*pb.LeaseLeasesResponse, error) {
 			return pb.NewLeaseClient(f.conn).LeaseLeases(ctx, &pb.LeaseLeasesRequest{})
 		})
@@ -178,7 +159,7 @@ func (r *Replica) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
 // Alarm is part of server.Backend.
 func (r *Replica) Alarm(ctx context.Context, q *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	return onLeader(r, ctx,
-		func() (*pb.AlarmResponse, error) { return r.e.Alarm(ctx, q) },
+		func() (*pb.AlarmResponse, error) { return r.here().Alarm(ctx, q) },
 		func(f *following) (*pb.AlarmResponse, error) {
 			a, err := pb.NewMaintenanceClient(f.conn).Alarm(ctx, q)
 			if err == nil {
@@ -209,9 +190,6 @@ func (r *Replica) Size() (total, used int64) {
 // Barrier is part of server.Backend: when it returns nil, the state has every write that
 // anybody acknowledged before the call.
 func (r *Replica) Barrier(ctx context.Context) error {
-	if r.opt.NoBarrier {
-		return nil
-	}
 	for {
 		turn := r.now()
 		if r.e.Leads() {
@@ -376,54 +354,67 @@ func majority(members []client.NodeInfo, set map[uint64]bool) bool {
 	return in > voters/2
 }
 
-// leader is the Backend of what other daemons forward: it never forwards again.
-type leader struct{ r *Replica }
+// leader is the datastore where this daemon leads: for its own callers, who go to another daemon when it does
+// not, and as the Backend of what other daemons forward, which is never forwarded again. Those are told so in
+// a status of their own.
+type leader struct {
+	r      *Replica
+	status error // instead of engine.ErrNotLeading
+}
+
+func (r *Replica) here() leader { return leader{r, engine.ErrNotLeading} }
+
+func (l leader) refuse(err error) error {
+	if errors.Is(err, engine.ErrNotLeading) {
+		return l.status
+	}
+	return err
+}
+
+// confirmed is nil if this daemon really leads: one that was deposed must not promise.
+func (l leader) confirmed(ctx context.Context) error {
+	if l.r.confirm(ctx) != nil {
+		return l.status
+	}
+	return nil
+}
 
 func (l leader) Txn(ctx context.Context, q *pb.TxnRequest, size int) (*pb.TxnResponse, error) {
 	v, err := l.r.e.Txn(ctx, q, size)
-	return v, refuse(err)
+	return v, l.refuse(err)
 }
 func (l leader) Compact(ctx context.Context, rev int64) error {
-	return refuse(l.r.e.Compact(ctx, rev))
+	return l.refuse(l.r.e.Compact(ctx, rev))
 }
 func (l leader) Grant(ctx context.Context, id, ttl int64) (int64, error) {
 	v, err := l.r.e.Grant(ctx, id, ttl)
-	return v, refuse(err)
+	return v, l.refuse(err)
 }
-func (l leader) Revoke(ctx context.Context, id int64) error { return refuse(l.r.e.Revoke(ctx, id)) }
+func (l leader) Revoke(ctx context.Context, id int64) error { return l.refuse(l.r.e.Revoke(ctx, id)) }
 func (l leader) Renew(ctx context.Context, id int64) (int64, error) {
-	v, err := l.r.renewHere(ctx, id)
-	return v, refuse(err)
+	if err := l.confirmed(ctx); err != nil {
+		return 0, err
+	}
+	v, err := l.r.e.Renew(id)
+	return v.TTL, l.refuse(err)
 }
 func (l leader) TimeToLive(ctx context.Context, q *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error) {
-	if l.r.confirm(ctx) != nil {
-		return nil, notLeading
+	if err := l.confirmed(ctx); err != nil {
+		return nil, err
 	}
 	return l.r.e.TimeToLive(q), nil
 }
 func (l leader) Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error) {
-	if l.r.confirm(ctx) != nil {
-		return nil, notLeading
+	if err := l.confirmed(ctx); err != nil {
+		return nil, err
 	}
 	return l.r.e.LeaseList(), nil
 }
 func (l leader) Alarm(ctx context.Context, q *pb.AlarmRequest) (*pb.AlarmResponse, error) {
 	v, err := l.r.e.Alarm(ctx, q)
-	return v, refuse(err)
+	return v, l.refuse(err)
 }
-func (l leader) Barrier(ctx context.Context) error {
-	if err := l.r.confirm(ctx); err != nil {
-		return notLeading
-	}
-	return nil
-}
-func (l leader) CatchUp(context.Context)   {}
-func (l leader) HasLeader() bool           { return l.r.e.Leads() }
-func (l leader) Size() (total, used int64) { return l.r.e.Size() }
-
-func refuse(err error) error {
-	if errors.Is(err, engine.ErrNotLeading) {
-		return notLeading
-	}
-	return err
-}
+func (l leader) Barrier(ctx context.Context) error { return l.confirmed(ctx) }
+func (l leader) CatchUp(context.Context)           {}
+func (l leader) HasLeader() bool                   { return l.r.e.Leads() }
+func (l leader) Size() (total, used int64)         { return l.r.e.Size() }

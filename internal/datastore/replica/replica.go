@@ -63,9 +63,6 @@ type Options struct {
 
 	// Quota is --quota-backend-bytes (see engine.Options).
 	Quota int64
-
-	// Faults of tests that check the checker: reads without a barrier, groups applied twice.
-	NoBarrier, Twice bool
 }
 
 // Replica is this daemon's part of the datastore. Its methods may be called from any goroutine.
@@ -130,7 +127,7 @@ func Start(opt Options) *Replica {
 		peers: map[string]*peer{}, pinged: map[uint64]time.Time{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Twice: opt.Twice, Quota: opt.Quota, Member: r.m.Node().ID})
+	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Quota: opt.Quota, Member: r.m.Node().ID})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
 		defer cancel()
@@ -142,7 +139,7 @@ func Start(opt Options) *Replica {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 	)
 	r.grpc.RegisterService(&serviceDesc, r)
-	s := server.New(server.Options{Engine: r.e, Backend: leader{r}, Logger: r.log, ClusterID: opt.ClusterID, MemberID: r.m.Node().ID})
+	s := server.New(server.Options{Engine: r.e, Backend: leader{r, notLeading}, Logger: r.log, ClusterID: opt.ClusterID, MemberID: r.m.Node().ID})
 	r.kv = s
 	pb.RegisterKVServer(r.grpc, s)
 	pb.RegisterLeaseServer(r.grpc, s)
