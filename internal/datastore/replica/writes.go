@@ -2,16 +2,11 @@ package replica
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
 	"sync"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	spb "google.golang.org/genproto/googleapis/rpc/status"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 )
 
 // Limits of the transactions that go to the leader in one call, as of a group there.
@@ -142,104 +137,4 @@ func (r *Replica) serveWrite(ctx context.Context, q *writeRequest) (*writeAnswer
 	}
 	wg.Wait()
 	return a, nil
-}
-
-// writeRequest are transactions, each for itself.
-type writeRequest struct{ txns []*pb.TxnRequest }
-
-// writeAnswer has their outcomes, in their order.
-type writeAnswer struct{ results []writeResult }
-
-// writeResult has one of the two.
-type writeResult struct {
-	resp *pb.TxnResponse
-	err  *spb.Status
-}
-
-var errWrites = errors.New("a message with forwarded writes cannot be read")
-
-// What a part of a message is; both messages are such parts one after another, each with its length.
-const (
-	partTxn byte = iota + 1
-	partResponse
-	partError
-)
-
-func appendPart(out []byte, kind byte, m proto.Message) ([]byte, error) {
-	out = append(out, kind)
-	out = binary.AppendUvarint(out, uint64(proto.Size(m)))
-	return proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(out, m)
-}
-
-// parts calls fn for each part of a message, which has forwardJobs at most.
-func parts(data []byte, fn func(kind byte, body []byte) error) error {
-	for n := 0; len(data) > 0; n++ {
-		kind := data[0]
-		size, k := binary.Uvarint(data[1:])
-		if n == forwardJobs || k <= 0 || size > uint64(len(data)-1-k) {
-			return errWrites
-		}
-		body := data[1+k:]
-		if err := fn(kind, body[:size:size]); err != nil {
-			return errors.Join(errWrites, err)
-		}
-		data = body[size:]
-	}
-	return nil
-}
-
-func (q *writeRequest) marshal() (out []byte, err error) {
-	for _, t := range q.txns {
-		if out, err = appendPart(out, partTxn, t); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-func (q *writeRequest) unmarshal(data []byte) error {
-	return parts(data, func(kind byte, body []byte) error {
-		if kind != partTxn {
-			return errWrites
-		}
-		t := new(pb.TxnRequest)
-		q.txns = append(q.txns, t)
-		return proto.Unmarshal(body, t)
-	})
-}
-
-func (a *writeAnswer) marshal() (out []byte, err error) {
-	for _, r := range a.results {
-		if r.err != nil {
-			out, err = appendPart(out, partError, r.err)
-		} else {
-			out, err = appendPart(out, partResponse, r.resp)
-		}
-		if err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
-
-func (a *writeAnswer) unmarshal(data []byte) error {
-	return parts(data, func(kind byte, body []byte) error {
-		var r writeResult
-		defer func() { a.results = append(a.results, r) }()
-		switch kind {
-		case partResponse:
-			r.resp = new(pb.TxnResponse)
-			return proto.Unmarshal(body, r.resp)
-		case partError:
-			r.err = new(spb.Status)
-			if err := proto.Unmarshal(body, r.err); err != nil {
-				return err
-			}
-			if r.err.Code == int32(codes.OK) {
-				return errWrites
-			}
-			return nil
-		}
-		return errWrites
-	})
 }
