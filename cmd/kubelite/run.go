@@ -124,6 +124,9 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	if err := config.Err(nodeconfig.PartName); err != nil {
 		return err
 	}
+	if v6 := config.APIServer.ServiceCIDRs; len(v6) > 0 && v6[0].Addr().Is6() {
+		host.Address = "" // it is one of IPv4
+	}
 	words, kubeletArgs, err := readArgs(env, config.NodeName, f, host, log)
 	if err != nil {
 		return err

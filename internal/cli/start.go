@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/cluster"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -75,6 +76,9 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 		if err := a.lowMemory(); err != nil {
 			return err
 		}
+	}
+	if err := hostnet.CheckRanges(a.Env); err != nil {
+		return fmt.Errorf("cannot start: %w", err)
 	}
 	if err := a.checkPorts(ctx); err != nil {
 		return err

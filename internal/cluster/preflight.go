@@ -18,6 +18,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/client"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/status"
@@ -144,7 +145,25 @@ func (s *joinRun) remoteProblems(ctx context.Context) ([]Problem, error) {
 		out = append(out, Problem{Fatal: d > maxClock, What: fmt.Sprintf("the clocks differ: here it is %s, on %s %s",
 			asked.Format(time.RFC3339), c.Target().Host, theirs.Format(time.RFC3339)), Do: "synchronize them, for example with systemd-timesyncd or chrony"})
 	}
-	return append(out, s.unreachable(ctx, resp)...), nil
+	return slices.Concat(out, overlapping(resp.CIDR), s.unreachable(ctx, resp)), nil
+}
+
+// overlapping finds networks of this host that lie in the range of the cluster's pods.
+func overlapping(networks string) []Problem {
+	ranges, err := hostnet.ParseCIDRs(networks)
+	if err != nil {
+		return nil // of an agent that does not say
+	}
+	overlaps, err := hostnet.Overlaps(ranges)
+	if err != nil {
+		return nil
+	}
+	var out []Problem
+	for _, o := range overlaps {
+		out = append(out, Problem{Fatal: true, What: o.String() + " of the cluster's pods",
+			Do: "this node would lose its way there: join a cluster that was started with other ranges, or move the host to another network"})
+	}
+	return out
 }
 
 // advice is the next step for what a cluster objects to; "" where its message says it, or nothing helps.

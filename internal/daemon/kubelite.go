@@ -20,6 +20,7 @@ import (
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/filewatch"
+	"microk8s/internal/hostnet"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -66,7 +67,7 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 		}
 		errs = append(errs, err)
 	}
-	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env))...); err != nil {
+	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env), hostnet.CheckRanges(p.Env))...); err != nil {
 		return err
 	}
 	if err := nodeconfig.KeepName(p.Env, config.NodeName); err != nil {

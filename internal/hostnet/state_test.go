@@ -158,3 +158,76 @@ func TestServicesComeBack(t *testing.T) {
 		t.Error("kube-proxy was told to write after a change of one Service")
 	}
 }
+
+// TestOverlaps has networks of a host in and around the pods' range.
+func TestOverlaps(t *testing.T) {
+	if !hosttest.Alone(t) {
+		return
+	}
+	ranges := []netip.Prefix{cluster, netip.MustParsePrefix("10.152.183.0/24")}
+	for _, tc := range []struct{ name, do, want string }{
+		{"another LAN", "ip addr add 192.0.2.5/24 dev lan0", ""},
+		{"a LAN inside", "ip addr add 10.1.0.5/21 dev lan0", "10.1.0.0/21 (lan0) overlaps 10.1.0.0/16"},
+		{"a LAN that is the Services'", "ip addr add 10.152.183.20/24 dev lan0", "10.152.183.0/24 (lan0) overlaps 10.152.183.0/24"},
+		{"a LAN that holds the pods', with an address elsewhere in it", "ip addr add 10.9.0.5/8 dev lan0", ""},
+		{"a LAN that holds the pods', with an address inside", "ip addr add 10.1.9.5/8 dev lan0", "10.0.0.0/8 (lan0) overlaps 10.1.0.0/16"},
+		{"a VPN to the range", "ip addr add 192.0.2.5/24 dev lan0; ip route add 10.1.0.0/16 dev vpn0", "10.1.0.0/16 (vpn0) overlaps 10.1.0.0/16"},
+		{"a VPN to a part", "ip route add 10.1.64.0/24 dev vpn0", "10.1.64.0/24 (vpn0) overlaps 10.1.0.0/16"},
+		{"a VPN to everything", "ip route add default dev vpn0; ip route add 10.0.0.0/8 dev vpn0", ""},
+		{"our own bridge", "ip link add cni0 type bridge; ip addr add 10.1.5.1/24 dev cni0; ip link set cni0 up", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			run(t, "", "sh", "-ec", "for i in lan0 vpn0; do ip link add $i type bridge; ip link set $i up; done; "+tc.do)
+			defer run(t, "", "sh", "-c", "for i in lan0 vpn0 cni0; do ip link del $i; done 2>/dev/null; true")
+			got, err := Overlaps(ranges)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text := fmt.Sprint(got)
+			if tc.want == "" && len(got) > 0 || !strings.Contains(text, tc.want) {
+				t.Errorf("got %s, want %q", text, tc.want)
+			}
+		})
+	}
+}
+
+// TestCheckRanges wants the lines of the error to be right: typed, they make the next start go on.
+func TestCheckRanges(t *testing.T) {
+	if !hosttest.Alone(t) {
+		return
+	}
+	env := snapenv.Under(t.TempDir())
+	for file, text := range map[string]string{
+		"kube-apiserver":          "--service-cluster-ip-range=10.152.183.0/24\n",
+		"kube-controller-manager": "--cluster-cidr=10.1.0.0/16\n--service-cluster-ip-range=10.152.183.0/24\n",
+		"kube-proxy":              "--cluster-cidr=10.1.0.0/16\n",
+		"kubelet":                 "--cluster-dns=10.152.183.10\n",
+	} {
+		if err := os.MkdirAll(env.ArgsDir(), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(env.Args(file), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := CheckRanges(env); err != nil {
+		t.Fatalf("without any network: %v", err)
+	}
+	run(t, "", "sh", "-ec", "ip link add lan0 type bridge; ip link set lan0 up; ip addr add 10.1.0.5/21 dev lan0; ip addr add 10.152.183.9/24 dev lan0")
+	err := CheckRanges(env)
+	if err == nil || !strings.Contains(err.Error(), "overlaps the pods' 10.1.0.0/16") || !strings.Contains(err.Error(), "overlaps the Services' 10.152.183.0/24") {
+		t.Fatalf("got %v", err)
+	}
+	lines := strings.Split(err.Error(), "\n")
+	if len(lines) != 4 {
+		t.Fatalf("the error has other than three lines to type: %v", err)
+	}
+	run(t, "", "sh", "-ec", strings.Join(lines[1:3], "\n"))
+	if err := CheckRanges(env); err != nil {
+		t.Errorf("after the lines were typed: %v", err)
+	}
+	dns, err := os.ReadFile(env.Args("kubelet"))
+	if err != nil || string(dns) != "--cluster-dns=10.153.183.10\n" {
+		t.Errorf("the kubelet has %q (%v)", dns, err)
+	}
+}

@@ -135,6 +135,9 @@ func Probe(root string) Host {
 	}
 	h.ResolvConf = resolvConf(read)
 	h.DefaultRoute, h.Address = network(read)
+	if root == "/" {
+		h.Address = primary(h.Address)
+	}
 	return h
 }
 
@@ -218,8 +221,11 @@ func (h Host) Overrides() map[string][]Override {
 	}
 	kubelet = append(kubelet, Override{"resolv-conf", h.ResolvConf, "name servers that pods can reach"})
 	var apiserver []Override
-	if !h.DefaultRoute && h.Address != "" { // both would look for the interface of that route
-		why := "the host has no default route"
+	if h.Address != "" { // the kubelet would take what the host's name resolves to
+		why := "the address of the interface with the default route"
+		if !h.DefaultRoute {
+			why = "the host has no default route"
+		}
 		apiserver = append(apiserver, Override{"advertise-address", h.Address, why})
 		kubelet = append(kubelet, Override{"node-ip", h.Address, why})
 	}
@@ -241,6 +247,7 @@ func (h Host) Overrides() map[string][]Override {
 				Override{"conntrack-tcp-timeout-close-wait", "0s", why})
 		}
 	}
+	proxy = append(proxy, Override{"nodeport-addresses", "all", "node ports answer on every address of the node"})
 	return map[string][]Override{"kubelet": kubelet, "kube-proxy": proxy, "kube-apiserver": apiserver}
 }
 

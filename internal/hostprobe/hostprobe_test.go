@@ -55,7 +55,7 @@ Local:
         /32 host LOCAL
 `
 
-// routes writes lines of "interface destination gateway bits" as /proc/net/route has them.
+// routes writes lines of "interface destination gateway bits [metric]" as /proc/net/route has them.
 func routes(lines ...string) string {
 	text := "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 	number := func(b []byte) string { return fmt.Sprintf("%08X", binary.NativeEndian.Uint32(b)) }
@@ -69,7 +69,11 @@ func routes(lines ...string) string {
 		if dst == nil {
 			dst = net.IPv4zero.To4()
 		}
-		text += strings.Join([]string{f[0], number(dst), number(gateway), "0003", "0", "0", "0", number(net.CIDRMask(bits, 32)), "0", "0", "0"}, "\t") + "\n"
+		metric := "0"
+		if len(f) > 4 {
+			metric = f[4]
+		}
+		text += strings.Join([]string{f[0], number(dst), number(gateway), "0003", "0", "0", metric, number(net.CIDRMask(bits, 32)), "0", "0", "0"}, "\t") + "\n"
 	}
 	return text
 }
@@ -126,6 +130,7 @@ func TestHosts(t *testing.T) {
 		restrict       bool
 		snapshotter    string
 		note           string // part of a note, "" if there must be none
+		noAddress      bool   // no address of IPv4 is chosen
 	}{
 		{name: "usual", change: func(map[string]string) {}, kubelet: resolv(), snapshotter: "overlayfs"},
 		{
@@ -241,7 +246,15 @@ func TestHosts(t *testing.T) {
 			apiserver: map[string]string{"advertise-address": "10.0.0.5"}, snapshotter: "overlayfs", note: "known by its address 10.0.0.5",
 		},
 		{
-			name: "a default route of IPv6 only",
+			name: "a VPN in front, and two default routes",
+			change: func(f map[string]string) {
+				f["proc/net/fib_trie"] = strings.Replace(f["proc/net/fib_trie"], "     |-- 10.0.0.5\n", "     |-- 10.0.0.5\n        /32 host LOCAL\n     |-- 100.64.0.9\n        /32 host LOCAL\n     |-- 172.16.0.2\n", 1)
+				f["proc/net/route"] = routes("tun0 100.64.0.0 0.0.0.0 10", "wlan0 0.0.0.0 172.16.0.1 0 600", "wlan0 172.16.0.0 0.0.0.0 24", "eth0 0.0.0.0 10.0.0.1 0 100", "eth0 10.0.0.0 0.0.0.0 24")
+			},
+			kubelet: resolv(), snapshotter: "overlayfs",
+		},
+		{
+			name: "a default route of IPv6 only", noAddress: true,
 			change: func(f map[string]string) {
 				f["proc/net/route"] = routes("eth0 10.0.0.0 0.0.0.0 24")
 				zero := strings.Repeat("0", 32)
@@ -250,7 +263,7 @@ func TestHosts(t *testing.T) {
 			kubelet: resolv(), snapshotter: "overlayfs",
 		},
 		{
-			name: "an IPv6 route to nowhere, and no network",
+			name: "an IPv6 route to nowhere, and no network", noAddress: true,
 			change: func(f map[string]string) {
 				zero := strings.Repeat("0", 32)
 				f["proc/net/route"] = routes("cni0 10.1.7.0 0.0.0.0 24")
@@ -270,14 +283,18 @@ func TestHosts(t *testing.T) {
 			if tc.proxy == nil {
 				tc.proxy = map[string]string{}
 			}
+			if tc.apiserver == nil {
+				tc.apiserver = map[string]string{}
+			}
+			tc.proxy["nodeport-addresses"] = "all"
+			if !tc.noAddress {
+				tc.kubelet["node-ip"], tc.apiserver["advertise-address"] = "10.0.0.5", "10.0.0.5"
+			}
 			if d := cmp.Diff(tc.kubelet, flags(h.Overrides()["kubelet"])); d != "" {
 				t.Errorf("kubelet: %s", d)
 			}
 			if d := cmp.Diff(tc.proxy, flags(h.Overrides()["kube-proxy"])); d != "" {
 				t.Errorf("kube-proxy: %s", d)
-			}
-			if tc.apiserver == nil {
-				tc.apiserver = map[string]string{}
 			}
 			if d := cmp.Diff(tc.apiserver, flags(h.Overrides()["kube-apiserver"])); d != "" {
 				t.Errorf("kube-apiserver: %s", d)
@@ -308,7 +325,7 @@ func TestUsersFlagsWin(t *testing.T) {
 		t.Fatal(err)
 	}
 	added, err := h.Apply("kubelet", f)
-	if err != nil || len(added) != 1 || added[0].Flag != "fail-cgroupv1" {
+	if err != nil || len(added) != 2 || added[0].Flag != "fail-cgroupv1" || added[1].Flag != "node-ip" {
 		t.Errorf("added %v, %v", added, err)
 	}
 	if got, _ := f.Get("resolv-conf"); got != "/mine" {

@@ -3,18 +3,24 @@ package hostprobe
 import (
 	"encoding/binary"
 	"encoding/hex"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
 // podInterfaces carry addresses of the pod network.
 var podInterfaces = []string{"lo", "cni0", "flannel.1", "vxlan.calico", "docker0"}
 
-// network reads the kernel's tables: whether there is a default route, and the first address
-// on the first network that the host is connected to.
+// network reads the kernel's tables: whether there is a default route, and the IPv4 address that a node has unless
+// somebody chooses another: on a network of the interface with the default route of the smallest metric, or of the first
+// interface where no route is the default one. What the host's name resolves to has no part in it: that may
+// be an address of host-access, of a VPN, or a virtual one. address is "" where only IPv6 has a default route.
 func network(read func(string) string) (defaultRoute bool, address string) {
 	local := localAddresses(read("/proc/net/fib_trie"))
+	byInterface := map[string]string{} // the first address on a connected network
+	uplink, metric := "", uint64(1<<32)
 	for line := range strings.Lines(read("/proc/net/route")) {
 		// Iface Destination Gateway Flags RefCnt Use Metric Mask …
 		f := strings.Fields(line)
@@ -33,24 +39,68 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 		}
 		if bits == 0 {
 			defaultRoute = true
+			if m, err := strconv.ParseUint(f[6], 10, 32); err == nil && m < metric {
+				uplink, metric = f[0], m
+			}
 			continue
 		}
-		if address != "" || slices.Contains(podInterfaces, f[0]) || strings.HasPrefix(f[0], "cali") || f[2] != "00000000" {
+		if slices.Contains(podInterfaces, f[0]) || strings.HasPrefix(f[0], "cali") || f[2] != "00000000" {
 			continue
 		}
 		subnet := netip.PrefixFrom(dst, bits)
 		if i := slices.IndexFunc(local, subnet.Contains); i >= 0 {
-			address = local[i].String()
+			if byInterface[f[0]] == "" {
+				byInterface[f[0]] = local[i].String()
+			}
+			if address == "" {
+				address = local[i].String()
+			}
 		}
+	}
+	if defaultRoute {
+		address = byInterface[uplink]
 	}
 	for line := range strings.Lines(read("/proc/net/ipv6_route")) {
 		// destination, its prefix length, source, its prefix length, next hop, metric, …, interface
 		f := strings.Fields(line)
 		if len(f) > 9 && f[1] == "00" && f[9] != "lo" {
+			if !defaultRoute {
+				address = ""
+			}
 			defaultRoute = true
 		}
 	}
 	return defaultRoute, address
+}
+
+// primary returns the first address of IPv4 on the interface that has the given one, and is in a network there: one that
+// somebody added later, such as keepalived's, is not the node's. The kernel's tables of text have no order.
+func primary(address string) string {
+	interfaces, err := net.Interfaces()
+	if err != nil {
+		return address
+	}
+	for _, i := range interfaces {
+		addrs, err := i.Addrs()
+		if err != nil {
+			continue
+		}
+		first, found := "", false
+		for _, a := range addrs {
+			n, ok := a.(*net.IPNet)
+			if !ok || n.IP.To4() == nil {
+				continue
+			}
+			found = found || n.IP.String() == address
+			if ones, bits := n.Mask.Size(); first == "" && ones < bits && n.IP.IsGlobalUnicast() {
+				first = n.IP.String()
+			}
+		}
+		if found && first != "" {
+			return first
+		}
+	}
+	return address
 }
 
 // hexIPv4 reads an address as the kernel prints it there: the bytes in the machine's order.
