@@ -183,6 +183,11 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		return nil
 	})
 	policies := newPolicies(ctx, env, config.NodeName, state, log) // closes pods before the kubelet can start any
+	if address, err := nodeAddress(kubeletArgs); err == nil && address.IsValid() {
+		group.Go("the node's address", func(ctx context.Context) error {
+			return followAddress(ctx, env, config, address, watch, log)
+		})
+	}
 	group.Go("pod network", func(ctx context.Context) error {
 		return runNetwork(ctx, env, config, kubeletArgs, watch, policies, log)
 	})
@@ -396,15 +401,11 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
 		return err
 	}
-	// Of the arguments in use and not of the file: a host without a default route adds it.
-	var nodeIP netip.Addr // the first one when there is one of each family
-	if v, ok := kubelet.Get("node-ip"); ok {
-		first, _, _ := strings.Cut(v, ",")
-		ip, err := netip.ParseAddr(first)
-		if err != nil {
-			return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
-		}
-		nodeIP = ip
+	nodeIP, err := nodeAddress(kubelet)
+	if err != nil {
+		return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
+	}
+	if nodeIP.IsValid() {
 		routes := watch.Register(ctx, hostnet.ServiceRoutesOwner(config.APIServer.ServiceCIDRs, nodeIP))
 		defer routes.Close()
 	}
@@ -419,6 +420,17 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	options.Env, options.Log, options.Watch, options.Policies = env, log, watch, policies
 	options.EndSandbox = func(ctx context.Context, id string) error { return images.EndSandbox(ctx, env, id) }
 	return network.Run(ctx, options)
+}
+
+// nodeAddress is the kubelet's --node-ip, the first one where there is one of each family; the zero value where it is not set. It is
+// that of the arguments in use and not of the file: the host may have added it.
+func nodeAddress(kubelet *args.File) (netip.Addr, error) {
+	v, ok := kubelet.Get("node-ip")
+	if !ok {
+		return netip.Addr{}, nil
+	}
+	first, _, _ := strings.Cut(v, ",")
+	return netip.ParseAddr(first)
 }
 
 // kubeletKubeconfig is the file with the kubelet's credentials.

@@ -19,6 +19,7 @@ import (
 	"microk8s/internal/args"
 	"microk8s/internal/encryption"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -552,5 +553,37 @@ func TestServicesOutlivePods(t *testing.T) {
 	}
 	if err := protect(filepath.Join(t.TempDir(), "nonesuch", "file"), "kubelite"); err == nil {
 		t.Error("a score that cannot be written is not reported")
+	}
+}
+
+// TestOwnAddress has a worker come back with another address, and nodes whose address is none of the start's business.
+func TestOwnAddress(t *testing.T) {
+	const file = "--node-ip=192.0.2.7\n"
+	for _, tc := range []struct {
+		name   string
+		worker bool
+		host   string // its address now
+		own    string // an address of an interface
+		want   string
+	}{
+		{"a worker with another address", true, "192.0.2.8", "192.0.2.8", "192.0.2.8"},
+		{"a worker with its address, and a default route elsewhere", true, "198.51.100.9", "192.0.2.7", "192.0.2.7"},
+		{"a worker that has no address yet", true, "", "198.51.100.1", "192.0.2.7"},
+		{"a control plane", false, "192.0.2.8", "192.0.2.8", "192.0.2.7"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			n.put(t, n.env.Args("kubelet"), file)
+			n.Host = &hostprobe.Host{Address: tc.host}
+			n.Addresses = func() ([]net.IP, error) { return []net.IP{net.ParseIP(tc.own)}, nil }
+			config := nodeconfig.Load(n.env)
+			config.Worker = tc.worker
+			if err := n.ownAddress(config); err != nil {
+				t.Fatal(err)
+			}
+			if got := nodeconfig.Load(n.env).NodeIPs; len(got) != 1 || got[0].String() != tc.want {
+				t.Errorf("--node-ip is %v, want %s", got, tc.want)
+			}
+		})
 	}
 }

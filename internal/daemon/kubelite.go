@@ -73,6 +73,9 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	if err := nodeconfig.KeepName(p.Env, config.NodeName); err != nil {
 		return fmt.Errorf("cannot note the node's name: %w", err)
 	}
+	if err := p.ownAddress(config); err != nil {
+		return err
+	}
 	if !config.Worker {
 		if err := errors.Join(p.ownAuthentication(), p.encryptionKey()); err != nil {
 			return err
@@ -83,6 +86,23 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	}
 	p.kernel(ctx, config)
 	return p.waitForSocket(ctx, p.Env.ContainerdSocket(), socketWait)
+}
+
+// ownAddress has a worker whose address is not on the host any more use the one that is: the join wrote it down once, and
+// DHCP has others since. Nothing in the cluster knows a worker by its address. An address that somebody may have to come,
+// because the host has none yet, is waited for by the kubelet.
+func (p *Preparer) ownAddress(config nodeconfig.Config) error {
+	if !config.Worker || len(config.NodeIPs) != 1 {
+		return nil
+	}
+	own, err := p.addresses()
+	now := p.host().Address
+	if err != nil || now == "" || slices.ContainsFunc(own, func(ip net.IP) bool { return ip.Equal(config.NodeIPs[0].AsSlice()) }) {
+		return nil
+	}
+	p.Log.Info("this node has another address now", "before", config.NodeIPs[0], "now", now)
+	_, err = nodeconfig.SetFlags(p.Env, nodeconfig.Kubelet, map[string]string{"node-ip": now})
+	return err
 }
 
 // logFileFlags are those of the Kubernetes logging library that were dropped everywhere.
