@@ -33,7 +33,7 @@ var (
 	exitsLeave = []exitCode{
 		{exitContacting, "the datastore's other members did not answer, or wrong options or arguments"}, {exitOnlyCopy, "this node has the only copy of the data"},
 	}
-	exitsNetwork = []exitCode{{ExitError, "failed, or refused; why: the connection is stopped"}}
+	exitsNetwork = []exitCode{{ExitError, "failed, or refused; why: the connection is stopped; check: something does not get through"}}
 	exitsRemove  = []exitCode{{exitContacting, "the datastore's members did not answer, or wrong options or arguments"}}
 	exitsRefresh = []exitCode{
 		{exitNothingChosen, "nothing was chosen"}, {exitCertInfo, "a certificate cannot be read, or the undo failed"}, {exitBackup, "the backup failed"},

@@ -123,6 +123,7 @@ and replace the API server endpoints with the one provided by the loadbalancer i
 `, a.Env.Name)
 	}
 	fmt.Fprintln(a.Out, "Successfully joined the cluster.")
+	a.warnNetwork(ctx)
 	return nil
 }
 

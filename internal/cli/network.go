@@ -21,10 +21,11 @@ import (
 
 func (a *App) newNetwork() *cobra.Command {
 	root := &cobra.Command{
-		Use:   "network why",
+		Use:   "network check|why",
 		Short: "Answer questions about the pod network",
 		Long: `Answer questions about the pod network.
 
+    microk8s network check                         whether packets get to every other node, and back
     microk8s network why shop/web shop/db:5432     which network policy lets this pass, or stops it`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -46,12 +47,15 @@ sctp. For a Service name a pod behind it, and the pod's port: policies see those
     microk8s network why node/n2 shop/db:postgres`,
 		Args: exactArgs("FROM", "TO:PORT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.worker("\nPlease use the master node.", ExitError)(); err != nil {
+				return err
+			}
 			return a.networkWhy(cmd.Context(), cmd, args[0], args[1], out)
 		},
 		ValidArgsFunction: a.flowEnds,
 	}
 	out = addOutput(why, "text")
-	root.AddCommand(why)
+	root.AddCommand(a.newNetworkCheck(), why)
 	return root
 }
 

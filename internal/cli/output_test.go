@@ -19,6 +19,7 @@ import (
 	"microk8s/internal/addon"
 	"microk8s/internal/cis"
 	"microk8s/internal/images"
+	"microk8s/internal/netcheck"
 	"microk8s/internal/netpolicy"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/snapenv"
@@ -135,6 +136,7 @@ func TestDocuments(t *testing.T) {
 		inspectionDocument{documentOf("InspectionReport"), "/r.tar.gz", true, []string{"w"}},
 		securityDocument{documentOf("SecurityReport"), "CIS", map[cis.Status]int{cis.Fail: 1}, []cis.Result{{ID: "1.1", Title: "t", Status: cis.Fail, Wanted: "w", Found: "f", Do: "d"}}},
 		flowDocument{documentOf("FlowReport"), "web", "db", "10.1.0.2", "10.1.1.2", 80, "tcp", true, []netpolicy.Side{{Direction: netpolicy.Ingress, Pod: "shop/db", Node: "n2", Allowed: true, Isolated: true, OwnNode: true, AllowedBy: []string{"shop/p"}, Policies: []string{"shop/p"}}}},
+		networkDocument{documentOf("NetworkCheck"), "n1", 1450, []netcheck.Result{{Node: "n2", Address: "10.0.0.2", Tunnel: true, RoundTrip: 5, Problems: []netcheck.Problem{{Code: "port-there", Node: "n2", What: "w", Do: "d"}}}}},
 		listOf("CertificateList", []listedCert{{"ca.crt", "CA", 3, "2026-12-01T00:00:00Z"}}),
 	}
 	page, err := os.ReadFile("../../docs/output.md")

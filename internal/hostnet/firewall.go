@@ -107,6 +107,12 @@ func (f *Firewall) wanted(c *nftables.Chain) [][]expr.Any {
 		case *nftables.ChainHookInput:
 			// Pods talk to the API server and the kubelet of their own node.
 			rule(interfaceName(expr.MetaKeyIIFNAME, Bridge), address(source, cluster, true))
+			// Nodes ask each other through the tunnel whether it works.
+			tunnel := Tunnel
+			if cluster.Addr().Is6() {
+				tunnel = Tunnel6
+			}
+			rule(interfaceName(expr.MetaKeyIIFNAME, tunnel), address(source, cluster, true), udpPort(CheckPort))
 		}
 	}
 	return rules

@@ -31,6 +31,10 @@ const (
 	ConflistName = "10-microk8s.conflist"
 )
 
+// CheckPort is the UDP port at which a node answers the network checks of others (package netcheck), on the
+// address of its tunnel.
+const CheckPort = 25001
+
 // Conflist is the CNI configuration this package writes.
 func Conflist(env snapenv.Env) string { return filepath.Join(env.CNIConf(), ConflistName) }
 

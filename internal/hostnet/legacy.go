@@ -44,7 +44,10 @@ func legacyTool(v4 bool) (string, error) {
 func legacyRules(chain string, cluster netip.Prefix) []string {
 	tail := ` -m comment --comment "` + Comment + `" -j ACCEPT`
 	if chain == "INPUT" {
-		return []string{"-A INPUT -s " + cluster.String() + " -i " + Bridge + tail}
+		return []string{
+			"-A INPUT -s " + cluster.String() + " -i " + Bridge + tail,
+			fmt.Sprintf("-A INPUT -s %s -i %s -p udp -m udp --dport %d%s", cluster, Tunnel, CheckPort, tail),
+		}
 	}
 	return []string{
 		"-A FORWARD -s " + cluster.String() + tail,

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"microk8s/internal/netcheck"
 	"microk8s/internal/snapenv"
 )
 
@@ -45,6 +46,16 @@ func probeHTTP2(ctx context.Context, socket string) error {
 
 // settingsFrame is the type of a SETTINGS frame.
 const settingsFrame = 4
+
+// networkProblems are those that kubelite found on the ways to other nodes a minute ago at most.
+func networkProblems(env snapenv.Env, now time.Time) (out []Problem) {
+	for _, r := range netcheck.ReadRecord(env, now).Results {
+		for _, p := range r.Problems {
+			out = append(out, Problem{What: p.What, Do: p.Do + "; more with: microk8s network check"})
+		}
+	}
+	return out
+}
 
 // Free space below which a file system is called full, and below which the kubelet evicts
 // pods (eviction-hard of the default arguments, nodefs.available).

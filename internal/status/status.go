@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -149,7 +150,9 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 				away = memberElsewhere(p.Env, own).ask(ctx)
 			}
 		},
-		"disk":  func() { local = append(diskProblems(p.Env), certProblems(p.Env, p.Now())...) },
+		"disk": func() {
+			local = slices.Concat(diskProblems(p.Env), certProblems(p.Env, p.Now()), networkProblems(p.Env, p.Now()))
+		},
 		"ports": func() { ports = busyPorts(p.Env) },
 	})
 	// A probe past its deadline may still be writing; do not read its result.

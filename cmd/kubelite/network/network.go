@@ -268,6 +268,9 @@ func slim(obj any) (any, error) {
 	}
 	out := &corev1.Node{}
 	out.Name, out.UID, out.ResourceVersion, out.Annotations = full.Name, full.UID, full.ResourceVersion, full.Annotations
+	if v, ok := full.Labels[labelControlPlane]; ok {
+		out.Labels = map[string]string{labelControlPlane: v}
+	}
 	out.CreationTimestamp = full.CreationTimestamp
 	out.Spec.PodCIDR, out.Spec.PodCIDRs = full.Spec.PodCIDR, full.Spec.PodCIDRs
 	out.Status.Addresses = full.Status.Addresses

@@ -37,6 +37,9 @@ var cluster4 = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}
 // TestMain lets the test program be one node: Run starts goroutines, and those are in another
 // network namespace only if their whole process is.
 func TestMain(m *testing.M) {
+	if os.Getenv("NETWORK_TEST_CHECK") != "" {
+		os.Exit(checkMain())
+	}
 	if os.Getenv("NETWORK_TEST_NODE") != "" {
 		os.Exit(nodeMain())
 	}

@@ -32,6 +32,7 @@ const (
 	annotationData6    = annotationPrefix + "backend-v6-data"
 	annotationPublic   = annotationPrefix + "public-ip"
 	annotationPublic6  = annotationPrefix + "public-ipv6"
+	labelControlPlane  = "node.kubernetes.io/microk8s-controlplane"
 	vxlanNetworkID     = 1
 	vxlanPort          = 4789 // the registered port, and the one upstream documents
 	vxlanEncapsulation = 50   // bytes that VXLAN over IPv4 adds to a packet

@@ -95,9 +95,15 @@ func (n *node) serve(parent context.Context) error {
 		network.Run(ctx)
 	}()
 	kept := n.Watch.Register(ctx, keeper.Owner())
+	checked := make(chan struct{})
+	go func() {
+		defer close(checked)
+		n.checkWays(ctx, g, mtu)
+	}()
 	err = n.watchGround(ctx, changes, g, mgr)
 	kept.Close()
 	cancel(err)
+	<-checked // its socket is free for the next run
 	select {
 	case <-ended:
 	case <-time.After(2 * time.Second):
