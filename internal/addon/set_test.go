@@ -437,7 +437,7 @@ func TestPodObstacle(t *testing.T) {
 		if err := json.Unmarshal([]byte(text), &o.Object); err != nil {
 			t.Fatal(err)
 		}
-		got, over := podObstacle(o)
+		got, over := PodObstacle(o)
 		if over {
 			got += ", for good"
 		}

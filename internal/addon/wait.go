@@ -176,7 +176,7 @@ func (s *Set) obstacle(ctx context.Context, o *unstructured.Unstructured) (why s
 		if p.GetDeletionTimestamp() != nil || configurationOf(p.Object, "metadata", "annotations") != newest {
 			continue // it goes, with what it was configured for
 		}
-		if reason, over := podObstacle(&p); reason != "" {
+		if reason, over := PodObstacle(&p); reason != "" {
 			return fmt.Sprintf("pod %s: %s", p.GetName(), reason), over
 		}
 	}
@@ -195,8 +195,9 @@ func configurationOf(object map[string]any, annotations ...string) string {
 	return all[configurationAnnotation]
 }
 
-// podObstacle is what a pod's status says about why it does not run.
-func podObstacle(p *unstructured.Unstructured) (why string, over bool) {
+// PodObstacle returns what a pod's status says about why it does not run, "" where it says nothing; over:
+// it will not end by itself.
+func PodObstacle(p *unstructured.Unstructured) (why string, over bool) {
 	for _, list := range []string{"initContainerStatuses", "containerStatuses"} {
 		statuses, _, _ := unstructured.NestedSlice(p.Object, "status", list)
 		for _, c := range statuses {

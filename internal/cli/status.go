@@ -52,7 +52,13 @@ func (a *App) newStatus() *cobra.Command {
 		Short: "Show the status of this node",
 		Long: `Show the status of this node, and if something is wrong, what, and what to do about it. It answers
 within 100 ms when everything does; what is slow is waited for, up to a second in all, and then
-named. Exit code 0 means that the node can be used, 1 that it cannot or that nobody knows.`,
+named. Each problem has the next step, and in brackets the check that found it, by a name that never
+changes, and what it looked at just now. What could not be looked at is listed too.
+
+With --addon NAME it prints enabled, disabled or unknown: the last when the cluster, which has the
+answer, did not answer.
+
+Exit codes: 0 the node can be used, 1 it cannot, or nobody knows, 2 the command was not understood.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !slices.Contains([]string{"pretty", "yaml", "short", "json"}, o.format) {
@@ -186,7 +192,7 @@ func printAddon(w io.Writer, r status.Report, name string) error {
 		return x.Enabled && x.Name == name
 	})
 	answer := state(on)
-	if r.Slow { // the addons are in the cluster, which does not answer
+	if !on && !r.AddonsKnown { // they are in the cluster, which did not answer
 		answer = "unknown"
 	}
 	_, err := fmt.Fprintln(w, answer)
@@ -250,8 +256,14 @@ func printHA(b *strings.Builder, ha status.HA) {
 	}
 }
 
-// printProblems writes what is wrong, last, where a person's eye ends.
+// printProblems writes what could not be looked at and then what is wrong, where a person's eye ends.
 func printProblems(b *strings.Builder, r status.Report) {
+	if len(r.Unseen) > 0 {
+		b.WriteString("not looked at:\n")
+		for _, u := range r.Unseen {
+			fmt.Fprintf(b, "  - %s (%s): %s\n", u.Looked(), u.ID, u.Why)
+		}
+	}
 	if len(r.Problems) == 0 {
 		return
 	}
@@ -261,6 +273,7 @@ func printProblems(b *strings.Builder, r status.Report) {
 		if p.Do != "" {
 			fmt.Fprintf(b, "    %s\n", p.Do)
 		}
+		fmt.Fprintf(b, "    (%s: from %s)\n", p.ID, p.Looked())
 	}
 }
 
@@ -286,6 +299,7 @@ type statusJSON struct {
 	NetworkPolicy policyJSON    `json:"network-policy"`
 	Addons        []addonJSON   `json:"addons,omitempty"`
 	Problems      []problemJSON `json:"problems,omitempty"`
+	NotLookedAt   []unseenJSON  `json:"not-looked-at,omitempty"`
 	// Differences are arguments in which control-plane nodes must agree and do not.
 	Differences []differenceJSON `json:"argument-differences,omitempty"`
 }
@@ -341,8 +355,17 @@ type addonJSON struct {
 }
 
 type problemJSON struct {
-	What string `json:"what"`
-	Do   string `json:"do,omitempty"`
+	ID     string `json:"id"` // of the check, the same for ever
+	What   string `json:"what"`
+	Do     string `json:"do,omitempty"`
+	Looked string `json:"looked-at"`
+}
+
+// unseenJSON is a check that could not be made.
+type unseenJSON struct {
+	ID     string `json:"id"`
+	Looked string `json:"looked-at"`
+	Why    string `json:"why"`
 }
 
 func jsonOf(r status.Report) statusJSON {
@@ -359,7 +382,10 @@ func jsonOf(r status.Report) statusJSON {
 		out.MicroK8s.Message, out.MicroK8s.Slow = headline(r), r.Slow
 	}
 	for _, p := range r.Problems {
-		out.Problems = append(out.Problems, problemJSON(p))
+		out.Problems = append(out.Problems, problemJSON{p.ID, p.What, p.Do, p.Looked()})
+	}
+	for _, u := range r.Unseen {
+		out.NotLookedAt = append(out.NotLookedAt, unseenJSON{u.ID, u.Looked(), u.Why})
 	}
 	for _, d := range r.Differences {
 		x := differenceJSON{Argument: "--" + d.Argument}
@@ -431,10 +457,17 @@ func fullDocument(r status.Report) *yaml.Node {
 	}
 	items = nil
 	for _, p := range j.Problems {
-		items = append(items, yamlMap("what", p.What, "do", p.Do))
+		items = append(items, yamlMap("id", p.ID, "what", p.What, "do", p.Do, "looked-at", p.Looked))
 	}
 	if len(items) > 0 {
 		doc.Content = append(doc.Content, yamlScalar("problems"), yamlList(items))
+	}
+	items = nil
+	for _, u := range j.NotLookedAt {
+		items = append(items, yamlMap("id", u.ID, "looked-at", u.Looked, "why", u.Why))
+	}
+	if len(items) > 0 {
+		doc.Content = append(doc.Content, yamlScalar("not-looked-at"), yamlList(items))
 	}
 	items = nil
 	for _, d := range j.Differences {

@@ -24,6 +24,7 @@ import (
 
 	"microk8s/apiserver-proxy/config"
 	"microk8s/internal/args"
+	"microk8s/internal/argsdigest"
 	"microk8s/internal/certs"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/hostprobe"
@@ -173,6 +174,9 @@ func (p *Preparer) Prepare(ctx context.Context, name string) (*Command, error) {
 	}
 	if err := p.environment(cmd, name); err != nil {
 		return nil, err
+	}
+	if err := argsdigest.Record(p.Env, name); err != nil {
+		p.Log.Warn("status will not notice changed argument files", "err", err)
 	}
 	return cmd, nil
 }

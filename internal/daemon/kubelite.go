@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/filewatch"
 	"microk8s/internal/hostnet"
+	"microk8s/internal/nodecheck"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 )
@@ -246,6 +247,7 @@ func (p *Preparer) kernel(ctx context.Context, config nodeconfig.Config) {
 			}
 		}
 	}
+	p.limits(config) // a worker has no datastore, which does it elsewhere
 	want := []string{"net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"}
 	// Forwarding IPv6 makes a host ignore router advertisements, so only where pods have it.
 	if slices.ContainsFunc(config.ClusterCIDRs, func(c netip.Prefix) bool { return c.Addr().Is6() }) {
@@ -253,6 +255,18 @@ func (p *Preparer) kernel(ctx context.Context, config nodeconfig.Config) {
 	}
 	for _, name := range want {
 		p.sysctl(name, 1)
+	}
+}
+
+// limits raises the kernel's limits to what the datastore and many pods need (cli.md 7.3). Its locks
+// are how a person keeps them (docs/install.md).
+func (p *Preparer) limits(config nodeconfig.Config) {
+	for _, l := range nodecheck.Limits {
+		switch {
+		case config.KeepLimits, config.KeepAIO && strings.HasPrefix(l.Name, "fs/aio"), config.KeepInotify && strings.HasPrefix(l.Name, "fs/inotify"):
+		default:
+			p.sysctl(l.Name, l.Min)
+		}
 	}
 }
 
@@ -321,14 +335,7 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 	if _, err := os.Stat(p.Env.Args("k8s-dqlite")); errors.Is(err, fs.ErrNotExist) {
 		return nothingToDo(p.Env.Args("k8s-dqlite") + " does not exist")
 	}
-	// Limits that the datastore and many pods need (cli.md 7.3).
-	if !config.KeepAIO {
-		p.sysctl("fs/aio-max-nr", 1048576)
-	}
-	if !config.KeepInotify {
-		p.sysctl("fs/inotify/max_user_instances", 1024)
-		p.sysctl("fs/inotify/max_user_watches", 1048576)
-	}
+	p.limits(config)
 	if err := p.readdress(); err != nil {
 		return err
 	}

@@ -47,9 +47,6 @@ func hostFindings(root string, c nodeconfig.Config) (found []string) {
 	if strings.TrimSpace(read("sys/fs/selinux/enforce")) == "1" {
 		warn("SELinux is enforcing, and no policy for this product exists: if services or pods are denied access, see ausearch -m avc, or run setenforce 0")
 	}
-	if !memoryCgroup(read("proc/cgroups"), read("sys/fs/cgroup/cgroup.controllers")) {
-		warn("the kernel's memory cgroup is off, which the kubelet needs: add cgroup_enable=memory cgroup_memory=1 to the kernel's command line and reboot")
-	}
 	h := hostprobe.Probe(root)
 	if h.NoKmsg {
 		do := ""
@@ -57,18 +54,6 @@ func hostFindings(root string, c nodeconfig.Config) (found []string) {
 			do = "; apply the LXD profile for this product to the container"
 		}
 		warn("there is no /dev/kmsg: the kubelet cannot report processes killed because memory ran out%s", do)
-	}
-	if h.NoBridgeNF {
-		warn("the kernel module br_netfilter is not loaded: a pod cannot reach a Service whose endpoint is on its own node; run modprobe br_netfilter")
-	}
-	release := strings.TrimSpace(read("proc/sys/kernel/osrelease"))
-	modules := read("lib/modules/"+release+"/modules.dep") + read("lib/modules/"+release+"/modules.builtin")
-	if modules != "" && !exists("sys/module/vxlan") && !strings.Contains(modules, "/vxlan.ko") {
-		do := "install the kernel modules of your distribution that contain it"
-		if strings.Contains(read("proc/device-tree/model"), "Raspberry Pi") {
-			do = "on Ubuntu for the Raspberry Pi: apt install linux-modules-extra-raspi, and reboot"
-		}
-		warn("the kernel module vxlan is missing, without which pods of different nodes do not reach each other; %s", do)
 	}
 	return found
 }
@@ -79,20 +64,6 @@ func insecureRegistry(config string) bool {
 		Insecure []string `json:"insecure-registries"`
 	}
 	return json.Unmarshal([]byte(config), &c) == nil && slices.Contains(c.Insecure, registryHost)
-}
-
-// memoryCgroup reads /proc/cgroups, whose last column says what is on, and of version 2 the
-// list of controllers. Where neither is there, nothing is known, and nothing is said.
-func memoryCgroup(v1, v2 string) bool {
-	if slices.Contains(strings.Fields(v2), "memory") {
-		return true
-	}
-	for line := range strings.Lines(v1) {
-		if f := strings.Fields(line); len(f) == 4 && f[0] == "memory" {
-			return f[3] == "1"
-		}
-	}
-	return v1 == "" && v2 == ""
 }
 
 // shellVars reads a file of NAME=value lines.

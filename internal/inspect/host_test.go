@@ -14,13 +14,10 @@ func TestHostFindings(t *testing.T) {
 	well := map[string]string{
 		"dev/kmsg": "",
 		"proc/sys/net/bridge/bridge-nf-call-iptables": "1",
-		"proc/cgroups":                    "#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t9\t120\t1\n",
-		"proc/sys/kernel/osrelease":       "6.1.0-1\n",
-		"lib/modules/6.1.0-1/modules.dep": "kernel/drivers/net/vxlan/vxlan.ko: kernel/net/ipv4/udp_tunnel.ko\n",
-		"etc/ufw/ufw.conf":                "# on or off\nENABLED=no\n",
-		"sys/fs/selinux/enforce":          "0",
-		"usr/bin/dockerd":                 "",
-		"etc/docker/daemon.json":          `{"insecure-registries": ["localhost:32000"]}`,
+		"etc/ufw/ufw.conf":                            "# on or off\nENABLED=no\n",
+		"sys/fs/selinux/enforce":                      "0",
+		"usr/bin/dockerd":                             "",
+		"etc/docker/daemon.json":                      `{"insecure-registries": ["localhost:32000"]}`,
 	}
 	tests := []struct {
 		name string
@@ -33,12 +30,7 @@ func TestHostFindings(t *testing.T) {
 		{name: "docker as a snap", with: map[string]string{"snap/docker/current/bin/dockerd": ""}, want: []string{"snap restart docker"}},
 		{name: "ufw", with: map[string]string{"etc/ufw/ufw.conf": "ENABLED=yes\n"}, want: []string{"ufw is active"}},
 		{name: "SELinux", with: map[string]string{"sys/fs/selinux/enforce": "1"}, want: []string{"SELinux is enforcing"}},
-		{name: "memory cgroup off", with: map[string]string{"proc/cgroups": "memory\t0\t1\t0\n"}, want: []string{"cgroup_enable=memory"}},
-		{name: "memory cgroup of version 2", with: map[string]string{"proc/cgroups": "memory\t0\t1\t0\n", "sys/fs/cgroup/cgroup.controllers": "cpu memory pids\n"}},
-		{name: "no kmsg, bridges", with: map[string]string{"dev/kmsg": "-", "proc/sys/net/bridge/bridge-nf-call-iptables": "-", "run/systemd/container": "lxc"}, want: []string{"LXD profile", "modprobe br_netfilter"}},
-		{name: "no vxlan", with: map[string]string{"lib/modules/6.1.0-1/modules.dep": "kernel/a.ko:\n"}, want: []string{"vxlan is missing"}},
-		{name: "no vxlan on a Raspberry Pi", with: map[string]string{"lib/modules/6.1.0-1/modules.dep": "kernel/a.ko:\n", "proc/device-tree/model": "Raspberry Pi 5 Model B"}, want: []string{"linux-modules-extra-raspi"}},
-		{name: "vxlan loaded, modules hidden", with: map[string]string{"lib/modules/6.1.0-1/modules.dep": "kernel/a.ko:\n", "sys/module/vxlan/refcnt": "1"}},
+		{name: "no kmsg", with: map[string]string{"dev/kmsg": "-", "run/systemd/container": "lxc"}, want: []string{"LXD profile"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

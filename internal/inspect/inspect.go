@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"microk8s/internal/datastore/storedir"
+	"microk8s/internal/nodecheck"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -34,6 +35,9 @@ type Inspector struct {
 
 	// Warnings are what was found to be wrong, when Inspect has returned.
 	Warnings []string
+
+	// Node, if not nil, changes what is looked at by the checks of this node. It is for tests.
+	Node func(*nodecheck.Node)
 
 	// Run returns the output of a program, standard error included; nil runs it for real.
 	Run func(ctx context.Context, argv ...string) ([]byte, error)

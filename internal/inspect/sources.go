@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"microk8s/internal/nodeconfig"
-	"microk8s/internal/registryhosts"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -127,12 +126,8 @@ func (in *Inspector) kubernetes(ctx context.Context) {
 	}
 }
 
-// Limits below which a node with many pods runs into trouble (cli.md 1.13).
-const (
-	minInotifyInstances = 1024
-	minInotifyWatches   = 1048576
-	minMemoryKiB        = 524288
-)
+// minMemoryKiB is the memory below which a control plane does not fit (cli.md 1.13).
+const minMemoryKiB = 524288
 
 // findings warns of what can be seen to be wrong, in the report and to the person.
 func (in *Inspector) findings(ctx context.Context) {
@@ -143,29 +138,20 @@ func (in *Inspector) findings(ctx context.Context) {
 		in.Warnings = append(in.Warnings, text)
 		fmt.Fprintln(&b, text)
 	}
-	p := &status.Prober{Env: in.Env, Manager: in.Manager, Now: in.Now, Budget: 2 * time.Second}
-	for _, problem := range p.Probe(ctx).Problems {
-		warn("%s", problem)
+	p := &status.Prober{Env: in.Env, Manager: in.Manager, Now: in.Now, Budget: 2 * time.Second, Node: in.Node}
+	report := p.Probe(ctx)
+	slow, unseen := p.Slow(ctx, report.Services)
+	for _, problem := range append(report.Problems, slow...) {
+		warn("%s (%s: from %s)", problem, problem.ID, problem.Looked())
+	}
+	for _, u := range append(report.Unseen, unseen...) {
+		warn("not looked at: %s (%s): %s", u.Looked(), u.ID, u.Why)
 	}
 	for _, finding := range hostFindings(in.Env.Host, nodeconfig.Load(in.Env)) {
 		warn("%s", finding)
 	}
-	for _, err := range registryhosts.CheckAll(in.Env.Args("certs.d")) {
-		warn("%v; containerd pulls as if the file were not there, or fails: correct it, no restart is needed", err)
-	}
 	if nodeconfig.ReadState(in.Env).LowMemory {
 		warn("the low memory guard is on: this machine is too small for a control plane")
-	}
-	if n, ok := number("/proc/sys/fs/inotify/max_user_instances"); ok && n < minInotifyInstances {
-		warn("fs.inotify.max_user_instances is %d; raise it with sysctl to %d", n, minInotifyInstances)
-	}
-	if n, ok := number("/proc/sys/fs/inotify/max_user_watches"); ok && n < minInotifyWatches {
-		warn("fs.inotify.max_user_watches is %d; raise it with sysctl to %d", n, minInotifyWatches)
-	}
-	used, ok1 := number("/proc/sys/fs/aio-nr")
-	limit, ok2 := number("/proc/sys/fs/aio-max-nr")
-	if ok1 && ok2 && used >= limit {
-		warn("all asynchronous I/O requests of the machine are in use; raise fs.aio-max-nr with sysctl")
 	}
 	if text, err := os.ReadFile("/proc/meminfo"); err == nil {
 		var total int
@@ -177,13 +163,4 @@ func (in *Inspector) findings(ctx context.Context) {
 		warn("there is no default route; set one, some programs need it to find their own address")
 	}
 	in.add("findings", b.String())
-}
-
-func number(path string) (int, bool) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return 0, false
-	}
-	n, err := strconv.Atoi(strings.TrimSpace(string(data)))
-	return n, err == nil
 }

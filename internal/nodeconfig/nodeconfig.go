@@ -67,7 +67,8 @@ type Config struct {
 	NodeIPs      []netip.Addr   // --node-ip of the kubelet: one, or one of each family; nil where it is not set
 	// ClusterDomain is that of the names of Services, as the kubelet tells pods.
 	ClusterDomain string
-	AgentPort     int // of the cluster agent; all nodes of a cluster have the same
+	AgentPort     int    // of the cluster agent; all nodes of a cluster have the same
+	AgentHost     string // an address of this host at which its cluster agent listens
 
 	errs map[Part]error
 }
@@ -185,7 +186,7 @@ func load(env snapenv.Env, hostname func() (string, error)) Config {
 		c.ClusterDomain = v
 	}
 
-	c.AgentPort, err = r.agentPort()
+	c.AgentHost, c.AgentPort, err = r.agentAddress()
 	note(PartAgent, err)
 	c.Datastore = r.datastore(c.State)
 	for _, err := range r.errs {
@@ -260,19 +261,22 @@ func parsePort(text string) (int, error) {
 	return int(n), nil
 }
 
-func (r *reader) agentPort() (int, error) {
+func (r *reader) agentAddress() (host string, port int, err error) {
+	const loopback = "127.0.0.1"
 	text, ok := r.value(agentFile, "bind")
 	if !ok {
-		return DefaultAgentPort, nil
+		return loopback, DefaultAgentPort, nil
 	}
-	_, port, err := net.SplitHostPort(text)
+	host, portText, err := net.SplitHostPort(text)
 	if err == nil {
-		var n int
-		if n, err = parsePort(port); err == nil {
-			return n, nil
+		if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
+			host = loopback
+		}
+		if port, err = parsePort(portText); err == nil {
+			return host, port, nil
 		}
 	}
-	return DefaultAgentPort, r.wrong(agentFile, "bind", text, err)
+	return loopback, DefaultAgentPort, r.wrong(agentFile, "bind", text, err)
 }
 
 func (r *reader) datastore(s State) (d Datastore) {

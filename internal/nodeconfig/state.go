@@ -33,6 +33,7 @@ type State struct {
 	KeepPods         bool // pods that mount an old revision are not restarted
 	KeepObsoleteArgs bool // flags that today's programs refuse stay in the argument files
 	KeepAIO          bool // the kernel's limit of asynchronous I/O is not raised
+	KeepLimits       bool // none of the kernel's limits is raised
 	KeepInotify      bool // the kernel's limits of inotify are not raised
 
 	datastoreOff bool // the node runs no member; see Config.Datastore for why
@@ -56,6 +57,7 @@ func ReadState(env snapenv.Env) State {
 		KeepObsoleteArgs: locked(env, snapenv.LockKeepArgs),
 		KeepAIO:          locked(env, snapenv.LockKeepAIO),
 		KeepInotify:      locked(env, snapenv.LockKeepInotify),
+		KeepLimits:       locked(env, snapenv.LockKeepLimits),
 
 		datastoreOff: locked(env, snapenv.LockNoDqlite),
 	}

@@ -210,6 +210,7 @@ const (
 	LockKeepArgs    = "no-arg-sanitisation"
 	LockKeepAIO     = "skip-aio-tune.lock"
 	LockKeepInotify = "skip-inotify-tune.lock"
+	LockKeepLimits  = "skip-limits-tune.lock" // all of them
 )
 
 // Backend is the documented path of the datastore directory, $SNAP_DATA/var/kubernetes/backend:

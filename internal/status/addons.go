@@ -38,18 +38,19 @@ func (c *apiClient) foreign(ctx context.Context, env snapenv.Env) (map[string]bo
 func (r *Report) addons(env snapenv.Env, s apiState) {
 	all, broken, err := addon.Catalogue(env)
 	if err != nil {
-		r.add("%v", err)("the installation is damaged: reinstall it")
+		r.add("addons.catalogue", "%v", err)("the installation is damaged: reinstall it")
 		return
 	}
 	for _, err := range broken {
-		r.add("%v", err)("repair it, or remove it with microk8s addons repo remove NAME")
+		r.add("addons.repository", "%v", err)("repair it, or remove it with microk8s addons repo remove NAME")
 	}
 	if s.recordErr != nil && s.err == nil {
-		r.add("cannot find out which addons are enabled: %v", s.recordErr)("wait a moment, or see microk8s logs kubelite")
+		r.add("addons.state", "cannot find out which addons are enabled: %v", s.recordErr)("wait a moment, or see microk8s logs kubelite")
 	}
 	if s.foreignErr != nil && s.err == nil {
-		r.add("cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a moment")
+		r.add("addons.state", "cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a moment")
 	}
+	r.AddonsKnown = s.err == nil && s.recordErr == nil && s.foreignErr == nil
 	on := enabledAddons(s.records)
 	for _, x := range all {
 		r.Addons = append(r.Addons, Addon{

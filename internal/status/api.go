@@ -111,6 +111,9 @@ type apiState struct {
 	differences []serverargs.Difference
 	agentPorts  map[int][]string // nodes by their agents' ports
 
+	weak    []workload // of addons, that lack pods
+	weakErr error
+
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
 	started time.Time
@@ -136,7 +139,10 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	var foreignErr error
 	var bindings rbacv1.ClusterRoleBindingList
 	var bindingsErr error
+	var weak []workload
+	var weakErr error
 	missed := gather(ctx, map[string]func(){
+		"weak":    func() { weak, weakErr = c.weak(ctx) },
 		"foreign": func() { foreign, foreignErr = c.foreign(ctx, p.Env) },
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
@@ -149,6 +155,12 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 			}
 		},
 	})
+	if missed["weak"] {
+		s.weakErr = errors.New("the API server does not answer in time")
+		delete(missed, "weak")
+	} else {
+		s.weak, s.weakErr = weak, weakErr
+	}
 	if missed["foreign"] {
 		s.foreignErr = errors.New("the API server does not answer in time")
 		delete(missed, "foreign")
@@ -232,28 +244,29 @@ func (r *Report) apiProblems(s apiState) {
 	var status *errStatus
 	switch {
 	case s.err != nil:
-		r.add("%s", s.why())("wait a moment, or see microk8s logs kubelite")
+		r.add("api.answers", "%s", s.why())("wait a moment, or see microk8s logs kubelite")
 		return
 	case errors.As(s.healthy, &status):
-		r.add("the API server is not healthy: %v", status)("see microk8s logs kubelite")
+		r.add("api.healthy", "the API server is not healthy: %v", status)("see microk8s logs kubelite")
 	}
 	if s.nodeErr != nil || s.service != nil || len(s.nodes) == 0 {
-		r.add("%s", s.why())("wait a moment, or see microk8s logs kubelite")
+		r.add("api.answers", "%s", s.why())("wait a moment, or see microk8s logs kubelite")
 		return
 	}
+	r.machineProblems(s)
 	for _, n := range s.nodes {
 		c := readyCondition(n)
 		switch {
 		case c == nil:
-			r.add("node %s has not reported its state yet", n.Name)("wait a moment, or see microk8s logs kubelite")
+			r.add("node.ready", "node %s has not reported its state yet", n.Name)("wait a moment, or see microk8s logs kubelite")
 		case c.Status != corev1.ConditionTrue:
-			r.add("node %s is not Ready: %s", n.Name, shorten(c.Message))("see microk8s kubectl describe node " + n.Name)
+			r.add("node.ready", "node %s is not Ready: %s", n.Name, shorten(c.Message))("see microk8s kubectl describe node " + n.Name)
 		case s.stale(n, c):
-			r.add("the kubelet of node %s has not reported since it was started", n.Name)("wait a moment, or see microk8s logs kubelite")
+			r.add("node.ready", "the kubelet of node %s has not reported since it was started", n.Name)("wait a moment, or see microk8s logs kubelite")
 		}
 		for _, c := range n.Status.Conditions {
 			if c.Type != corev1.NodeReady && c.Status == corev1.ConditionTrue && pressure[c.Type] {
-				r.add("node %s has %s: %s", n.Name, c.Type, shorten(c.Message))("pods may be evicted: free that resource")
+				r.add("node.pressure", "node %s has %s: %s", n.Name, c.Type, shorten(c.Message))("pods may be evicted: free that resource")
 			}
 		}
 	}
@@ -262,4 +275,22 @@ func (r *Report) apiProblems(s apiState) {
 var pressure = map[corev1.NodeConditionType]bool{
 	corev1.NodeDiskPressure: true, corev1.NodeMemoryPressure: true, corev1.NodePIDPressure: true,
 	corev1.NodeNetworkUnavailable: true,
+}
+
+// machineProblems names a node that has this one's machine ID: its disk is a copy, and whoever tells
+// machines apart by it, DHCP servers and journals among them, takes the two for one.
+func (r *Report) machineProblems(s apiState) {
+	id := ""
+	for _, n := range s.nodes {
+		if n.Name == s.local {
+			id = n.Status.NodeInfo.MachineID
+		}
+	}
+	for _, n := range s.nodes {
+		if id != "" && n.Name != s.local && n.Status.NodeInfo.MachineID == id {
+			r.add("node.machine-id", "node %s has the same machine ID as this one: one disk is a copy of the other", n.Name)(
+				"make a new one on the copy with: rm /etc/machine-id; systemd-machine-id-setup; microk8s stop; microk8s start")
+			return
+		}
+	}
 }

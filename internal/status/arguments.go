@@ -63,7 +63,7 @@ func (r *Report) argumentProblems() {
 		if len(list) > 1 {
 			verb = "differ"
 		}
-		r.add("what a request may do depends on which API server it reaches: %s %s (%s)", enumerate(list), verb, text)(
+		r.add("api.arguments", "what a request may do depends on which API server it reaches: %s %s (%s)", enumerate(list), verb, text)(
 			"edit args/kube-apiserver and the files that it names so that they agree on these nodes, and where you change them run microk8s stop; microk8s start")
 	}
 }

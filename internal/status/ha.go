@@ -92,10 +92,10 @@ func (r *Report) haProblems() {
 			what, them = "of the datastore "+strings.Join(silent, ", ")+" do not answer", "those nodes"
 		}
 		if !r.HA.Quorum {
-			r.add("%s, and without a majority of the voters nothing can be read or written", what)("start " + them + ", or if they are gone for good see docs/datastore.md")
+			r.add("datastore.majority", "%s, and without a majority of the voters nothing can be read or written", what)("start " + them + ", or if they are gone for good see docs/datastore.md")
 			return
 		}
-		r.add("%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")
+		r.add("datastore.members", "%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")
 	}
 	voters, space := 0, 0
 	var full []string
@@ -115,7 +115,7 @@ func (r *Report) haProblems() {
 		if space <= voters/2 {
 			what += ", and nothing can be written"
 		}
-		r.add("%s", what)("free some space there (10 MiB or more); nothing has to be restarted")
+		r.add("datastore.disk", "%s", what)("free some space there (10 MiB or more); nothing has to be restarted")
 	}
 	r.spaceProblems()
 }
@@ -190,11 +190,11 @@ func (r *Report) addressProblem(e elsewhere) {
 	}
 	ip, _, _ := net.SplitHostPort(e.address)
 	if e.taken {
-		r.add("the cluster's member %s runs on another machine: this disk is a copy of that machine's, or that machine has taken this one's address", ip)(
+		r.add("datastore.address", "the cluster's member %s runs on another machine: this disk is a copy of that machine's, or that machine has taken this one's address", ip)(
 			"if this is the copy, make it a node of its own with microk8s leave, which leaves the other machine alone")
 		return
 	}
-	r.add("the other nodes know this one as %s, which is not an address of this host any more", ip)(
+	r.add("datastore.address", "the other nodes know this one as %s, which is not an address of this host any more", ip)(
 		"give the host that address back, or run microk8s leave --force here and join again; the member " + ip +
 			" then stays in the cluster: if no other machine is to have it, run microk8s remove-node " + ip + " --force on another node")
 }

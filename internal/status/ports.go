@@ -65,6 +65,7 @@ func (p PortProblem) describe() PortProblem {
 		by = "another program"
 	}
 	p.Problem = Problem{
+		ID:   "ports.busy",
 		What: fmt.Sprintf("port %d, which %s needs, is in use by %s", p.Port, p.service, by),
 		Do:   "stop that program and run microk8s start",
 	}

@@ -51,17 +51,19 @@ const settingsFrame = 4
 func networkProblems(env snapenv.Env, now time.Time) (out []Problem) {
 	for _, r := range netcheck.ReadRecord(env, now).Results {
 		for _, p := range r.Problems {
-			out = append(out, Problem{What: p.What, Do: p.Do + "; more with: microk8s network check"})
+			out = append(out, Problem{ID: "network.paths", What: p.What, Do: p.Do + "; more with: microk8s network check"})
 		}
 	}
 	return out
 }
 
-// Free space below which a file system is called full, and below which the kubelet evicts
-// pods (eviction-hard of the default arguments, nodefs.available).
+// Free space below which a file system is called full, below which the kubelet evicts pods
+// (eviction-hard of the default arguments, nodefs.available), and below which that is near where it is
+// less than a tenth too.
 const (
 	fullBelow  = 100 << 20
 	evictBelow = 1 << 30
+	lowBelow   = 2 << 30
 )
 
 // FullDisk is the problem of a disk of the product without room, nil where there is none.
@@ -81,8 +83,9 @@ func FullDisk(env snapenv.Env) *Problem {
 
 func fullDisk(dir string, free uint64) Problem {
 	return Problem{
+		ID:   "disk.full",
 		What: fmt.Sprintf("the disk of %s is full (%d MiB left)", dir, free>>20),
-		Do:   "free some space there; the services recover by themselves",
+		Do:   "free some space there; the services recover by themselves; find it with: du -xh " + dir + " | sort -h | tail",
 	}
 }
 
@@ -101,11 +104,19 @@ func diskProblems(env snapenv.Env) []Problem {
 			out = append(out, fullDisk(dir, free))
 		case free < evictBelow:
 			out = append(out, Problem{
+				ID:   "disk.full",
 				What: fmt.Sprintf("the disk of %s has %d MiB left, pods are evicted below 1 GiB", dir, free>>20),
-				Do:   "free some space there",
+				Do:   "free some space there; find it with: du -xh " + dir + " | sort -h | tail",
+			})
+		case free < lowBelow && free < fs.Blocks*uint64(fs.Bsize)/10:
+			out = append(out, Problem{
+				ID:   "disk.full",
+				What: fmt.Sprintf("the disk of %s is nearly full (%d MiB left), pods are evicted below 1 GiB", dir, free>>20),
+				Do:   "free some space there; find it with: du -xh " + dir + " | sort -h | tail",
 			})
 		case fs.Files > 0 && fs.Ffree == 0:
-			out = append(out, Problem{What: fmt.Sprintf("the file system of %s has no inodes left", dir), Do: "remove some files there"})
+			out = append(out, Problem{ID: "disk.full", What: fmt.Sprintf("the file system of %s has no inodes left", dir),
+				Do: "remove some files there; find many with: du --inodes -x " + dir + " | sort -n | tail"})
 		}
 	}
 	return out
@@ -119,9 +130,10 @@ func ClockProblem(env snapenv.Env, now time.Time) *Problem {
 		return nil
 	}
 	return &Problem{
+		ID: "clock.before",
 		What: fmt.Sprintf("the clock says %s, which is before this node was made (%s)",
 			now.UTC().Format(time.RFC3339), ca.NotBefore.UTC().Format(time.RFC3339)),
-		Do: "set the clock and run microk8s start",
+		Do: "set the clock, for instance with timedatectl set-ntp true, and run microk8s start",
 	}
 }
 
@@ -145,9 +157,9 @@ func certProblems(env snapenv.Env, now time.Time) []Problem {
 		}
 		switch {
 		case now.After(c.NotAfter):
-			out = append(out, Problem{What: fmt.Sprintf("certificate %s expired on %s", name, c.NotAfter.UTC().Format(time.DateOnly)), Do: do})
+			out = append(out, Problem{ID: "certs.valid", What: fmt.Sprintf("certificate %s expired on %s", name, c.NotAfter.UTC().Format(time.DateOnly)), Do: do})
 		case now.Before(c.NotBefore.Add(-clockSlack)):
-			out = append(out, Problem{What: fmt.Sprintf("certificate %s is not valid before %s", name, c.NotBefore.UTC().Format(time.RFC3339)), Do: "check the clock of this machine"})
+			out = append(out, Problem{ID: "certs.valid", What: fmt.Sprintf("certificate %s is not valid before %s", name, c.NotBefore.UTC().Format(time.RFC3339)), Do: "check the clock of this machine with: timedatectl"})
 		}
 	}
 	return out

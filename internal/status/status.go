@@ -22,6 +22,7 @@ import (
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/journal"
 	"microk8s/internal/kubelitestate"
+	"microk8s/internal/nodecheck"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
@@ -47,7 +48,10 @@ type Report struct {
 	HA       HA
 	Services []service.State // nil when the manager did not answer
 	Addons   []Addon
-	Problems []Problem // worst first
+	// AddonsKnown: the cluster said which addons are on. Otherwise those that it has are reported as off.
+	AddonsKnown bool
+	Problems    []Problem // worst first
+	Unseen      []Unseen  // what could not be looked at
 	// Differences are arguments in which the API servers of the cluster do not agree and should.
 	Differences []serverargs.Difference
 }
@@ -90,8 +94,19 @@ type Addon struct {
 // Problem is something wrong with the node, in a sentence without a full stop, and what a
 // person can do about it ("" where there is nothing).
 type Problem struct {
+	// ID names the check that found it. It never changes: see [Looks].
+	ID       string
 	What, Do string
 }
+
+// Looked says what was looked at to find the problem.
+func (p Problem) Looked() string { return Looks[p.ID] }
+
+// Unseen is a check that could not be made, so that nothing is known of what it looks at.
+type Unseen struct{ ID, Why string }
+
+// Looked says what could not be looked at.
+func (u Unseen) Looked() string { return Looks[u.ID] }
 
 func (p Problem) String() string {
 	if p.Do == "" {
@@ -108,6 +123,9 @@ type Prober struct {
 
 	// Budget bounds each question; 0 means [Budget].
 	Budget time.Duration
+
+	// Node, if not nil, changes what is looked at by the checks of this node. It is for tests.
+	Node func(*nodecheck.Node)
 
 	mu      sync.Mutex
 	api     *apiClient // made when first needed
@@ -139,8 +157,20 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		away     elsewhere
 	)
 	config := nodeconfig.Load(p.Env)
+	var checks []nodecheck.Result
+	known := make(chan []service.State, 1)
 	missed := gather(ctx, map[string]func(){
-		"services":   func() { services, svcErr = p.Manager.Status(ctx) },
+		"services": func() {
+			services, svcErr = p.Manager.Status(ctx)
+			known <- services
+		},
+		"node": func() {
+			select {
+			case states := <-known:
+				checks = p.checks(ctx, config, states, false)
+			case <-ctx.Done():
+			}
+		},
 		"API":        func() { api = p.probeAPI(ctx, config.NodeName) },
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
@@ -162,9 +192,9 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	}
 	switch {
 	case missed["services"]:
-		r.add("the service manager did not answer within %s", budget)("see the services' logs with: microk8s logs")
+		r.add("services.manager", "the service manager did not answer within %s", budget)("see the services' logs with: microk8s logs")
 	case svcErr != nil:
-		r.add("%v", svcErr)("")
+		r.add("services.manager", "%v", svcErr)("start it with microk8s start, or see microk8s logs")
 	default:
 		r.Services = services
 	}
@@ -173,7 +203,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		r.Problems = append(r.Problems, local...)
 	}
 	if err := config.Err(nodeconfig.PartName); err != nil {
-		r.add("%v", err)("")
+		r.add("node.name", "%v", err)("set a name with --hostname-override in " + p.Env.Args("kubelet") + " and run microk8s start")
 	}
 	r.changeProblems(p.Env)
 	r.serviceProblems(p.Env, p.Now())
@@ -188,7 +218,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		}
 	}
 	if running(service.Containerd) && (missed["containerd"] || runtime != nil) {
-		r.add("containerd does not answer on its socket")("see microk8s logs containerd")
+		r.add("containerd.answers", "containerd does not answer on its socket")("see microk8s logs containerd")
 	}
 	storeOK := !missed["datastore"] && store == nil
 	if r.HA.Datastore {
@@ -205,8 +235,13 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.addressProblem(away)
 		}
 		if !storeOK && running(service.Datastore) {
-			r.add("the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
+			r.add("datastore.answers", "the datastore does not answer on its socket")("see microk8s logs k8s-dqlite")
 		}
+	}
+	if missed["node"] {
+		r.Unseen = append(r.Unseen, Unseen{ID: "node.checks", Why: fmt.Sprintf("no answer within %s", budget)})
+	} else {
+		r.checked(checks)
 	}
 	answer := apiState{late: true, err: fmt.Errorf("the API server did not answer within %s", budget)}
 	if !missed["API"] {
@@ -224,14 +259,16 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	r.Ready = answer.ready()
 	r.Slow = answer.late && running(service.Kubelite)
 	if !r.Ready && len(r.Problems) == 0 {
-		r.add("%s", answer.why())("wait a moment, or see microk8s logs kubelite")
+		r.add("api.answers", "%s", answer.why())("wait a moment, or see microk8s logs kubelite")
 	}
 	return r
 }
 
-// add appends a problem; the returned function takes what to do.
-func (r *Report) add(what string, a ...any) func(do string) {
-	return func(do string) { r.Problems = append(r.Problems, Problem{What: fmt.Sprintf(what, a...), Do: do}) }
+// add appends a problem that the check called id found; the returned function takes what to do.
+func (r *Report) add(id, what string, a ...any) func(do string) {
+	return func(do string) {
+		r.Problems = append(r.Problems, Problem{ID: id, What: fmt.Sprintf(what, a...), Do: do})
+	}
 }
 
 // gather runs the questions side by side and gives the names of those that had not come back
@@ -291,11 +328,11 @@ func (r *Report) changeProblems(env snapenv.Env) {
 	switch {
 	case errors.Is(err, fs.ErrPermission): // only root may know
 	case err != nil:
-		r.add("%v", err)("")
+		r.add("change.pending", "%v", err)("see docs/cluster.md, or report it with the tarball of microk8s inspect")
 	case pending != nil && strings.HasPrefix(pending.Operation, "join"):
-		r.add("microk8s join is under way or was interrupted, at %q", pending.At())("if it was interrupted: run it again, or undo it with microk8s leave")
+		r.add("change.pending", "microk8s join is under way or was interrupted, at %q", pending.At())("if it was interrupted: run it again, or undo it with microk8s leave")
 	case pending != nil:
-		r.add("microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.At())("if it was interrupted: run it again")
+		r.add("change.pending", "microk8s %s is under way or was interrupted, at %q", pending.Operation, pending.At())("if it was interrupted: run it again")
 	}
 }
 
@@ -324,7 +361,7 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 				if s.LastWords != "" {
 					what += ", last log line: " + words(s.LastWords)
 				}
-				r.add("%s", what)("see microk8s logs " + s.Name)
+				r.add("services.failing", "%s", what)("see microk8s logs " + s.Name)
 			}
 			continue
 		default:
@@ -333,14 +370,14 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 		if why := lastWordsOf(env, s); why != "" {
 			what += ", last log line: " + why
 		}
-		r.add("%s", what)("see microk8s logs " + s.Name)
+		r.add("services.failing", "%s", what)("see microk8s logs " + s.Name)
 	}
 	switch len(down) {
 	case 0:
 	case 1:
-		r.add("service %s is not running", down[0])("start it with microk8s start")
+		r.add("services.stopped", "service %s is not running", down[0])("start it with microk8s start")
 	default:
-		r.add("services %s are not running", strings.Join(down, ", "))("start them with microk8s start")
+		r.add("services.stopped", "services %s are not running", strings.Join(down, ", "))("start them with microk8s start")
 	}
 }
 
@@ -349,25 +386,25 @@ func (r *Report) serviceProblems(env snapenv.Env, now time.Time) {
 func (r *Report) daemonProblems(env snapenv.Env) {
 	state, err := kubelitestate.Read(env)
 	if err != nil {
-		r.add("%v", err)("")
+		r.add("kubelite.daemons", "%v", err)("have it written again with microk8s stop; microk8s start")
 		return
 	}
 	if state.Refused != "" {
-		r.add("the cluster has removed this node: %s", shorten(state.Refused))(removedAdvice)
+		r.add("node.removed", "the cluster has removed this node: %s", shorten(state.Refused))(removedAdvice)
 	}
 	r.NetworkPolicy.Enforced = true
 	if _, err := os.Stat(env.CNIManifest()); err == nil {
 		r.NetworkPolicy = NetworkPolicy{Why: "left to the pod network of " + env.CNIManifest()}
 	} else if state.Policies != "" {
 		r.NetworkPolicy = NetworkPolicy{Why: state.Policies}
-		r.add("network policies are not enforced on this node as the cluster has them: %s", shorten(state.Policies))("see microk8s logs kubelite")
+		r.add("network.policies", "network policies are not enforced on this node as the cluster has them: %s", shorten(state.Policies))("see microk8s logs kubelite")
 	}
 	for _, d := range state.Down {
 		times := ""
 		if d.Times > 1 {
 			times = fmt.Sprintf(" %d times", d.Times)
 		}
-		r.add("%s inside kubelite has ended%s and is started again, the other daemons go on; its error: %s", d.Name, times, shorten(d.Why))(
+		r.add("kubelite.daemons", "%s inside kubelite has ended%s and is started again, the other daemons go on; its error: %s", d.Name, times, shorten(d.Why))(
 			"if that names an argument, correct it in " + env.Args(d.Name) + " and run microk8s stop; microk8s start; or see microk8s logs kubelite")
 	}
 }
@@ -388,7 +425,7 @@ func Removed(env snapenv.Env) string {
 	if err != nil || state.Refused == "" {
 		return ""
 	}
-	return Problem{What: "the cluster has removed this node: " + shorten(state.Refused), Do: removedAdvice}.String()
+	return Problem{ID: "node.removed", What: "the cluster has removed this node: " + shorten(state.Refused), Do: removedAdvice}.String()
 }
 
 // justStarted is how long after a restart its cause is told.

@@ -15,11 +15,13 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/argsdigest"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/service"
@@ -59,6 +61,12 @@ func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(err)
 		ts.Defer(func() { cancel(); wait() })
 	}
+	if f.kind != "failing" && f.kind != "mute" {
+		f.agent(ts, env)
+	}
+	for _, name := range service.Names() {
+		ts.Check(argsdigest.Record(env, name))
+	}
 	api := httptest.NewUnstartedServer(http.HandlerFunc(f.api))
 	api.EnableHTTP2 = true
 	api.Config.ErrorLog = log.New(io.Discard, "", 0) // clients that hang up early are part of the tests
@@ -80,6 +88,28 @@ func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Check(os.MkdirAll(env.CredentialsDir(), 0o755))
 	ts.Check(os.WriteFile(env.AdminKubeconfig(), config, 0o644))
+}
+
+// agents counts the agents of all scripts, each of which has an address of the loopback of its own.
+var agents atomic.Int32
+
+// agent is a cluster agent that says that it lives, unless the script has arguments of its own for it.
+func (f *node) agent(ts *testscript.TestScript, env snapenv.Env) {
+	if _, err := os.Stat(env.Args("cluster-agent")); err == nil {
+		return
+	}
+	n := agents.Add(1)
+	address := fmt.Sprintf("127.%d.%d.%d:25000", 100+os.Getpid()%100, n/250, n%250+1)
+	ts.Check(os.MkdirAll(env.ArgsDir(), 0o755))
+	ts.Check(os.WriteFile(env.Args("cluster-agent"), []byte("--bind="+address+"\n"), 0o644))
+	l, err := net.Listen("tcp", address)
+	ts.Check(err)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "{}") }))
+	server.Listener.Close()
+	server.Listener = l
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	ts.Defer(server.Close)
 }
 
 // members are those of the script's cluster.yaml, all of them alive.

@@ -41,6 +41,7 @@ func TestNode(t *testing.T) {
 	step("stop and start", n.testStopStart)
 	step("status while the API server is down", n.testStatusAPIDown)
 	step("inspect", n.testInspect)
+	step("faults", n.testFaults)
 	step("security", n.testSecurity)
 	step("reset", n.testReset)
 	step("remove leaves nothing on the host", func(t *testing.T) {
