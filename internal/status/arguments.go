@@ -42,7 +42,7 @@ func (r *Report) portProblem(ports map[int][]string) {
 	for _, port := range slices.Sorted(maps.Keys(ports)) {
 		sides = append(sides, fmt.Sprintf("port %d on %s", port, enumerate(slices.Sorted(slices.Values(ports[port])))))
 	}
-	r.add("the nodes cannot call each other: their cluster agents have %s", enumerate(sides))(
+	r.add("agent.calls", "the nodes cannot call each other: their cluster agents have %s", enumerate(sides))(
 		"write the same port into --bind of args/cluster-agent on every node, workers too, and run microk8s stop; microk8s start there")
 }
 

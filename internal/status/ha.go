@@ -134,14 +134,14 @@ func (r *Report) spaceProblems() {
 		const larger = "set a larger --quota-backend-bytes in args/k8s-dqlite of each control-plane node and restart it"
 		switch {
 		case s.Refused:
-			r.add("the datastore has reached its limit and refuses what would make it larger: it holds %s", what)(
+			r.add("datastore.limit", "the datastore has reached its limit and refuses what would make it larger: it holds %s", what)(
 				"delete what is not needed, or " + larger + "; then run: microk8s dbctl disarm")
 		case s.Quota > 0 && s.Bytes >= s.Quota/100*nearlyFull:
-			r.add("the datastore is near its limit: it holds %s", what)("delete what is not needed, or " + larger)
+			r.add("datastore.limit", "the datastore is near its limit: it holds %s", what)("delete what is not needed, or " + larger)
 		}
 	}
 	if m := r.HA.memory; m != nil && m.Low {
-		r.add("the datastore on this node is near its memory limit, at which the kernel kills it: it uses %d of %d MiB", m.Used>>20, m.Limit>>20)(
+		r.add("datastore.memory", "the datastore on this node is near its memory limit, at which the kernel kills it: it uses %d of %d MiB", m.Used>>20, m.Limit>>20)(
 			"raise MemoryMax= of the service, or delete what is not needed")
 	}
 }

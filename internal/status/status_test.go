@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -402,5 +403,33 @@ func TestDaemonsInsideKubelite(t *testing.T) {
 				t.Errorf("removed: %q", removed)
 			}
 		})
+	}
+}
+
+// TestNamesOfChecks holds that each problem is found by a check that says what it looks at.
+func TestNamesOfChecks(t *testing.T) {
+	sources, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile(`\badd\("([^"]*)"|Problem\{(?:ID: +"([^"]*)")?`)
+	count := 0
+	for _, path := range sources {
+		if strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range named.FindAllStringSubmatch(strings.ReplaceAll(string(text), "Problem{\n\t\tID:", "Problem{ID:"), -1) {
+			if id := m[1] + m[2]; m[0] != "Problem{" && Looks[id] == "" {
+				t.Errorf("%s: %q is not in Looks", path, id)
+			}
+			count++
+		}
+	}
+	if count < 40 {
+		t.Errorf("%d problems were found in the sources", count)
 	}
 }
