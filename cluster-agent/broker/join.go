@@ -81,6 +81,9 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	if problems := c.problems(j); len(problems) > 0 {
 		return nil, problems[0]
 	}
+	if err := c.settle(c.r.Context(), j); err != nil {
+		return nil, err
+	}
 	answer, err := c.material(j)
 	if err != nil {
 		return nil, err

@@ -19,7 +19,7 @@ import (
 
 // addressGrace is how long the node's address may be away before it counts as another: a restarted network manager
 // takes it away and brings it back.
-const addressGrace = 10 * time.Second
+const addressGrace = 6 * time.Second
 
 // errAddress ends kubelite when the node got another address: the daemons read theirs once, when they start.
 var errAddress = errors.New("the node's address changed")

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -183,9 +184,12 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		return nil
 	})
 	policies := newPolicies(ctx, env, config.NodeName, state, log) // closes pods before the kubelet can start any
+	var moved atomic.Bool
 	if address, err := nodeAddress(kubeletArgs); err == nil && address.IsValid() {
 		group.Go("the node's address", func(ctx context.Context) error {
-			return followAddress(ctx, env, config, address, watch, log)
+			err := followAddress(ctx, env, config, address, watch, log)
+			moved.Store(errors.Is(err, errAddress))
+			return err
 		})
 	}
 	group.Go("pod network", func(ctx context.Context) error {
@@ -195,7 +199,8 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	return group.WaitFor(func() time.Duration {
 		// snapd stops services by their names, the datastore before this one; without it the
 		// API server's good order is to wait for what cannot come, until leases are lost.
-		if f.startControlPlane && datastoreGone(env) {
+		// Connections to an address that the host has no more end by no good order, either.
+		if moved.Load() || f.startControlPlane && datastoreGone(env) {
 			return unreadyGrace
 		}
 		return stopGrace

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"strings"
 	"syscall"
@@ -34,12 +35,13 @@ type joinOptions struct {
 	skipVerify   bool
 	disableGuard bool
 	force        bool
+	nodeIP       netip.Addr
 }
 
 func (a *App) newJoin() *cobra.Command {
 	var o joinOptions
 	cmd := &cobra.Command{
-		Use:   "join CONNECTION [--worker | --controlplane] [--force] [--skip-verify] [--disable-low-memory-guard]",
+		Use:   "join CONNECTION [--worker | --controlplane] [--node-ip ADDRESS] [--force] [--skip-verify] [--disable-low-memory-guard]",
 		Short: "Join this node to a cluster",
 		Long: `Join this node to a cluster, with the line that microk8s add-node printed on one of its nodes.
 Joining ends this node's own cluster: its workloads are stopped, and its data is kept only as a backup
@@ -48,6 +50,10 @@ is run again with the same CONNECTION; microk8s leave undoes it.
 
 If this node's own cluster has other nodes, the join is refused; if it is in use, the command asks.
 --force joins anyway.
+
+With several networks the cluster knows this node by the address that it sees; --node-ip, or --node-ip in
+args/kubelet, chooses another one of this host. If the cluster has one node, that node is known by the address
+in CONNECTION from then on.
 
 CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -65,6 +71,7 @@ CONNECTION is HOST:PORT/TOKEN[/FINGERPRINT]; - reads it from standard input.`,
 	f := cmd.Flags()
 	f.BoolVar(&o.worker, "worker", false, "join as a worker, which runs workloads and no control plane")
 	f.BoolVar(&o.controlPlane, "controlplane", false, "join as a control-plane node, which is the default")
+	f.TextVar(&o.nodeIP, "node-ip", netip.Addr{}, "the address of this host by which the other nodes are to know it")
 	f.BoolVar(&o.force, "force", false, "join although this node's own cluster has other nodes or is in use; its data is kept as a backup")
 	f.BoolVar(&o.skipVerify, "skip-verify", false, "do not verify the server's identity (dangerous: whoever answers can control this node)")
 	f.BoolVar(&o.disableGuard, "disable-low-memory-guard", false, "join a machine that is too small for a control plane")
@@ -97,7 +104,7 @@ func (a *App) join(ctx context.Context, o joinOptions) error {
 	}
 	defer j.Close()
 	fmt.Fprintf(a.Out, "Contacting cluster at %s\n", target.Host)
-	options := cluster.JoinOptions{Target: target, Worker: o.worker, SkipVerify: o.skipVerify, Force: o.force, Version: a.kubernetesVersion()}
+	options := cluster.JoinOptions{Target: target, Worker: o.worker, SkipVerify: o.skipVerify, Force: o.force, Version: a.kubernetesVersion(), NodeIP: o.nodeIP}
 	err = node.Join(ctx, j, options)
 	var ends *cluster.AbandonError
 	if errors.As(err, &ends) {

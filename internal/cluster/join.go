@@ -36,6 +36,9 @@ type JoinOptions struct {
 	Force bool
 	// Version is the version of this node's Kubernetes, such as v1.37.1; "" if it is not known.
 	Version string
+	// NodeIP is the address of this host by which the cluster is to know it. The zero value takes --node-ip of the kubelet, if
+	// somebody set it, or else the address that the cluster sees.
+	NodeIP netip.Addr
 }
 
 // joinParams is what the journal keeps of a join.
@@ -48,6 +51,8 @@ type joinParams struct {
 	// Advertise is the address under which other nodes reach this one, where that is not the one
 	// that the cluster sees.
 	Advertise string `json:"advertise,omitempty"`
+	// NodeIP is Advertise where somebody chose it.
+	NodeIP string `json:"node_ip,omitempty"`
 	// Stopped: the node was stopped, or never started, before the join.
 	Stopped bool `json:"stopped,omitempty"`
 }
@@ -76,6 +81,13 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 		return err
 	}
 	p := &joinParams{Connection: o.Target.Reveal(), Worker: o.Worker, SkipVerify: o.SkipVerify, Version: o.Version, Self: hostname}
+	if chosen := nodeconfig.Load(n.Env).NodeIPs; !o.NodeIP.IsValid() && len(chosen) == 1 && !IsMember(n.Env) {
+		o.NodeIP = chosen[0]
+	}
+	if o.NodeIP.IsValid() {
+		p.NodeIP = o.NodeIP.String()
+		p.Advertise = p.NodeIP
+	}
 	if resumed, err := n.resumeJoin(ctx, j, p); resumed || err != nil {
 		return err
 	}

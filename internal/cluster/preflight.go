@@ -89,6 +89,10 @@ func (n *Node) localProblems(ctx context.Context, p *joinParams) []Problem {
 		out = append(out, Problem{Fatal: true, What: "this machine has too little memory for a control-plane node",
 			Do: "join it as a worker, with --worker, or override this with --disable-low-memory-guard"})
 	}
+	if p.NodeIP != "" && !n.isOwn(p.NodeIP) {
+		out = append(out, Problem{Fatal: true, What: "no interface of this host has the address " + p.NodeIP,
+			Do: "choose one of the host's with --node-ip, or take --node-ip out of " + n.Env.Args(nodeconfig.Kubelet)})
+	}
 	states, err := n.Services.Status(ctx)
 	if err != nil {
 		return append(out, Problem{Fatal: true, What: err.Error()})
@@ -194,6 +198,9 @@ func (s *joinRun) askPreflight(ctx context.Context, c *client.Client) (*api.Pref
 // or of the other family than the pods' addresses. Then it is the one with which this node
 // reaches the API servers, provided that the cluster reaches this node there.
 func (s *joinRun) settleAddress(ctx context.Context, c *client.Client, seen *api.PreflightResponse) (*api.PreflightResponse, error) {
+	if s.NodeIP != "" {
+		return seen, nil
+	}
 	foreign := !s.isOwn(seen.Address)
 	if seen.Address == "" || !foreign && sameFamily(seen.Address, seen.CIDR) {
 		return seen, nil
