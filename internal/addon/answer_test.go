@@ -86,7 +86,7 @@ func TestAnswers(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			s, f := open(t)
 			if tc.path != "" {
-				f.objects[tc.path] = tc.object
+				f.Set(tc.object)
 			}
 			limit := time.Minute
 			if tc.want != "" {
@@ -109,30 +109,26 @@ func TestAnswers(t *testing.T) {
 // TestLeftover holds that a disable says what still ends.
 func TestLeftover(t *testing.T) {
 	s, f := open(t)
-	f.objects["apps/v1/namespaces/ns/deployments/web"] = map[string]any{"apiVersion": "apps/v1", "kind": "Deployment",
+	f.Set(map[string]any{"apiVersion": "apps/v1", "kind": "Deployment",
 		"metadata": map[string]any{"name": "web", "namespace": "ns", "labels": map[string]any{Label: "x"}},
-		"spec":     map[string]any{"selector": map[string]any{"matchLabels": map[string]any{"app": "web"}}}}
-	f.objects["v1/namespaces/ns"] = map[string]any{"apiVersion": "v1", "kind": "Namespace",
-		"metadata": map[string]any{"name": "ns", "labels": map[string]any{Label: "x"}}}
+		"spec":     map[string]any{"selector": map[string]any{"matchLabels": map[string]any{"app": "web"}}}})
+	f.Set(map[string]any{"apiVersion": "v1", "kind": "Namespace",
+		"metadata": map[string]any{"name": "ns", "labels": map[string]any{Label: "x"}}})
 	const pod = "v1/namespaces/ns/pods/web-1"
-	f.objects[pod] = map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": "web-1", "namespace": "ns", "labels": map[string]any{"app": "web"}}}
+	f.Set(map[string]any{"apiVersion": "v1", "kind": "Pod", "metadata": map[string]any{"name": "web-1", "namespace": "ns", "labels": map[string]any{"app": "web"}}})
 	left, err := s.Leftover(t.Context(), "x")
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.mu.Lock()
-	delete(f.objects, "apps/v1/namespaces/ns/deployments/web")
-	f.objects["v1/namespaces/ns"]["metadata"].(map[string]any)["deletionTimestamp"] = "2026-11-28T00:00:00Z"
-	f.mu.Unlock()
+	f.Remove("apps/v1/namespaces/ns/deployments/web")
+	f.Edit("v1/namespaces/ns", func(o map[string]any) { o["metadata"].(map[string]any)["deletionTimestamp"] = "2026-11-28T00:00:00Z" })
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	if got := left.Gone(ctx); !slices.Equal(got, []string{"pod ns/web-1", "namespace ns"}) {
 		t.Errorf("still there: %q", got)
 	}
-	f.mu.Lock()
-	delete(f.objects, pod)
-	delete(f.objects, "v1/namespaces/ns")
-	f.mu.Unlock()
+	f.Remove(pod)
+	f.Remove("v1/namespaces/ns")
 	if got := left.Gone(t.Context()); got != nil {
 		t.Errorf("still there: %q", got)
 	}

@@ -66,7 +66,7 @@ func TestManifests(t *testing.T) {
 			t.Errorf("%s: %d objects, %v", name, len(objects), err)
 		}
 	}
-	if len(f.objects) != 0 {
-		t.Errorf("rendering changed the cluster: %v", f.names())
+	if there := f.Paths(); len(there) != 0 {
+		t.Errorf("rendering changed the cluster: %v", there)
 	}
 }

@@ -31,9 +31,7 @@ func TestFollowResolvers(t *testing.T) {
 	done := make(chan error)
 	go func() { done <- s.FollowResolvers(ctx, file) }()
 	changed := func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		v, _, _ := unstructured.NestedString(f.objects[dnsObjects[0]], "spec", "template", "metadata", "annotations", resolversAnnotation)
+		v, _, _ := unstructured.NestedString(f.Get(dnsObjects[0]).Object, "spec", "template", "metadata", "annotations", resolversAnnotation)
 		return v != ""
 	}
 	// The watch may not be there yet: each round is another change.

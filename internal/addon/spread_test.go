@@ -11,7 +11,6 @@ func TestSpread(t *testing.T) {
 	if err := s.Reconcile(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	dns := &unstructured.Unstructured{Object: f.objects[dnsObjects[0]]}
 	node := func(name string, ready, cordoned bool) map[string]any {
 		status := "False"
 		if ready {
@@ -25,34 +24,25 @@ func TestSpread(t *testing.T) {
 	}
 	set := func(replicas int64) {
 		t.Helper()
-		if err := unstructured.SetNestedField(dns.Object, replicas, "spec", "replicas"); err != nil {
-			t.Fatal(err)
-		}
+		f.Edit(dnsObjects[0], func(dns map[string]any) { dns["spec"].(map[string]any)["replicas"] = replicas })
 	}
-	want := func(what string, replicas float64) {
+	want := func(what string, replicas int64) {
 		t.Helper()
 		if err := s.Spread(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		var got float64
-		switch n := dns.Object["spec"].(map[string]any)["replicas"].(type) {
-		case int64:
-			got = float64(n)
-		case float64:
-			got = n
-		}
-		if got != replicas {
+		if got, _, _ := unstructured.NestedInt64(f.Get(dnsObjects[0]).Object, "spec", "replicas"); got != replicas {
 			t.Errorf("%s: %v replicas, want %v", what, got, replicas)
 		}
 	}
 	set(1)
-	f.nodes = []any{node("n1", true, false)}
+	f.Set(node("n1", true, false))
 	want("one node", 1)
-	f.nodes = append(f.nodes, node("n2", false, false))
+	f.Set(node("n2", false, false))
 	want("the second is not ready", 1)
-	f.nodes[1] = node("n2", true, true)
+	f.Set(node("n2", true, true))
 	want("the second takes no pods", 1)
-	f.nodes[1] = node("n2", true, false)
+	f.Set(node("n2", true, false))
 	want("two nodes", 2)
 	set(1) // by a person
 	want("the person's number stays", 1)

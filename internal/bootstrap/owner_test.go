@@ -51,7 +51,7 @@ func TestIngressClassOfOthers(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			f, cfg := newFake(t)
-			f.objects[path] = ingressClass("k8s.io/ingress-nginx", tc.there)
+			f.Set(ingressClass("k8s.io/ingress-nginx", tc.there))
 			if tc.name == "ours, recorded" {
 				tc.there["labels"] = map[string]any{Label: LabelValue}
 			}
@@ -67,16 +67,15 @@ func TestIngressClassOfOthers(t *testing.T) {
 			if refused := errors.As(err, &theirs) || tc.set.Adopt; refused != (checked != nil) {
 				t.Errorf("the check says %v", checked)
 			}
-			now := unstructured.Unstructured{Object: f.objects[path]}
-			if replaced := now.GetUID() != "first"; replaced != tc.replaced {
+			if replaced := f.Get(path).GetUID() != "first"; replaced != tc.replaced {
 				t.Errorf("replaced: %t", replaced)
 			}
-			f.objects[path] = ingressClass("k8s.io/ingress-nginx", tc.there)
+			f.Set(ingressClass("k8s.io/ingress-nginx", tc.there))
 			result, err := Sync(t.Context(), cfg, Set{Label: Label, Value: LabelValue, Kinds: []schema.GroupVersionKind{set.Objects[0].GroupVersionKind()}, Owned: tc.set.Owned, Adopted: tc.set.Adopted}, quietly)
 			if err != nil {
 				t.Error(err)
 			}
-			if removed := f.objects[path] == nil; removed != tc.removed {
+			if removed := f.Get(path) == nil; removed != tc.removed {
 				t.Errorf("removed: %t", removed)
 			}
 			if labelled := tc.there["labels"] != nil; labelled && !tc.removed && len(result.Left) != 1 {
@@ -91,16 +90,16 @@ func TestIngressClassOfOthers(t *testing.T) {
 func TestShippedObjectsOfOthers(t *testing.T) {
 	f, cfg := newFake(t)
 	const role = rbac + "clusterroles/microk8s:pod-network"
-	f.objects[role] = map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-		"metadata": map[string]any{"name": "microk8s:pod-network", "uid": "theirs", "managedFields": []any{map[string]any{"manager": "terraform", "operation": "Update"}}}}
+	f.Set(map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+		"metadata": map[string]any{"name": "microk8s:pod-network", "uid": "theirs", "managedFields": []any{map[string]any{"manager": "terraform", "operation": "Update"}}}})
 	err := Apply(t.Context(), cfg, manifests, quietly)
 	if err == nil || !strings.Contains(err.Error(), "ClusterRole.rbac.authorization.k8s.io/microk8s:pod-network (made by terraform)") {
 		t.Errorf("error: %v", err)
 	}
-	if f.objects[role]["rules"] != nil {
+	if f.Get(role).Object["rules"] != nil {
 		t.Error("it was changed")
 	}
-	if got := len(f.names()); got < len(everything) {
+	if got := len(f.Paths()); got < len(everything) {
 		t.Errorf("only %d objects are there", got)
 	}
 }

@@ -1,5 +1,5 @@
 // Package kubetest is the far side of clients of an API server in tests: it stores any object of
-// the built-in kinds, with resource versions, UIDs, label and field selectors, preconditions,
+// the built-in kinds in version v1, with resource versions, UIDs, label and field selectors, preconditions,
 // watches, merge patches and server-side apply. Objects are in client-go's object tracker, and
 // fields are managed as the API server does it. It is no API server: it knows no authorization, no
 // validation, no defaults and no controllers. Real ones are in tests/node.
@@ -22,29 +22,75 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
-	"k8s.io/apimachinery/pkg/api/meta/testrestmapper"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/managedfields"
+	"k8s.io/apimachinery/pkg/util/sets"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/applyconfigurations"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	clienttesting "k8s.io/client-go/testing"
+	apiregistrationv1 "k8s.io/kube-aggregator/pkg/apis/apiregistration/v1"
+	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/kube"
 )
 
-// mapper knows the resources of the built-in kinds.
-var mapper = sync.OnceValue(func() meta.RESTMapper { return testrestmapper.TestOnlyStaticRESTMapper(scheme.Scheme) })
+// catalogue is what the server knows: the built-in kinds of version v1, and the API's extensions.
+type catalogue struct {
+	scheme    *runtime.Scheme
+	codecs    serializer.CodecFactory
+	mapper    *meta.DefaultRESTMapper
+	resources map[string][]metav1.APIResource // by group and version
+	groups    metav1.APIGroupList
+}
 
-var converter = sync.OnceValue(func() managedfields.TypeConverter { return applyconfigurations.NewTypeConverter(scheme.Scheme) })
+// ofCluster has the kinds that no namespace has.
+var ofCluster = sets.New("APIService", "CertificateSigningRequest", "ClusterRole", "ClusterRoleBinding", "CSIDriver", "CSINode", "DeviceClass",
+	"FlowSchema", "IngressClass", "IPAddress", "MutatingWebhookConfiguration", "Namespace", "Node", "PersistentVolume", "PriorityClass",
+	"PriorityLevelConfiguration", "ResourceSlice", "RuntimeClass", "ServiceCIDR", "StorageClass", "ValidatingAdmissionPolicy",
+	"ValidatingAdmissionPolicyBinding", "ValidatingWebhookConfiguration", "VolumeAttachment")
+
+var known = sync.OnceValue(func() catalogue {
+	c := catalogue{scheme: runtime.NewScheme(), mapper: meta.NewDefaultRESTMapper(nil), resources: map[string][]metav1.APIResource{}}
+	for _, add := range []func(*runtime.Scheme) error{scheme.AddToScheme, apiregistrationv1.AddToScheme} {
+		if err := add(c.scheme); err != nil {
+			panic(err)
+		}
+	}
+	c.codecs = serializer.NewCodecFactory(c.scheme)
+	for gvk, kind := range c.scheme.AllKnownTypes() {
+		list := gvk.GroupVersion().WithKind(gvk.Kind + "List")
+		if gvk.Version != "v1" || !c.scheme.Recognizes(list) || !reflect.PointerTo(kind).Implements(reflect.TypeFor[metav1.Object]()) {
+			continue
+		}
+		scope := meta.RESTScopeNamespace
+		if ofCluster.Has(gvk.Kind) {
+			scope = meta.RESTScopeRoot
+		}
+		plural, singular := meta.UnsafeGuessKindToResource(gvk)
+		c.mapper.AddSpecific(gvk, plural, singular, scope)
+		of := gvk.GroupVersion().String()
+		if c.resources[of] == nil && gvk.Group != "" {
+			v := metav1.GroupVersionForDiscovery{GroupVersion: of, Version: gvk.Version}
+			c.groups.Groups = append(c.groups.Groups, metav1.APIGroup{Name: gvk.Group, Versions: []metav1.GroupVersionForDiscovery{v}, PreferredVersion: v})
+		}
+		c.resources[of] = append(c.resources[of], metav1.APIResource{
+			Name: plural.Resource, Kind: gvk.Kind, Namespaced: scope == meta.RESTScopeNamespace, Verbs: metav1.Verbs{"get", "list", "delete", "patch"},
+		})
+	}
+	return c
+})
+
+var converter = sync.OnceValue(func() managedfields.TypeConverter { return applyconfigurations.NewTypeConverter(known().scheme) })
 
 // Server is the API server. Its fields are set before the first call, or with Lock held, which
 // calls wait for.
@@ -69,7 +115,7 @@ type Server struct {
 // New starts a server that ends with the test.
 func New(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{t: t, objects: clienttesting.NewObjectTracker(scheme.Scheme, scheme.Codecs.UniversalDecoder())}
+	s := &Server{t: t, objects: clienttesting.NewObjectTracker(known().scheme, known().codecs.UniversalDecoder())}
 	s.http = httptest.NewServer(s)
 	t.Cleanup(func() {
 		s.http.CloseClientConnections()
@@ -120,7 +166,7 @@ func parse(path string) (target, error) {
 		at.name = words[1]
 	}
 	var err error
-	at.gvk, err = mapper().KindFor(at.gvr)
+	at.gvk, err = known().mapper.KindFor(at.gvr)
 	return at, err
 }
 
@@ -166,7 +212,8 @@ func As[T any](s *Server, path string) *T {
 }
 
 // Set stores objects, as they are, in place of what is at their paths: typed ones, maps or
-// unstructured ones. Watches see it.
+// unstructured ones. An entry of managedFields that names no fields has all of the object's.
+// Watches see it.
 func (s *Server) Set(objects ...any) {
 	s.t.Helper()
 	s.Lock()
@@ -181,25 +228,61 @@ func (s *Server) Set(objects ...any) {
 			if err != nil {
 				s.t.Fatal(err)
 			}
-			if object, _, err = scheme.Codecs.UniversalDeserializer().Decode(text, nil, nil); err != nil {
+			if object, _, err = known().codecs.UniversalDeserializer().Decode(text, nil, nil); err != nil {
 				s.t.Fatal(err)
 			}
 		}
 		object = object.DeepCopyObject()
-		kinds, _, err := scheme.Scheme.ObjectKinds(object)
+		kinds, _, err := known().scheme.ObjectKinds(object)
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		m, err := mapper().RESTMapping(kinds[0].GroupKind(), kinds[0].Version)
+		m, err := known().mapper.RESTMapping(kinds[0].GroupKind(), kinds[0].Version)
 		if err != nil {
 			s.t.Fatal(err)
 		}
 		at := target{gvr: m.Resource, gvk: kinds[0], name: object.(metav1.Object).GetName(), namespace: object.(metav1.Object).GetNamespace()}
+		if err := manage(object.(metav1.Object), object, at.gvk); err != nil {
+			s.t.Fatal(err)
+		}
 		old, _ := s.objects.Get(at.gvr, at.namespace, at.name)
 		if err := s.store(at, old, object); err != nil {
 			s.t.Fatal(err)
 		}
 	}
+}
+
+// unmanaged are the fields that nobody manages, as the API server has it.
+var unmanaged = fieldpath.NewSet(
+	fieldpath.MakePathOrDie("apiVersion"), fieldpath.MakePathOrDie("kind"), fieldpath.MakePathOrDie("metadata"), fieldpath.MakePathOrDie("metadata", "name"),
+	fieldpath.MakePathOrDie("metadata", "namespace"), fieldpath.MakePathOrDie("metadata", "uid"), fieldpath.MakePathOrDie("metadata", "resourceVersion"),
+)
+
+// manage fills in the fields of managers that have none.
+func manage(m metav1.Object, object runtime.Object, gvk schema.GroupVersionKind) error {
+	entries := m.GetManagedFields()
+	m.SetManagedFields(nil)
+	for i, e := range entries {
+		if e.FieldsV1 != nil {
+			continue
+		}
+		object.GetObjectKind().SetGroupVersionKind(gvk)
+		typed, err := converter().ObjectToTyped(object)
+		if err != nil {
+			return err
+		}
+		all, err := typed.ToFieldSet()
+		if err != nil {
+			return err
+		}
+		text, err := all.Difference(unmanaged).ToJSON()
+		if err != nil {
+			return err
+		}
+		entries[i].APIVersion, entries[i].FieldsType, entries[i].FieldsV1 = gvk.GroupVersion().String(), "FieldsV1", &metav1.FieldsV1{Raw: text}
+	}
+	m.SetManagedFields(entries)
+	return nil
 }
 
 // Edit changes the object at path in JSON's form, and stores it.
@@ -229,27 +312,29 @@ func (s *Server) Paths(resources ...string) []string {
 	s.Lock()
 	defer s.Unlock()
 	out := []string{}
-	for gvk := range scheme.Scheme.AllKnownTypes() {
-		m, err := mapper().RESTMapping(gvk.GroupKind(), gvk.Version)
-		if err != nil || len(resources) > 0 && !slices.Contains(resources, m.Resource.Resource) {
-			continue
-		}
-		list, err := s.objects.List(m.Resource, gvk, "")
-		if err != nil {
-			continue // a kind without lists
-		}
-		_ = meta.EachListItem(list, func(o runtime.Object) error {
-			object := o.(metav1.Object)
-			path := gvk.GroupVersion().String()
-			if object.GetNamespace() != "" {
-				path += "/namespaces/" + object.GetNamespace()
+	for of, kinds := range known().resources {
+		for _, kind := range kinds {
+			if len(resources) > 0 && !slices.Contains(resources, kind.Name) {
+				continue
 			}
-			out = append(out, path+"/"+m.Resource.Resource+"/"+object.GetName())
-			return nil
-		})
+			gv, _ := schema.ParseGroupVersion(of)
+			list, err := s.objects.List(gv.WithResource(kind.Name), gv.WithKind(kind.Kind), "")
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			_ = meta.EachListItem(list, func(o runtime.Object) error {
+				object := o.(metav1.Object)
+				path := of
+				if object.GetNamespace() != "" {
+					path += "/namespaces/" + object.GetNamespace()
+				}
+				out = append(out, path+"/"+kind.Name+"/"+object.GetName())
+				return nil
+			})
+		}
 	}
 	slices.Sort(out)
-	return slices.Compact(out)
+	return out
 }
 
 // Changes counts the calls that changed something, or tried to, so far.
@@ -322,12 +407,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if changes {
 		s.changes++
 	}
-	path := strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/apis"), "/api")
-	if gv := strings.Trim(path, "/"); gv == "" || gv == "v1" || strings.Count(gv, "/") == 1 && gv[:3] != "v1/" {
-		discover(w, r.URL.Path, gv)
+	root, path, _ := strings.Cut(r.URL.Path[1:], "/")
+	if path == "" || path == "v1" || root == "apis" && strings.Count(path, "/") == 1 {
+		discover(w, root, path)
 		return
 	}
-	at, err := parse(path[1:])
+	at, err := parse(path)
 	if err != nil {
 		fail(w, apierrors.NewNotFound(schema.GroupResource{}, r.URL.Path))
 		return
@@ -387,13 +472,13 @@ func (s *Server) changed(r *http.Request, at target, old runtime.Object) (runtim
 	if err != nil {
 		return nil, err
 	}
-	owners, err := managedfields.NewDefaultFieldManager(converter(), scheme.Scheme, noDefaults{}, scheme.Scheme, at.gvk, at.gvk.GroupVersion(), "", nil)
+	owners, err := managedfields.NewDefaultFieldManager(converter(), known().scheme, noDefaults{}, known().scheme, at.gvk, at.gvk.GroupVersion(), "", nil)
 	if err != nil {
 		return nil, err
 	}
 	live := old
 	if live == nil {
-		if live, err = scheme.Scheme.New(at.gvk); err != nil {
+		if live, err = known().scheme.New(at.gvk); err != nil {
 			return nil, err
 		}
 		live.GetObjectKind().SetGroupVersionKind(at.gvk)
@@ -520,41 +605,15 @@ func stream(w http.ResponseWriter, r *http.Request, events watch.Interface, matc
 }
 
 // discover answers which groups and resources there are.
-func discover(w http.ResponseWriter, path, gv string) {
-	resources := map[string][]metav1.APIResource{}
-	for gvk := range scheme.Scheme.AllKnownTypes() {
-		m, err := mapper().RESTMapping(gvk.GroupKind(), gvk.Version)
-		if err != nil || strings.HasSuffix(gvk.Kind, "List") {
-			continue
-		}
-		of := gvk.GroupVersion().String()
-		resources[of] = append(resources[of], metav1.APIResource{
-			Name: m.Resource.Resource, Kind: gvk.Kind, Namespaced: m.Scope.Name() == meta.RESTScopeNameNamespace, Verbs: metav1.Verbs{"get", "list", "delete", "patch"},
-		})
-	}
-	switch {
-	case path == "/api":
+func discover(w http.ResponseWriter, root, gv string) {
+	switch resources := known().resources[gv]; {
+	case root == "api" && gv == "":
 		answer(w, http.StatusOK, metav1.APIVersions{Versions: []string{"v1"}})
 	case gv == "":
-		groups := map[string]*metav1.APIGroup{}
-		for _, of := range scheme.Scheme.PrioritizedVersionsAllGroups() {
-			if of.Group == "" || resources[of.String()] == nil {
-				continue
-			}
-			v := metav1.GroupVersionForDiscovery{GroupVersion: of.String(), Version: of.Version}
-			if groups[of.Group] == nil {
-				groups[of.Group] = &metav1.APIGroup{Name: of.Group, PreferredVersion: v}
-			}
-			groups[of.Group].Versions = append(groups[of.Group].Versions, v)
-		}
-		list := metav1.APIGroupList{}
-		for _, g := range groups {
-			list.Groups = append(list.Groups, *g)
-		}
-		answer(w, http.StatusOK, list)
-	case resources[gv] == nil:
-		fail(w, apierrors.NewNotFound(schema.GroupResource{}, path))
+		answer(w, http.StatusOK, known().groups)
+	case resources == nil:
+		fail(w, apierrors.NewNotFound(schema.GroupResource{}, gv))
 	default:
-		answer(w, http.StatusOK, metav1.APIResourceList{GroupVersion: gv, APIResources: resources[gv]})
+		answer(w, http.StatusOK, metav1.APIResourceList{GroupVersion: gv, APIResources: resources})
 	}
 }
