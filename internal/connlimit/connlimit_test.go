@@ -200,6 +200,7 @@ func TestEarlyBytes(t *testing.T) {
 	if len(got) != 10 || !errors.Is(err, ErrEarly) {
 		t.Errorf("%d bytes, then %v", len(got), err)
 	}
+	client.Close()
 	client, c = f.dial("192.0.2.2")
 	c.Started()
 	go func() { _, _ = client.Write(make([]byte, 100)); client.Close() }()

@@ -57,7 +57,10 @@ func site(t *testing.T, file string) (*Server, *apiServer, string) {
 		t.Fatal(err)
 	}
 	front := httptest.NewServer(s)
-	t.Cleanup(front.CloseClientConnections)
+	t.Cleanup(func() {
+		front.CloseClientConnections()
+		front.Close()
+	})
 	return s, api, front.URL
 }
 
