@@ -84,6 +84,7 @@ func TestAddonsCluster(t *testing.T) {
 			}
 		}
 	})
+	step("network policies", func(t *testing.T) { c.testPolicies(t, "n1", "w1") })
 	step("enable while a node is down", func(t *testing.T) {
 		if err := c.lab.Kill(t.Context(), "w1"); err != nil {
 			t.Fatal(err)

@@ -200,6 +200,9 @@ func (n *node) enforcePolicies(ctx context.Context, wg *sync.WaitGroup) error {
 	if err != nil {
 		return fmt.Errorf("cannot enforce network policies: %w", err)
 	}
+	if n.hairpin {
+		n.Policies.Partial("this kernel does not filter bridged packets (no br_netfilter), so what pods of this node send each other is not judged; load that module: modprobe br_netfilter")
+	}
 	owner := n.Watch.Register(ctx, n.Policies.Owner())
 	wg.Go(func() {
 		defer owner.Close()

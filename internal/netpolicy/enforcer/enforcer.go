@@ -51,6 +51,7 @@ type Enforcer struct {
 	made    bool        // this process has made the table, closed
 	amended map[*netpolicy.Pod]*netpolicy.Pod
 	last    *netpolicy.Model
+	partial string // what this host cannot judge
 
 	wake chan struct{} // holds at most one value: look again
 	cut  chan struct{} // the same: connections have to be looked at
@@ -99,6 +100,14 @@ func (e *Enforcer) SetSubnets(ctx context.Context, subnets []netip.Prefix) error
 	}
 	_, err := e.table.Apply(ctx, &netpolicy.Model{Closed: e.subnets})
 	return err
+}
+
+// Partial says what this host cannot judge, which is reported as long as everything else is enforced.
+// It comes before Run.
+func (e *Enforcer) Partial(why string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.partial = why
 }
 
 // Owner has the table put back after somebody else has removed it, or some of it.
@@ -210,7 +219,7 @@ func (e *Enforcer) applyLoop(ctx context.Context) {
 		}
 		e.mu.Lock()
 		err := e.apply(ctx)
-		known := e.state != nil
+		known, partial := e.state != nil, e.partial
 		e.mu.Unlock()
 		switch {
 		case ctx.Err() != nil:
@@ -220,11 +229,11 @@ func (e *Enforcer) applyLoop(ctx context.Context) {
 			e.Report(err.Error())
 			reported = true
 			retry.Reset(time.Second)
-		case known && reported || known && e.last != nil:
+		case known:
 			if reported {
 				e.Log.Info("network policies are enforced again")
 			}
-			e.Report("")
+			e.Report(partial)
 			reported = false
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -184,6 +185,7 @@ func lacks(s string) func(string) bool {
 func TestEnforcer(t *testing.T) {
 	h := newHost(t)
 	e := h.new()
+	e.Partial("not the moon")
 	if err := e.SetSubnets(t.Context(), []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}); err != nil {
 		t.Fatal(err)
 	}
@@ -194,6 +196,11 @@ func TestEnforcer(t *testing.T) {
 	h.add("web", "uid-x")
 	gone := h.result("uid-x", "10.1.0.7/24")
 	h.await("the address that the CNI has given", has("10.1.0.7 : return"))
+	h.await("what this host cannot judge, reported", func(string) bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return slices.Equal(h.reported, []string{"not the moon"})
+	})
 	policy := &networkingv1.NetworkPolicy{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "deny"},
 		Spec:       networkingv1.NetworkPolicySpec{PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}},
