@@ -39,7 +39,7 @@ var quietly = slog.New(slog.DiscardHandler)
 // world is a node with pods a and b (shop) and c (other), and an outside that has a pod of another
 // node and an address of nobody. The test's goroutine is in the node's namespace.
 type world struct {
-	t     *testing.T
+	t     testing.TB
 	node  netns.NsHandle
 	ends  map[string]netns.NsHandle
 	table *Table
@@ -54,7 +54,7 @@ var (
 	spaceOf  = map[string]string{"a": "shop", "b": "shop", "c": "other", "remote": "other"}
 )
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	if os.Getuid() != 0 {
 		if os.Getenv("CI") == "true" {
@@ -123,7 +123,7 @@ func (w *world) attach(name string, addrs ...[2]string) {
 	w.in(ns, func() { sh(w.t, inside) })
 }
 
-func sh(t *testing.T, script string) string {
+func sh(t testing.TB, script string) string {
 	t.Helper()
 	out, err := exec.Command("sh", "-ec", script).CombinedOutput()
 	if err != nil {
