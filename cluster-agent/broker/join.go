@@ -207,6 +207,7 @@ func (c *call) problems(j *joining) (out []error) {
 	}
 	j.local = b.ofCluster(j.local, j.nodes)
 	add(j.nameProblem())
+	add(b.joiningProblem(ctx, j))
 	add(b.reservedProblem(ctx, j))
 	add(j.ownerProblem())
 	if !req.Worker && req.Product == api.Product && req.Secrets < 2 {
@@ -468,6 +469,27 @@ func (j *joining) nameProblem() error {
 		return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is in the cluster already. If this is another machine, or the same one reinstalled, %s", n.Name, how)
 	}
 	return nil
+}
+
+// joiningProblem keeps a name for the machine that joins under it just now. Its Node is not there yet,
+// and its record would become that of the other: with a worker's token, somebody could get the
+// identity of a control-plane node that joins. A token that is bound to the name is its owner's word.
+func (b *Broker) joiningProblem(ctx context.Context, j *joining) error {
+	name := j.req.Hostname
+	if j.record.Knows(name) || j.record.Name == name {
+		return nil
+	}
+	r, err := b.Nodes.Get(ctx, name)
+	switch {
+	case errors.Is(err, noderegistry.ErrNone):
+		return nil
+	case err != nil:
+		return fail(http.StatusServiceUnavailable, api.CodeUnavailable, "the API server of this node does not answer now, try again: %v", err)
+	case !r.Pending() || b.Now().After(r.Until):
+		return nil
+	}
+	return fail(http.StatusBadRequest, api.CodeNameTaken, "A node called %s is joining just now, with another token. If that is this machine, which was interrupted, end the other attempt with: "+
+		"microk8s remove-node %[1]s; it also ends by itself within ten minutes. Else give the joining machine another host name", name)
 }
 
 // ownerProblem refuses an address that another node has.

@@ -297,6 +297,9 @@ func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
 		return &own, err
 	}
 	err := k.Nodes.Change(ctx, k.Node, func(r *noderegistry.Record) error {
+		if r.Role == noderegistry.Worker { // of who had the name before: what it was given is not this node's
+			r.Join = ""
+		}
 		r.Role, r.Secrets, r.Member = noderegistry.ControlPlane, 2, k.member()
 		if r.Pending() && k.now().After(r.Until) { // it is in, and nobody was told
 			r.Until = time.Time{}

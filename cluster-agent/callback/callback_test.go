@@ -219,6 +219,21 @@ func TestKeeperAfterAJoin(t *testing.T) {
 	}
 }
 
+// TestKeeperOfATakenName: a record that somebody else has got as a worker, under the name of this
+// control-plane node, becomes its own, and what was signed for that join counts no more.
+func TestKeeperOfATakenName(t *testing.T) {
+	api := kubetest.New(t)
+	nodes := noderegistry.Registry{Core: api.Core}
+	k := &Keeper{Env: controlPlane(t), Nodes: nodes, Node: "n2", Log: slog.New(slog.DiscardHandler)}
+	if err := nodes.Put(t.Context(), noderegistry.Record{Name: "n2", Role: noderegistry.Worker, Join: "99"}); err != nil {
+		t.Fatal(err)
+	}
+	own, err := k.self(t.Context())
+	if err != nil || own.Role != noderegistry.ControlPlane || own.Join != "" {
+		t.Errorf("%+v, %v", own, err)
+	}
+}
+
 // TestCaller: control-plane nodes show a certificate that others can check, and nobody else has one.
 func TestCaller(t *testing.T) {
 	env, foreign := controlPlane(t), controlPlane(t)

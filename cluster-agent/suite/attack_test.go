@@ -2,6 +2,8 @@ package suite
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -15,6 +17,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,6 +47,7 @@ var attacks = []struct {
 	{"token-role", "a worker's token for the control plane's keys", workerToken},
 	{"token-name", "a token for another node's name", otherName},
 	{"token-held", "a token with which another node joins just now", whileHeld},
+	{"token-held", "a token with which several nodes join in the same moment", sameMoment},
 	{"token-names", "joins under one name after the other with one token", manyNames},
 	{"proof-chosen", "a proof of a chosen token, to guess it offline", proofOfChosen},
 	{"node-name", "host names that are paths, lines and subjects", nodeNames},
@@ -50,15 +55,21 @@ var attacks = []struct {
 	{"datastore", "an upstream control plane node", upstreamControlPlane},
 	{"host-header", "a Host header that moves the datastore", hostHeader},
 	{"advertised", "the address of another node", othersAddress},
+	{"joining-name", "the name of a node that joins just now, with another token", joiningName},
+	{"confirm-join", "confirming somebody else's join of the same name", othersJoin},
+	{"take-back", "taking back somebody else's join of the same name", othersRelease},
+	{"member-alive", "the place of a member of the datastore that lives, with a token for its name", livingMember},
 	{"member-owner", "the address of a member of the datastore that is another node's", othersMember},
 	{"csr-subject", "certificates of others' subjects", subjects},
 	{"csr-names", "certificates with others' names", names},
+	{"weak-key", "a certificate for a key that can be computed", weakKey},
 	{"csr-signature", "a request for somebody else's key", foreignKey},
 	{"sign-once", "a second certificate", signTwice},
 	{"sign-expiry", "a certificate an hour after the join", signLate},
 	{"csr-subject", "a worker's certificate for other identities", workerRenewsOthers},
 	{"capi", "a worker's credentials against every call of the control plane", workerCredentials},
 	{"client-cert", "renewal with a certificate of another CA", foreignClient},
+	{"long-ended", "renewal more than a year after the certificate's end", longEnded},
 	{"renew-member", "renewal of a node that was removed", removedNode},
 	{"callback", "calls with a worker's callback secret, or none", wrongCallback},
 	{"callback", "secrets made of all that the API holds", secretsFromTheAPI},
@@ -225,6 +236,96 @@ func whileHeld(t *testing.T, s *site) {
 	s.joined(from{address: "10.0.0.8"}, request(tok, "n3", true)) // and nobody holds it for ever
 }
 
+// sameMoment has as many machines as there are, with one token for one of them.
+func sameMoment(t *testing.T, s *site) {
+	for _, worker := range []bool{true, false} {
+		tok := s.add(tokenstore.Options{}).Reveal()
+		var group sync.WaitGroup
+		var got atomic.Int32
+		for i := range 8 {
+			name := fmt.Sprintf("m%d-%v", i, worker)
+			group.Go(func() {
+				if _, status, _ := s.join(from{address: fmt.Sprintf("10.0.0.%d", 30+i)}, request(tok, name, worker)); status == http.StatusOK {
+					got.Add(1)
+				}
+			})
+		}
+		group.Wait()
+		if got.Load() != 1 {
+			t.Errorf("%d nodes join with a token for one", got.Load())
+		}
+	}
+}
+
+// joiningName has a worker's token, and waits until a control-plane node joins.
+func joiningName(t *testing.T, s *site) {
+	theirs, mine := s.add(tokenstore.Options{}).Reveal(), s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(theirs, "n2", false))
+	e := s.refused(from{address: "10.0.0.66"}, request(mine, "n2", true), http.StatusBadRequest, api.CodeNameTaken)
+	if !strings.Contains(e.Message, "microk8s remove-node n2") {
+		t.Errorf("it does not say what to do: %s", e.Message)
+	}
+	s.joined(from{}, request(theirs, "n2", false)) // the machine itself goes on
+	s.now = s.now.Add(2 * tokenstore.Reservation)
+	s.joined(from{address: "10.0.0.66"}, request(mine, "n2", true)) // and nobody has a name for ever
+}
+
+// twoOwners has two tokens for the same name, and joins with the one after the other.
+func twoOwners(s *site) (first, second string, record noderegistry.Record) {
+	first, second = s.add(tokenstore.Options{Name: "w7"}).Reveal(), s.add(tokenstore.Options{Name: "w7"}).Reveal()
+	s.joined(from{}, request(first, "w7", true))
+	s.joined(from{address: "10.0.0.66"}, request(second, "w7", true))
+	r, err := s.nodes.Get(s.t.Context(), "w7")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return first, second, *r
+}
+
+func othersJoin(t *testing.T, s *site) {
+	first, second, record := twoOwners(s)
+	if status, _ := s.finish(api.PathConfirm, first, "w7"); status == http.StatusOK {
+		t.Error("the join of another machine is confirmed")
+	}
+	if r, err := s.nodes.Get(t.Context(), "w7"); err != nil || *r != record {
+		t.Errorf("the record is %+v, %v; it was %+v", r, err, record)
+	}
+	if status, e := s.finish(api.PathConfirm, second, "w7"); status != http.StatusOK {
+		t.Errorf("the machine itself: %d %s", status, e.Message)
+	}
+}
+
+func othersRelease(t *testing.T, s *site) {
+	first, second, record := twoOwners(s)
+	s.finish(api.PathRelease, first, "w7")
+	if r, err := s.nodes.Get(t.Context(), "w7"); err != nil || *r != record {
+		t.Errorf("the record is %+v, %v; it was %+v", r, err, record)
+	}
+	if status, e := s.finish(api.PathConfirm, second, "w7"); status != http.StatusOK {
+		t.Errorf("the machine itself: %d %s", status, e.Message)
+	}
+	// Nor is one of before that is in taken back.
+	s.finish(api.PathRelease, first, "w7")
+	s.finish(api.PathRelease, second, "w7")
+	if _, err := s.nodes.Get(t.Context(), "w7"); err != nil {
+		t.Errorf("a node that is in: %v", err)
+	}
+}
+
+// livingMember has the administrator's word for the name of a control-plane node, which runs.
+func livingMember(t *testing.T, s *site) {
+	s.members(here+":19001", 0, there+":19001", 0)
+	if _, err := s.nodes.Add(t.Context(), noderegistry.Record{Name: "n2", Role: noderegistry.ControlPlane, Secrets: 2, Member: s.store[1].ID}); err != nil {
+		t.Fatal(err)
+	}
+	tok := s.add(tokenstore.Options{Name: "n2"}).Reveal()
+	s.refused(from{}, request(tok, "n2", false), http.StatusInternalServerError, api.CodeMember)
+	s.refused(from{address: "10.0.0.66"}, request(tok, "n2", false), http.StatusBadRequest, api.CodeNameTaken)
+	if len(s.removed) > 0 {
+		t.Errorf("removed from the datastore: %v", s.removed)
+	}
+}
+
 func manyNames(t *testing.T, s *site) {
 	tok := s.add(tokenstore.Options{}).Reveal()
 	got := 0
@@ -291,9 +392,9 @@ func hostHeader(t *testing.T, s *site) {
 		s.members(here+":19001", 0)
 		return nil
 	}
-	for _, host := range []string{"evil.example:25000", "8.8.8.8:25000", "no-port", ":25000", "127.0.0.1:25000", "10.0.100.100:25000"} {
+	for i, host := range []string{"evil.example:25000", "8.8.8.8:25000", "no-port", ":25000", "127.0.0.1:25000", "10.0.100.100:25000"} {
 		s.members("127.0.0.1:19001", 0)
-		s.joined(from{host: host}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
+		s.joined(from{host: host}, request(s.add(tokenstore.Options{}).Reveal(), fmt.Sprintf("m%d", i), false))
 	}
 	if moves != 6 {
 		t.Errorf("moved %d times", moves)
@@ -303,7 +404,7 @@ func hostHeader(t *testing.T, s *site) {
 	s.joined(from{local: "127.0.0.1", host: here + ":25000"}, request(s.add(tokenstore.Options{}).Reveal(), "n2", false))
 	s.members("127.0.0.1:19001", 0)
 	tok := s.add(tokenstore.Options{}).Reveal()
-	e := s.refused(from{local: "127.0.0.1", host: "8.8.8.8:25000"}, request(tok, "n2", false), http.StatusInternalServerError, api.CodeAddress)
+	e := s.refused(from{local: "127.0.0.1", host: "8.8.8.8:25000"}, request(tok, "n3", false), http.StatusInternalServerError, api.CodeAddress)
 	if !strings.Contains(e.Message, "failed to find matching dqlite bind address for 8.8.8.8:25000: address 8.8.8.8 was not found in any host interface. refuse to update dqlite bind address to 8.8.8.8 as it would break the cluster") {
 		t.Error(e.Message)
 	}
@@ -356,6 +457,8 @@ func subjects(t *testing.T, s *site) {
 		{CommonName: "system:node:n1", Organization: []string{"system:nodes"}},
 		{CommonName: "system:node:w1", Organization: []string{"system:nodes"}},
 		{CommonName: "system:kube-controller-manager"},
+		{CommonName: "n2", Organization: []string{callback.Organization}},
+		{CommonName: "system:node:n2", Organization: []string{"system:nodes", callback.Organization}},
 		{CommonName: "kube-apiserver", Organization: []string{"system:nodes"}},
 		{CommonName: "system:node:n2", Organization: []string{"system:nodes"}, OrganizationalUnit: []string{"x"}},
 		{},
@@ -409,6 +512,23 @@ func foreignKey(t *testing.T, s *site) {
 	block.Bytes[len(block.Bytes)-3] ^= 0x55 // somebody else's signature
 	if _, status, _ := s.sign(tok+api.SuffixKubelet, string(pem.EncodeToMemory(block))); status == http.StatusOK {
 		t.Error("a certificate for a key that the sender does not have")
+	}
+}
+
+func weakKey(t *testing.T, s *site) {
+	tok := s.add(tokenstore.Options{Worker: true}).Reveal()
+	s.joined(from{}, request(tok, "n2", true))
+	key, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // it is short
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: kubeletName("n2"), SignatureAlgorithm: x509.SHA256WithRSA}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der}))
+	if _, status, e := s.sign(tok+api.SuffixKubelet, text); status == http.StatusOK || e.Code != api.CodeCertificate {
+		t.Errorf("a certificate for a key of %d bits: %d %s", key.N.BitLen(), status, e.Message)
 	}
 }
 
@@ -848,6 +968,17 @@ func foreignClient(t *testing.T, s *site) {
 	}
 }
 
+// longEnded has a worker's certificate from a drawer.
+func longEnded(t *testing.T, s *site) {
+	ca, key := s.ca()
+	for days, want := range map[int]int{0: http.StatusOK, 364: http.StatusOK, 367: http.StatusUnauthorized, 2000: http.StatusUnauthorized} {
+		s.now = time.Now().AddDate(0, 0, days) // the certificate is good for an hour
+		if status := s.renewWith(ca, key, kubeletName("w1")); status != want {
+			t.Errorf("%d days later: %d, want %d", days, status, want)
+		}
+	}
+}
+
 // removedNode is about a cluster in which not every node has a record yet: then its Node counts.
 func removedNode(t *testing.T, s *site) {
 	for _, path := range s.api.Paths("clusterroles", "clusterrolebindings") {
@@ -1045,7 +1176,7 @@ func severalIdentities(t *testing.T, s *site) {
 		tok := s.add(tokenstore.Options{}).Reveal()
 		var got []string
 		for i := range 10 {
-			name := fmt.Sprintf("n%d", i+10)
+			name := fmt.Sprintf("n%d-%s", i+10, end)
 			if _, status, _ := s.join(from{}, request(tok, name, true)); status != http.StatusOK {
 				continue
 			}
@@ -1061,7 +1192,7 @@ func severalIdentities(t *testing.T, s *site) {
 		if len(got) > 1 {
 			t.Errorf("identities of %v with a token for one node", got)
 		}
-		s.joined(from{}, request(tok, "n10", true)) // the node goes on
+		s.joined(from{}, request(tok, "n10-"+end, true)) // the node goes on
 	}
 }
 
