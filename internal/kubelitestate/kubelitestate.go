@@ -21,13 +21,14 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Daemon is a daemon that is down.
+// Daemon is a daemon that is down, or that runs without a part of it.
 type Daemon struct {
 	Name  string    `json:"name"`
-	Why   string    `json:"why"`   // its error
-	Since time.Time `json:"since"` // of the first failure in a row
-	Times int       `json:"times"` // failures in a row
-	Again time.Time `json:"again"` // when it is started again
+	Why   string    `json:"why"`            // its error
+	Since time.Time `json:"since"`          // of the first failure in a row
+	Times int       `json:"times"`          // failures in a row
+	Again time.Time `json:"again"`          // when it is started again
+	Runs  bool      `json:"runs,omitempty"` // it runs, without what Why says
 }
 
 // State is what kubelite says.
@@ -92,6 +93,21 @@ func (w *Writer) Down(daemon string, why error, again time.Time) {
 	}
 	d.Why, d.Again = strings.Join(strings.Fields(why.Error()), " "), again
 	d.Times++
+	d.Runs = false
+	w.down[daemon] = d
+	w.write()
+}
+
+// Without notes that a daemon which was down runs without a part of it, why, and when it is tried as a
+// whole again.
+func (w *Writer) Without(daemon string, why error, again time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d, known := w.down[daemon]
+	if !known {
+		d = Daemon{Name: daemon, Since: w.now(), Times: 1}
+	}
+	d.Why, d.Again, d.Runs = strings.Join(strings.Fields(why.Error()), " "), again, true
 	w.down[daemon] = d
 	w.write()
 }

@@ -38,6 +38,13 @@ func TestState(t *testing.T) {
 	manager := Daemon{Name: "kube-controller-manager", Why: "bad CIDR", Since: now, Times: 1, Again: again}
 	check("two down", State{Down: []Daemon{manager, scheduler}, Refused: "removed"})
 
+	w.Without("kube-controller-manager", errors.New("without its half: bad CIDR"), again)
+	half := manager
+	half.Why, half.Runs = "without its half: bad CIDR", true
+	check("one runs in part", State{Down: []Daemon{half, scheduler}, Refused: "removed"})
+	w.Down("kube-controller-manager", errors.New("bad CIDR"), again)
+	manager.Times = 2
+
 	w.Up("kube-scheduler")
 	w.Refused("")
 	check("one up again", State{Down: []Daemon{manager}})

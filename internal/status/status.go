@@ -400,6 +400,11 @@ func (r *Report) daemonProblems(env snapenv.Env) {
 		r.add("network.policies", "network policies are not enforced on this node as the cluster has them: %s", shorten(state.Policies))("see microk8s logs kubelite")
 	}
 	for _, d := range state.Down {
+		if d.Runs {
+			r.add("%s inside kubelite runs, but %s", d.Name, shorten(d.Why))(
+				"correct --cluster-cidr in " + env.Args(d.Name) + " and run microk8s stop; microk8s start; or remove the node that is named with microk8s remove-node, and let it join again")
+			continue
+		}
 		times := ""
 		if d.Times > 1 {
 			times = fmt.Sprintf(" %d times", d.Times)

@@ -387,6 +387,8 @@ func TestDaemonsInsideKubelite(t *testing.T) {
 		{"one is down", `{"down":[{"name":"kube-controller-manager","why":"invalid CIDR","times":1}]}`,
 			"kube-controller-manager inside kubelite has ended and is started again, the other daemons go on; its error: invalid CIDR; if that names an argument, correct it in"},
 		{"again and again", `{"down":[{"name":"kube-scheduler","why":"lost","times":7}]}`, "has ended 7 times and is started again"},
+		{"without a part of it", `{"down":[{"name":"kube-controller-manager","why":"it goes on without: invalid CIDR","times":3,"runs":true}]}`,
+			"kube-controller-manager inside kubelite runs, but it goes on without: invalid CIDR; correct --cluster-cidr in"},
 		{"the node was removed", `{"refused":"node w1 is not registered in this cluster"}`,
 			"the cluster has removed this node: node w1 is not registered in this cluster; to use this machine again: microk8s leave --force"},
 		{"half a file", `{`, "cannot read what kubelite says"},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +32,8 @@ const (
 	lastRestart = 2 * time.Minute
 	// settled is how long a daemon has to run before it counts as healthy again.
 	settled = 30 * time.Second
+	// wholeAgain is how long a daemon runs without a part of it before it is tried as a whole.
+	wholeAgain = 10 * time.Minute
 	// afterExit is how long a run may take to return after it asked for the end of the process.
 	afterExit = 15 * time.Second
 )
@@ -43,6 +46,8 @@ var ErrLease = errors.New("it lost its leader lease: the API server did not answ
 type Observer interface {
 	// Down says that a daemon ended, why, and when it is started again.
 	Down(daemon string, why error, again time.Time)
+	// Without says that a daemon runs again, without a part of it, why, and when it is tried as a whole.
+	Without(daemon string, why error, again time.Time)
 	// Up says that a daemon runs, and has for a while.
 	Up(daemon string)
 }
@@ -65,18 +70,28 @@ func (g *Group) keep(d *Daemon, o Observer) {
 	newPause := func() wait.Backoff {
 		return wait.Backoff{Duration: g.firstRestart(), Factor: 2, Jitter: 0.1, Steps: 1000, Cap: lastRestart}
 	}
-	pause, run := newPause(), d.Run
+	pause, run, missing := newPause(), d.Run, ""
 	for {
 		began := time.Now()
+		ctx, stop := context.WithoutCancel(g.ctx), context.CancelFunc(func() {})
+		whole := missing == ""
 		up := time.AfterFunc(settled, func() {
-			if o != nil {
+			if o != nil && whole {
 				o.Up(d.Name)
 			}
 		})
-		err := runToEnd(context.WithoutCancel(g.ctx), d.Name, run)
+		if !whole {
+			ctx, stop = context.WithTimeout(ctx, g.wholeAgain())
+		}
+		err := runToEnd(ctx, d.Name, run)
+		tried := ctx.Err() != nil
+		stop()
 		up.Stop()
 		if g.ctx.Err() != nil {
 			return // the process ends
+		}
+		if tried {
+			err = errWholeAgain
 		}
 		if time.Since(began) > lastRestart {
 			pause = newPause()
@@ -91,12 +106,48 @@ func (g *Group) keep(d *Daemon, o Observer) {
 			return
 		case <-time.After(next):
 		}
-		if run, err = d.again(); err != nil { // the words were right when the process started
+		why := err
+		if run, missing, err = d.again(why); err != nil { // the words were right when the process started
 			g.log.Error("a daemon cannot be started again", "daemon", d.Name, "err", err)
 			return
 		}
-		g.log.Info("starting again", "daemon", d.Name)
+		g.log.Info("starting again", "daemon", d.Name, "without", missing)
+		if missing != "" && o != nil {
+			o.Without(d.Name, fmt.Errorf("%s: %w", missing, why), time.Now().Add(g.wholeAgain()))
+		}
 	}
+}
+
+// errWholeAgain is the cause when a run without a part was ended.
+var errWholeAgain = errors.New("it is tried as a whole again")
+
+// missingSubnets is said of a controller manager that runs without its controller of pod subnets.
+const missingSubnets = "it goes on without the node-ipam-controller, so new nodes get no pod subnet until this is repaired"
+
+// aboutSubnets reports whether the controller manager ended for a node's pod subnet: one outside of
+// --cluster-cidr, or none at all. Its node-ipam-controller refuses to start then, and with it all the
+// others (pkg/controller/nodeipam/ipam/range_allocator.go, occupyCIDRs).
+func aboutSubnets(why error) bool {
+	text := why.Error()
+	return strings.Contains(text, "as occupied for node:") || strings.Contains(text, "does not exist in cluster cidrs configuration") ||
+		strings.Contains(text, "failed to parse node ")
+}
+
+// withoutSubnets returns the words of a controller manager without that controller.
+func withoutSubnets(words []string) []string {
+	off := "-node-ipam-controller"
+	if !slices.ContainsFunc(words, func(w string) bool { return strings.HasPrefix(w, "--controllers") }) {
+		off = "*," + off // the default
+	}
+	return append(slices.Clone(words), "--controllers="+off)
+}
+
+// wholeAgain is shorter in tests.
+func (g *Group) wholeAgain() time.Duration {
+	if g.whole != 0 {
+		return g.whole
+	}
+	return wholeAgain
 }
 
 // firstRestart is shorter in tests.

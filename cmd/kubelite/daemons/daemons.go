@@ -42,8 +42,9 @@ type Daemon struct {
 	// runs in it. They are left to end with the process.
 	EndsProcess bool
 
-	// again makes another Run; nil for a daemon that runs once in a process.
-	again func() (func(ctx context.Context) error, error)
+	// again makes another Run after one has ended for some reason; nil for a daemon that runs once
+	// in a process. missing is what that run does without because of the reason, "" for nothing.
+	again func(why error) (run func(ctx context.Context) error, missing string, err error)
 }
 
 // parsers make a Daemon of command line words. The returned error is about the words.
@@ -77,11 +78,16 @@ func Parse(words map[string][]string) (map[string]*Daemon, error) {
 		}
 		out[name] = &Daemon{Name: name, Run: run, EndsProcess: name != APIServer && name != Kubelet}
 		if name == ControllerManager || name == Scheduler {
-			out[name].again = func() (func(context.Context) error, error) {
+			out[name].again = func(why error) (func(context.Context) error, string, error) {
 				if err := forget(name); err != nil {
-					return nil, err
+					return nil, "", err
 				}
-				return parsers[name](w)
+				now, missing := w, ""
+				if name == ControllerManager && aboutSubnets(why) {
+					now, missing = withoutSubnets(w), missingSubnets
+				}
+				run, err := parsers[name](now)
+				return run, missing, err
 			}
 		}
 	}
@@ -107,6 +113,7 @@ type Group struct {
 	run  []string // names of the jobs that end with ctx and still run
 
 	restart time.Duration // see firstRestart; 0 but in tests
+	whole   time.Duration // see wholeAgain; 0 but in tests
 }
 
 type result struct {
