@@ -169,7 +169,11 @@ func TestAddonsCluster(t *testing.T) {
 			})
 		}
 	})
-	step("root on the worker, with what its pods have", func(t *testing.T) { c.testWorkerRoot(t, "n1", "w1") })
+	step("root on the worker, with what its pods have", func(t *testing.T) {
+		c.run(t, "n1", "microk8s", "enable", "metrics-server")
+		c.run(t, "n1", "microk8s", "enable", "host-access")
+		c.testWorkerRoot(t, "n1", "w1", true)
+	})
 	step("the data of another node stays", func(t *testing.T) {
 		out := c.run(t, "n1", "microk8s", "disable", "hostpath-storage:destroy-storage")
 		if !strings.Contains(out, "Data of volumes on other nodes is kept: w1 (") {

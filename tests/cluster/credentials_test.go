@@ -5,26 +5,37 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sync/errgroup"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	"microk8s/cluster-agent/api"
+	"microk8s/cluster-agent/callback"
 )
 
-// never are the rights that would be a way from a worker to the cluster. What a kubelet may in full is
-// in tests/node, testRights.
+// never are rights that would be a way from a worker to the cluster, asked for one by one: the API
+// server cannot list what the Node authorizer allows.
 var never = []authorizationv1.ResourceAttributes{
 	{Verb: "get", Resource: "secrets", Namespace: "kube-system"},
 	{Verb: "list", Resource: "secrets", Namespace: "kube-system"},
@@ -47,81 +58,427 @@ var never = []authorizationv1.ResourceAttributes{
 	{Verb: "delete", Resource: "validatingadmissionpolicybindings", Group: "admissionregistration.k8s.io"},
 }
 
+// rewrite writes the golden file again instead of comparing with it.
+var rewrite = flag.Bool("rewrite", false, "rewrite testdata/worker-root.txt; commit the difference only when you understand it")
+
+const goldenRoot = "testdata/worker-root.txt"
+
+// credential is something with which root on a worker can call others.
+type credential struct {
+	config *rest.Config
+	pair   *tls.Certificate // nil for tokens
+	token  string
+}
+
 // testWorkerRoot plays root on a worker: every credential on its disk and in its pods' mounts is tried
-// with the API, the agent of a control-plane node, and the datastore.
-func (c *cluster) testWorkerRoot(t *testing.T, server, worker string) {
+// with the API, the agent and the kubelet of a control-plane node, and the datastore. What each allows
+// must be exactly what is in the golden file: a line more is a hole. all says that every addon is
+// enabled, so that nothing of the file may be missing.
+//
+// What the Node authorizer allows a kubelet cannot be listed by the API server; tests/node, testRights,
+// has that verb by verb.
+func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) {
+	found := map[string][]string{} // section and its lines
+	note := func(section, format string, a ...any) {
+		line := fmt.Sprintf(format, a...)
+		line = strings.NewReplacer(c.ip(t, server), "SERVER", c.ip(t, worker), "WORKER").Replace(line)
+		found[section] = append(found[section], line)
+	}
+	const disk, mounts, nothing = "files on the disk", "secrets in the mounts of pods", "no credentials"
 	base := rest.Config{
 		Host: "https://" + net.JoinHostPort(c.ip(t, server), "16443"), Dial: c.dialer(worker), QPS: -1, Timeout: 15 * time.Second,
 		TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 	}
-	clients := map[string]*rest.Config{}
-	for _, name := range []string{"kubelet", "proxy"} {
-		cfg := rest.CopyConfig(&base)
-		cfg.CertFile, cfg.KeyFile = c.path(worker, "certs/"+name+".crt"), c.path(worker, "certs/"+name+".key")
-		clients["the certificate "+name] = cfg
+	// whoami adds a credential, unless the API server does not take it.
+	credentials := map[string]credential{nothing: {config: &base}}
+	whoami := func(what string, one credential) string {
+		k, err := kubernetes.NewForConfig(one.config)
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		review, err := k.AuthenticationV1().SelfSubjectReviews().Create(t.Context(), &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
+		if apierrors.IsUnauthorized(err) || apierrors.IsForbidden(err) {
+			return "refused"
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		who := review.Status.UserInfo.Username
+		if credentials[who].pair == nil {
+			credentials[who] = one
+		}
+		return who
 	}
-	tokens, err := filepath.Glob(filepath.Join(c.lab.Root(worker), "var/snap/microk8s/common/var/lib/kubelet/pods/*/volumes/kubernetes.io~projected/*/token"))
+
+	keys, err := filepath.Glob(c.path(worker, "certs/*.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range tokens {
-		text, err := os.ReadFile(path)
+	for _, key := range keys {
+		name := "certs/" + filepath.Base(key)
+		cfg := rest.CopyConfig(&base)
+		cfg.CertFile, cfg.KeyFile = strings.TrimSuffix(key, ".key")+".crt", key
+		pair, err := tls.LoadX509KeyPair(cfg.CertFile, key)
 		if err != nil {
-			continue // the pod has just ended
+			note(disk, "%s: no certificate", name) // the key of the cluster that the machine was before
+			continue
+		}
+		note(disk, "%s: %s", name, whoami(name, credential{config: cfg, pair: &pair}))
+	}
+	files, err := filepath.Glob(c.path(worker, "credentials/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if filepath.Base(file) == callback.FileName {
+			continue // it comes a while after the join; agentCalls has it
+		}
+		name := "credentials/" + filepath.Base(file)
+		cfg, err := clientcmd.BuildConfigFromFlags("", file)
+		if err != nil {
+			note(disk, "%s: no kubeconfig", name)
+			continue
+		}
+		cfg.Host, cfg.Dial, cfg.QPS, cfg.Timeout = base.Host, base.Dial, base.QPS, base.Timeout
+		cfg.Insecure, cfg.CAFile, cfg.CAData = true, "", nil
+		note(disk, "%s: %s", name, whoami(name, credential{config: cfg, token: cfg.BearerToken}))
+	}
+
+	const volumes = "var/snap/microk8s/common/var/lib/kubelet/pods/*/volumes/"
+	paths, err := filepath.Glob(filepath.Join(c.lab.Root(worker), volumes+"*/*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range paths {
+		kind, name := filepath.Base(filepath.Dir(path)), filepath.Base(path)
+		switch {
+		case kind == "kubernetes.io~secret":
+			note(mounts, "%s", name)
+		case kind == "kubernetes.io~projected" && !strings.HasPrefix(name, "kube-api-access-"):
+			note(mounts, "projected %s", name)
+		}
+		token, err := os.ReadFile(filepath.Join(path, "token"))
+		if err != nil {
+			continue // it has none, or the pod has just ended
 		}
 		cfg := rest.CopyConfig(&base)
-		cfg.BearerToken = string(text)
-		clients["the token "+path] = cfg
+		cfg.BearerToken = string(token)
+		whoami(path, credential{config: cfg, token: string(token)})
 	}
-	for name, cfg := range clients {
-		k, err := kubernetes.NewForConfig(cfg)
+	// Any pod may be placed on a worker, so the accounts of those that are elsewhere now count as well.
+	for _, account := range c.accountsOfPods(t, server) {
+		cfg := rest.CopyConfig(&base)
+		cfg.BearerToken = c.tokenOf(t, server, account)
+		whoami(account, credential{config: cfg, token: cfg.BearerToken})
+	}
+
+	everybody := map[string]bool{}
+	const strange = "system:serviceaccount:kube-public:default"
+	cfg := rest.CopyConfig(&base)
+	cfg.BearerToken = c.tokenOf(t, server, strange)
+	for _, line := range rules(t, cfg) {
+		everybody[line] = true
+		note("everybody who is known", "api: %s", line)
+	}
+	for who, one := range credentials {
+		section := who
+		for _, line := range rules(t, one.config) {
+			if !everybody[line] {
+				note(section, "api: %s", line)
+			}
+		}
+		c.neverAllowed(t, who, one.config)
+		if one.pair != nil || who == nothing {
+			for _, line := range c.agentCalls(t, worker, server, one.pair) {
+				note(section, "agent: %s", line)
+			}
+			if err := c.greetDatastore(t, worker, server, one.pair); err != nil {
+				note(section, "datastore: %v", err)
+			}
+		}
+		for _, path := range []string{"/pods", "/runningpods/", "/metrics", "/metrics/resource", "/stats/summary", "/configz", "/logs/", "/debug/pprof/", "/healthz",
+			"/exec/default/x/c?command=id", "/run/default/x/c?cmd=id", "/containerLogs/default/x/c", "/checkpoint/default/x/c"} {
+			if status := c.askKubelet(t, worker, server, path, one); status != http.StatusUnauthorized && status != http.StatusForbidden {
+				note(section, "kubelet: %s: %d", path, status)
+			}
+		}
+	}
+	c.foreignTokens(t, server, worker, &base)
+
+	want := map[string][]string{}
+	section := ""
+	if text, err := os.ReadFile(goldenRoot); err == nil {
+		for line := range strings.Lines(string(text)) {
+			line = strings.TrimSuffix(line, "\n")
+			if name, ok := strings.CutPrefix(line, "# "); ok {
+				section = name
+				want[section] = nil
+			} else if line != "" {
+				want[section] = append(want[section], line)
+			}
+		}
+	} else if !*rewrite {
+		t.Fatal(err)
+	}
+	for name, lines := range found {
+		slices.Sort(lines)
+		found[name] = slices.Compact(lines)
+		if !*rewrite {
+			if diff := cmp.Diff(want[name], found[name]); diff != "" {
+				t.Errorf("%s: what it allows is not what is in %s (-want +got):\n%s", name, goldenRoot, diff)
+			}
+		}
+	}
+	if *rewrite && all {
+		var out strings.Builder
+		for _, name := range slices.Sorted(maps.Keys(found)) {
+			fmt.Fprintf(&out, "# %s\n%s\n\n", name, strings.Join(found[name], "\n"))
+		}
+		if err := os.WriteFile(goldenRoot, []byte(out.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	for name := range want {
+		if _, ok := found[name]; !ok && all && !*rewrite {
+			t.Errorf("%s is in %s, and was not found", name, goldenRoot)
+		}
+	}
+}
+
+// tokenOf returns a token of an account, given as a user.
+func (c *cluster) tokenOf(t *testing.T, host, account string) string {
+	t.Helper()
+	namespace, name, _ := strings.Cut(strings.TrimPrefix(account, "system:serviceaccount:"), ":")
+	r, err := c.client(t, host).CoreV1().ServiceAccounts(namespace).CreateToken(t.Context(), name, &authenticationv1.TokenRequest{}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.Status.Token
+}
+
+// accountsOfPods lists the accounts of the product's pods, as users.
+func (c *cluster) accountsOfPods(t *testing.T, host string) (out []string) {
+	t.Helper()
+	pods, err := c.client(t, host).CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pods.Items {
+		if p.Namespace != "default" && (p.Spec.AutomountServiceAccountToken == nil || *p.Spec.AutomountServiceAccountToken) {
+			out = append(out, "system:serviceaccount:"+p.Namespace+":"+p.Spec.ServiceAccountName)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// rules lists what a credential may do, as the API server says: in each kind of namespace, and of the
+// cluster. A rule with a wildcard is a line with it.
+func rules(t *testing.T, cfg *rest.Config) (out []string) {
+	t.Helper()
+	k, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	namespaces := []string{"default", "kube-system", "kube-public", "kube-node-lease", "ingress", "somebodys"}
+	where := map[string][]string{}
+	for _, ns := range namespaces {
+		review, err := k.AuthorizationV1().SelfSubjectRulesReviews().Create(t.Context(), &authorizationv1.SelfSubjectRulesReview{
+			Spec: authorizationv1.SelfSubjectRulesReviewSpec{Namespace: ns},
+		}, metav1.CreateOptions{})
+		if apierrors.IsForbidden(err) || apierrors.IsUnauthorized(err) {
+			return nil
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, right := range never {
-			review, err := k.AuthorizationV1().SelfSubjectAccessReviews().Create(t.Context(), &authorizationv1.SelfSubjectAccessReview{
-				Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &right},
-			}, metav1.CreateOptions{})
-			switch {
-			case apierrors.IsUnauthorized(err) && cfg.BearerToken != "": // its pod has ended
-			case err != nil:
-				t.Errorf("%s: %v", name, err)
-			case review.Status.Allowed:
-				t.Errorf("%s allows %s %s/%s of %q in %q", name, right.Verb, right.Resource, right.Subresource, right.Name, right.Namespace)
+		verbs := map[string][]string{}
+		for _, r := range review.Status.ResourceRules {
+			for _, group := range r.APIGroups {
+				for _, resource := range r.Resources {
+					what := resource
+					if group != "" {
+						what += "." + group
+					}
+					if len(r.ResourceNames) > 0 {
+						what += " " + strings.Join(slices.Sorted(slices.Values(r.ResourceNames)), ",")
+					}
+					verbs[what] = append(verbs[what], r.Verbs...)
+				}
 			}
 		}
+		for _, r := range review.Status.NonResourceRules {
+			for _, url := range r.NonResourceURLs {
+				verbs[url] = append(verbs[url], r.Verbs...)
+			}
+		}
+		if review.Status.Incomplete {
+			verbs["and what the Node authorizer allows"] = nil
+		}
+		for what, list := range verbs {
+			slices.Sort(list)
+			line := strings.TrimSpace(strings.Join(slices.Compact(list), ",") + " " + what)
+			where[line] = append(where[line], ns)
+		}
 	}
-	pair := c.workerPair(t, worker)
-	secret, err := os.ReadFile(c.path(worker, "credentials/callback-token.txt"))
+	for line, in := range where {
+		if len(in) < len(namespaces) {
+			line += " in " + strings.Join(in, ", ")
+		}
+		out = append(out, line)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// neverAllowed asks for what must not be allowed by any authorizer.
+func (c *cluster) neverAllowed(t *testing.T, who string, cfg *rest.Config) {
+	t.Helper()
+	k, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, right := range never {
+		review, err := k.AuthorizationV1().SelfSubjectAccessReviews().Create(t.Context(), &authorizationv1.SelfSubjectAccessReview{
+			Spec: authorizationv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &right},
+		}, metav1.CreateOptions{})
+		switch {
+		case apierrors.IsUnauthorized(err), apierrors.IsForbidden(err): // without credentials, or its pod has ended
+		case err != nil:
+			t.Errorf("%s: %v", who, err)
+		case review.Status.Allowed:
+			t.Errorf("%s allows %s %s/%s of %q in %q", who, right.Verb, right.Resource, right.Subresource, right.Name, right.Namespace)
+		}
+	}
+}
+
+// agentCalls tries each call of an agent, but health, which is open, with a certificate and what else the
+// worker has, and lists those that are not refused.
+func (c *cluster) agentCalls(t *testing.T, worker, server string, pair *tls.Certificate) (allowed []string) {
+	t.Helper()
+	text, err := os.ReadFile(c.path(worker, "credentials/"+callback.FileName))
 	if err != nil && !os.IsNotExist(err) {
 		t.Fatal(err)
 	}
-	for _, host := range []string{server, worker} {
-		status, body := c.askAgent(t, worker, host, pair, api.PathConfigure, api.ConfigureRequest{Callback: strings.TrimSpace(string(secret))})
-		if status == http.StatusOK {
-			t.Errorf("configure on %s: %s", host, body)
-		}
+	secret := strings.TrimSpace(string(text))
+	var shown tls.Certificate
+	if pair != nil {
+		shown = *pair
 	}
-	// The datastore takes members' certificates only.
+	at := c.ip(t, server)
+	var mu sync.Mutex
+	var group errgroup.Group
+	for path, request := range map[string]any{
+		api.PathJoin:         api.JoinRequest{Token: secret, Hostname: worker, Port: c.port, Worker: true, Product: api.Product},
+		api.PathSignCert:     api.SignRequest{Token: secret + api.SuffixKubelet},
+		api.PathConfigure:    api.ConfigureRequest{Callback: secret},
+		api.PathImageImport:  struct{}{},
+		api.PathDqliteRemove: api.RemoveRequest{Endpoint: c.ip(t, server) + ":19001"},
+		api.PathProof:        api.ProofRequest{},
+		api.PathPreflight:    api.PreflightRequest{JoinRequest: api.JoinRequest{Token: secret, Hostname: worker, Port: c.port}},
+		api.PathConfirm:      api.ConfirmRequest{Token: secret, Hostname: worker},
+		api.PathRelease:      api.ConfirmRequest{Token: secret, Hostname: worker},
+		api.PathRenew:        api.RenewRequest{},
+		"/metrics":           struct{}{},
+		"/debug/pprof/":      struct{}{},
+	} {
+		group.Go(func() error { // wrong tokens are answered late
+			status, _, err := c.postAgent(t.Context(), worker, at, shown, path, request)
+			if err == nil && status == http.StatusOK {
+				mu.Lock()
+				defer mu.Unlock()
+				allowed = append(allowed, path)
+			}
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	return allowed
+}
+
+// askKubelet asks the kubelet of another node, and returns the status.
+func (c *cluster) askKubelet(t *testing.T, worker, server, path string, one credential) int {
+	t.Helper()
+	config := &tls.Config{InsecureSkipVerify: true} //nolint:gosec // what it allows is asked, not who it is
+	if one.pair != nil {
+		config.Certificates = []tls.Certificate{*one.pair}
+	}
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: c.dialer(worker), TLSClientConfig: config}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://"+net.JoinHostPort(c.ip(t, server), "10250")+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if one.token != "" {
+		req.Header.Set("Authorization", "Bearer "+one.token)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatalf("the kubelet of %s: %v", server, err)
+	}
+	defer resp.Body.Close()
+	return resp.StatusCode
+}
+
+// greetDatastore tries a certificate at the datastore's port, which takes the members' pair only; nil
+// when it is refused, or cannot be reached at all.
+func (c *cluster) greetDatastore(t *testing.T, worker, server string, pair *tls.Certificate) error {
 	conn, err := c.dialer(worker)(t.Context(), "tcp", net.JoinHostPort(c.ip(t, server), "19001"))
 	if err != nil {
-		return // it is not reachable at all
+		return nil //nolint:nilerr // it listens on the loopback only
 	}
 	defer conn.Close()
-	talk := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}}) //nolint:gosec // whoever it is
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
-	defer cancel()
-	if err = talk.HandshakeContext(ctx); err == nil { // with TLS 1.3 the refusal comes afterwards
-		_ = talk.SetDeadline(time.Now().Add(10 * time.Second))
-		if _, err = talk.Write([]byte("GET /dqlite HTTP/1.1\r\nHost: x\r\nUpgrade: dqlite\r\n\r\n")); err == nil {
-			var n int
-			if n, err = talk.Read(make([]byte, 1)); n > 0 {
-				t.Error("the datastore answers a worker")
-			}
+	config := &tls.Config{InsecureSkipVerify: true} //nolint:gosec // whoever it is
+	if pair != nil {
+		config.Certificates = []tls.Certificate{*pair}
+	}
+	talk := tls.Client(conn, config)
+	_ = talk.SetDeadline(time.Now().Add(15 * time.Second))
+	if err := talk.HandshakeContext(t.Context()); err != nil {
+		return nil //nolint:nilerr // refused
+	}
+	// With TLS 1.3 the refusal comes afterwards.
+	if _, err := talk.Write([]byte("GET /dqlite HTTP/1.1\r\nHost: x\r\nUpgrade: dqlite\r\n\r\n")); err != nil {
+		return nil //nolint:nilerr // refused
+	}
+	if n, err := talk.Read(make([]byte, 1)); n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		return errors.New("it takes the certificate")
+	}
+	return nil
+}
+
+// foreignTokens asks with the kubelet's certificate for tokens of pods that are not on the worker, and
+// of accounts without a pod.
+func (c *cluster) foreignTokens(t *testing.T, server, worker string, base *rest.Config) {
+	t.Helper()
+	cfg := rest.CopyConfig(base)
+	cfg.CertFile, cfg.KeyFile = c.path(worker, "certs/kubelet.crt"), c.path(worker, "certs/kubelet.key")
+	k, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pods, err := c.client(t, server).CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	for _, p := range pods.Items {
+		bound := &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: p.Name, UID: p.UID}
+		if p.Spec.NodeName == worker {
+			bound = nil // its own pods' accounts, for no pod
+		}
+		asked++
+		_, err := k.CoreV1().ServiceAccounts(p.Namespace).CreateToken(t.Context(), p.Spec.ServiceAccountName,
+			&authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{BoundObjectRef: bound}}, metav1.CreateOptions{})
+		if !apierrors.IsForbidden(err) {
+			t.Errorf("a token of %s/%s for the pod %s on %s, bound %v: %v, want a refusal", p.Namespace, p.Spec.ServiceAccountName, p.Name, p.Spec.NodeName, bound != nil, err)
 		}
 	}
-	if err == nil {
-		t.Error("the datastore lets a worker in")
+	if asked == 0 {
+		t.Error("there are no pods")
 	}
 }
 
@@ -138,23 +495,33 @@ func (c *cluster) workerPair(t *testing.T, worker string) tls.Certificate {
 // askAgent calls an agent from a host, with a certificate.
 func (c *cluster) askAgent(t *testing.T, from, host string, pair tls.Certificate, path string, request any) (status int, body string) {
 	t.Helper()
-	data, err := json.Marshal(request)
+	status, body, err := c.postAgent(t.Context(), from, c.ip(t, host), pair, path, request)
 	if err != nil {
 		t.Fatal(err)
+	}
+	return status, body
+}
+
+func (c *cluster) postAgent(ctx context.Context, from, ip string, pair tls.Certificate, path string, request any) (status int, body string, err error) {
+	data, err := json.Marshal(request)
+	if err != nil {
+		return 0, "", err
 	}
 	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{
 		DialContext:     c.dialer(from),
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{pair}}, //nolint:gosec // what it allows is asked, not who it is
 	}}
 	defer client.CloseIdleConnections()
-	resp, err := client.Post("https://"+net.JoinHostPort(c.ip(t, host), c.port)+path, "application/json", bytes.NewReader(data))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+net.JoinHostPort(ip, c.port)+path, bytes.NewReader(data))
 	if err != nil {
-		t.Fatal(err)
+		return 0, "", err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, "", err
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return resp.StatusCode, string(text)
+	return resp.StatusCode, string(text), err
 }
