@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/images"
 	"microk8s/internal/netcheck"
 	"microk8s/internal/netpolicy"
+	"microk8s/internal/podsecurity"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
@@ -50,6 +51,8 @@ var withoutOutput = map[string]string{
 	"kubectl":             "kubectl's own -o",
 	"leave":               "progress",
 	"logs":                "lines of others",
+	"pod-security":        "help",
+	"pod-security relax":  "nothing",
 	"remove-node":         "progress",
 	"reset":               "progress",
 	"start":               "progress; status has a document",
@@ -137,6 +140,8 @@ func TestDocuments(t *testing.T) {
 		securityDocument{documentOf("SecurityReport"), "CIS", map[cis.Status]int{cis.Fail: 1}, []cis.Result{{ID: "1.1", Title: "t", Status: cis.Fail, Wanted: "w", Found: "f", Do: "d"}}},
 		flowDocument{documentOf("FlowReport"), "web", "db", "10.1.0.2", "10.1.1.2", 80, "tcp", true, []netpolicy.Side{{Direction: netpolicy.Ingress, Pod: "shop/db", Node: "n2", Allowed: true, Isolated: true, OwnNode: true, AllowedBy: []string{"shop/p"}, Policies: []string{"shop/p"}}}},
 		networkDocument{documentOf("NetworkCheck"), "n1", 1450, []netcheck.Result{{Node: "n2", Address: "10.0.0.2", Tunnel: true, RoundTrip: 5, Problems: []netcheck.Problem{{Code: "port-there", Node: "n2", What: "w", Do: "d"}}}}},
+		podSecurityDocument{documentOf("PodSecurityStatus"), podsecurity.Status{Level: "baseline", Namespaces: []podsecurity.Namespace{{Name: "default", Enforce: "baseline", By: "microk8s"}}}},
+		podSecurityPlanDocument{documentOf("PodSecurityPlan"), podsecurity.Plan{Level: "baseline", Enforce: []string{"default"}, Exempt: []string{"kube-system"}, Others: []podsecurity.Namespace{{Name: "x", Enforce: "privileged", By: "user"}}, Violations: []podsecurity.Violation{{Namespace: "default", Warnings: []string{"w"}}}}},
 		listOf("CertificateList", []listedCert{{"ca.crt", "CA", 3, "2026-12-01T00:00:00Z"}}),
 	}
 	page, err := os.ReadFile("../../docs/output.md")

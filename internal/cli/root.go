@@ -65,6 +65,7 @@ func (a *App) commands() []command {
 		{name: "leave", group: groupCluster, usage: ExitUsage, gates: []gate{a.stoppedUnlessChanging, a.permUnlessNew}, sudo: true, exits: exitsLeave, build: a.newLeave},
 		{name: "logs", group: groupNode, usage: ExitUsage, gates: []gate{perm}, build: a.newLogs},
 		{name: "network", group: groupCluster, usage: ExitUsage, exits: exitsNetwork, gates: []gate{perm, a.stopped}, build: a.newNetwork},
+		{name: "pod-security", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, build: a.newPodSecurity},
 		{name: "refresh-certs", group: groupNode, usage: ExitUsage, gates: []gate{a.workerRefresh}, exits: slices.Concat(exitsRefresh, exitsRoot), build: a.newRefreshCerts},
 		{name: "remove-node", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, exits: exitsRemove, build: a.newRemoveNode},
 		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, exits: exitsRoot, build: a.newReset},
