@@ -17,12 +17,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 
 	"microk8s/internal/kube"
@@ -261,10 +263,30 @@ func (c *Client) Enforce(ctx context.Context, p *Plan) error {
 	if err := c.put(ctx, "mutatingadmissionpolicybindings", binding()); err != nil {
 		return err
 	}
+	if err := c.inForce(ctx, p.Level); err != nil {
+		return err
+	}
 	for _, name := range p.Enforce {
 		if err := c.label(ctx, name, p.Level, markEnforced, false); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// forceWait bounds the wait for a policy, which an API server learns of by a watch of its own.
+const forceWait = 30 * time.Second
+
+// inForce waits until a new namespace would get the level. Nothing says so but the answer to a call.
+func (c *Client) inForce(ctx context.Context, level string) error {
+	err := wait.PollUntilContextTimeout(ctx, 100*time.Millisecond, forceWait, true, func(ctx context.Context) (bool, error) {
+		var made corev1.Namespace
+		err := c.core.Post().Resource("namespaces").Param("dryRun", metav1.DryRunAll).
+			Body(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "microk8s-pod-security-check"}}).Do(ctx).Into(&made)
+		return made.Labels[EnforceLabel] == level, err
+	})
+	if err != nil {
+		return fmt.Errorf("the policy %s for new namespaces is not in force: %w", policyName, err)
 	}
 	return nil
 }

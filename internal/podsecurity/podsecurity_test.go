@@ -32,6 +32,15 @@ func namespace(name string, labels map[string]string) *corev1.Namespace {
 func TestEnforceAndRelax(t *testing.T) {
 	s := kubetest.New(t)
 	s.Set(namespace("default", nil), namespace("kube-system", nil), namespace("storage", nil), namespace("theirs", map[string]string{EnforceLabel: "privileged"}))
+	early := 2 // namespaces that are made before the API server knows the policy
+	s.Check = func(old, object metav1.Object) error {
+		if ns, ok := object.(*corev1.Namespace); ok && old == nil {
+			if early--; early < 0 {
+				ns.Labels = map[string]string{EnforceLabel: Baseline}
+			}
+		}
+		return nil
+	}
 	cfg := s.Config()
 	cfg.Wrap(func(next http.RoundTripper) http.RoundTripper { return warns{next} })
 	c, err := New(cfg)
