@@ -110,6 +110,9 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 		return exitError(ExitError)
 	}
 	defer done()
+	if fi, err := os.Stat(path); err == nil && fi.IsDir() {
+		return failf(fmt.Sprintf("pack it first, if it is an OCI layout: tar -C %s -cf - . | microk8s images import", file), "cannot import %s: it is a directory, not an archive", file)
+	}
 	if err := checkArchive(path, stall); err != nil {
 		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
 		return exitError(ExitError)
