@@ -80,14 +80,19 @@ type Node struct {
 	// objects are left to a person.
 	Bindings func(context.Context) ([]rbacv1.ClusterRoleBinding, error)
 
-	ctx   context.Context
-	files map[string]*args.File
+	// Get reads a path of the API, a list. nil, or an error: as with Bindings.
+	Get func(ctx context.Context, path string) ([]byte, error)
+
+	ctx    context.Context
+	files  map[string]*args.File
+	lists  map[string][]byte // what Get has returned, by path
+	silent bool              // Get has failed
 }
 
 // Run checks every control, in the order of the table. On a worker those of the control plane
 // do not apply.
 func Run(ctx context.Context, n *Node) []Result {
-	n.ctx, n.files = ctx, map[string]*args.File{}
+	n.ctx, n.files, n.lists, n.silent = ctx, map[string]*args.File{}, map[string][]byte{}, false
 	worker := nodeconfig.ReadState(n.Env).Worker
 	var out []Result
 	for _, c := range Controls() {

@@ -4,12 +4,15 @@ import (
 	"cmp"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
+	rbacv1 "k8s.io/api/rbac/v1"
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/podsecurity"
 	"microk8s/internal/snapenv"
 )
 
@@ -231,11 +234,18 @@ func Controls() []Control {
 
 	// 5 Policies.
 	add(Control{ID: "5.1.1", Title: "cluster-admin only where needed", How: "ClusterRoleBindings", Wanted: "none besides Kubernetes' own", check: clusterAdmins},
-		person("5.1.2", "Few may read Secrets", ""), person("5.1.3", "Few wildcards in roles", ""), person("5.1.4", "Few may create pods", ""),
-		person("5.1.5", "Default service accounts are not used", ""), person("5.1.6", "Tokens are mounted only where needed", "the addons' pods that do not call the API have none"),
+		few("5.1.2", "Few may read Secrets", right{"", []string{"secrets"}, []string{"get", "list", "watch"}}),
+		Control{ID: "5.1.3", Title: "Few wildcards in roles", How: "roles", Wanted: "none besides Kubernetes' own", check: wildcards},
+		few("5.1.4", "Few may create pods", right{"", []string{"pods"}, []string{"create"}}),
+		Control{ID: "5.1.5", Title: "Default service accounts are not used", How: "bindings, pods", Wanted: "no right, no token", check: defaultAccounts},
+		person("5.1.6", "Tokens are mounted only where needed", "the addons' pods that do not call the API have none"),
 		person("5.1.7", "system:masters is not used", "one certificate of that group is made, for the administrator's kubeconfig of each control-plane node; requests with it are in the audit log"),
-		person("5.1.8", "Few may bind, impersonate or escalate", ""), person("5.1.9", "Few may create PersistentVolumes", ""), person("5.1.10", "Few may use nodes/proxy", ""),
-		person("5.1.11", "Few may approve certificate requests", ""), person("5.1.12", "Few may change webhook configurations", ""), person("5.1.13", "Few may make tokens of service accounts", ""),
+		few("5.1.8", "Few may bind, impersonate or escalate", right{rbacv1.GroupName, []string{"roles", "clusterroles"}, []string{"bind", "escalate"}}, right{"", []string{"users", "groups", "serviceaccounts"}, []string{"impersonate"}}),
+		few("5.1.9", "Few may create PersistentVolumes", right{"", []string{"persistentvolumes"}, []string{"create"}}),
+		few("5.1.10", "Few may use nodes/proxy", right{"", []string{"nodes/proxy"}, []string{"get", "create"}}),
+		few("5.1.11", "Few may approve certificate requests", right{"certificates.k8s.io", []string{"certificatesigningrequests/approval"}, []string{"update", "patch"}}),
+		few("5.1.12", "Few may change webhook configurations", right{"admissionregistration.k8s.io", []string{"validatingwebhookconfigurations", "mutatingwebhookconfigurations"}, []string{"create", "update", "patch", "delete"}}),
+		few("5.1.13", "Few may make tokens of service accounts", right{"", []string{"serviceaccounts/token"}, []string{"create"}}),
 		Control{ID: "5.2.1", Title: "A policy for pods is active", How: "admission configuration", Wanted: "PodSecurity, baseline as a warning at least", check: podSecurity})
 	for _, p := range [][2]string{
 		{"5.2.2", "privileged containers"}, {"5.2.3", "the host's processes"}, {"5.2.4", "the host's IPC"}, {"5.2.5", "the host's network"}, {"5.2.6", "privilege escalation"},
@@ -245,14 +255,19 @@ func Controls() []Control {
 			add(without(p[0], "Pods without "+p[1], "nodes run Linux"))
 			continue
 		}
-		add(person(p[0], "Pods without "+p[1], "label namespaces with pod-security.kubernetes.io/enforce: baseline or restricted (5.2.1 warns everywhere)"))
+		// What baseline refuses, restricted refuses too.
+		level := []string{podsecurity.Baseline, podsecurity.Restricted}
+		if slices.Contains([]string{"5.2.6", "5.2.7", "5.2.8"}, p[0]) {
+			level = level[1:]
+		}
+		add(Control{ID: p[0], Title: "Pods without " + p[1], How: "labels of namespaces", Wanted: "refused: " + level[0], check: enforced(level...)})
 	}
-	add(person("5.3.1", "The network enforces NetworkPolicies", "see docs/network-policy.md"), person("5.3.2", "Every namespace has NetworkPolicies", ""),
-		person("5.4.1", "Secrets as files rather than variables", ""), person("5.4.2", "Secrets outside of the cluster", ""),
+	add(person("5.3.1", "The network enforces NetworkPolicies", "see docs/network-policy.md"), Control{ID: "5.3.2", Title: "Every namespace has NetworkPolicies", How: "NetworkPolicies, pods", Wanted: "one where pods run", check: policies},
+		Control{ID: "5.4.1", Title: "Secrets as files rather than variables", How: "pods", Wanted: "none as variables", check: variables}, person("5.4.2", "Secrets outside of the cluster", ""),
 		person("5.5.1", "Where images come from is checked", "no service that could check them is part of the product"),
 		person("5.6.1", "Namespaces as borders", ""),
 		Control{ID: "5.6.2", Title: "seccomp profile of pods", How: argument, Wanted: "RuntimeDefault for every pod (4.2.14)", check: flagIs(kubelet, "seccomp-default", "true", "false")},
-		person("5.6.3", "Pods have a securityContext", ""), person("5.6.4", "The namespace default is not used", ""))
+		person("5.6.3", "Pods have a securityContext", ""), Control{ID: "5.6.4", Title: "The namespace default is not used", How: "pods", Wanted: "no pods", check: defaultNamespace})
 
 	// What a new node of this product has beyond the benchmark.
 	add(Control{ID: "M.1", Title: "Pods cannot take what the node itself needs", How: argument, Wanted: "memory and pid reserved", check: reserved},
@@ -297,6 +312,11 @@ type (
 		} `json:"rules"`
 	}
 )
+
+// few is a control about a right.
+func few(id, title string, rights ...right) Control {
+	return Control{ID: id, Title: title, How: "roles and bindings", Wanted: "none besides Kubernetes' and the product's own", check: holders(rights...)}
+}
 
 // health are the paths that may be reached without credentials.
 var health = []string{"/livez", "/readyz", "/healthz"}

@@ -84,6 +84,10 @@ type securityDocument struct {
 // bindingsWait bounds how long the API server is waited for: the rest does not need it.
 const bindingsWait = 5 * time.Second
 
+// listWait bounds a list of the API that a control is checked by. After one that is not answered no
+// other is asked for.
+const listWait = 10 * time.Second
+
 func (a *App) inspectSecurity(cmd *cobra.Command, out *output) error {
 	node := &cis.Node{Env: a.Env}
 	if core, err := kube.FromFile(a.Env.AdminKubeconfig()); err == nil {
@@ -96,6 +100,11 @@ func (a *App) inspectSecurity(cmd *cobra.Command, out *output) error {
 				return nil, err
 			}
 			return list.Items, json.Unmarshal(data, &list)
+		}
+		node.Get = func(ctx context.Context, path string) ([]byte, error) {
+			ctx, cancel := context.WithTimeout(ctx, listWait)
+			defer cancel()
+			return core.Get().AbsPath(path).DoRaw(ctx)
 		}
 	}
 	results := cis.Run(cmd.Context(), node)
