@@ -17,10 +17,8 @@ const (
 )
 
 var (
-	// assignment is a name with what separates it from its value.
-	assignment = regexp.MustCompile(`(--?)?([A-Za-z_][\w.-]*)(\\?["'])?(\s*(?:=>|:=|[:=])[ \t]*|\\?["']?[\s,]+)`)
-	tableHead  = regexp.MustCompile(`^\s*\[+([^\]]*)\]+\s*(#.*)?$`)
-	blockSign  = regexp.MustCompile(`^[|>][-+0-9]*\s*(#.*)?$`)
+	tableHead = regexp.MustCompile(`^\s*\[+([^\]]*)\]+\s*(#.*)?$`)
+	blockSign = regexp.MustCompile(`^[|>][-+0-9]*\s*(#.*)?$`)
 	// variable is a line of an -env file.
 	variable = regexp.MustCompile(`^(\s*#?\s*(?:export\s+)?)([A-Za-z_]\w*)=`)
 
@@ -145,11 +143,17 @@ func (r *Redactor) RedactFile(name, text string) string {
 }
 
 func (r *Redactor) redact(text string, how style) string {
-	text = privateKey.ReplaceAllString(text, "-----PRIVATE KEY "+removed+"-----")
+	// Each expression is tried on texts that can match only: logs have megabytes.
+	replace := func(sign string, e *regexp.Regexp, by string) {
+		if strings.Contains(text, sign) {
+			text = e.ReplaceAllString(text, by)
+		}
+	}
+	replace("PRIVATE KEY-----", privateKey, "-----PRIVATE KEY "+removed+"-----")
 	text = r.known.Replace(text)
-	text = pemBase64.ReplaceAllString(text, removed)
-	text = jwt.ReplaceAllString(text, removed)
-	text = userInfo.ReplaceAllString(text, "://"+removed+"@")
+	replace("LS0tLS1CRUdJTi", pemBase64, removed)
+	replace("eyJ", jwt, removed)
+	replace("://", userInfo, "://"+removed+"@")
 	s := scanner{how: how, block: -1, secret: map[string]bool{}}
 	for line := range strings.Lines(text) {
 		s.line(byShape(line))
@@ -302,23 +306,23 @@ func (s *scanner) write(body, end string) {
 	indent := len(body) - len(strings.TrimLeft(body, " \t-"))
 	at := 0
 	for at < len(body) {
-		m := assignment.FindStringSubmatchIndex(body[at:])
-		if m == nil {
+		m, ok := nextAssignment(body[at:])
+		if !ok {
 			break
 		}
-		name := body[at+m[4] : at+m[5]]
-		dashes, quoted := m[2] >= 0, m[6] >= 0
-		sep := body[at+m[8] : at+m[9]]
+		name := body[at+m.name : at+m.end]
+		dashes, quoted := m.dashes < m.name, m.quoted
+		sep := body[at+m.sep : at+m.sepEnd]
 		assigns := strings.ContainsAny(sep, ":=")
-		next := at + m[5]
+		next := at + m.end
 		if inline := name == "header" || name == "headers" || name == "auths"; !inline && !s.isSecret(name) ||
 			inline && s.how == logText || !assigns && !dashes {
 			s.out.WriteString(body[at:next])
 			at = next
 			continue
 		}
-		s.out.WriteString(body[at : at+m[9]])
-		at += m[9]
+		s.out.WriteString(body[at : at+m.sepEnd])
+		at += m.sepEnd
 		value := body[at:]
 		switch {
 		case blockSign.MatchString(value), strings.TrimSpace(value) == "" && assigns:
