@@ -91,7 +91,7 @@ func (n *node) testStatus(t *testing.T) {
 	out := n.run(t, "microk8s", "status")
 	for _, want := range []string{
 		"microk8s is running\n", "high-availability: no\n", "  datastore master nodes: 127.0.0.1:19001\n", "  datastore standby nodes: none\n",
-		"addons:\n", "ha-cluster", "not enforced",
+		"addons:\n", "ha-cluster",
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("status lacks %q:\n%s", want, out)
