@@ -48,6 +48,10 @@ func TestState(t *testing.T) {
 	w.Up("kube-scheduler")
 	w.Refused("")
 	check("one up again", State{Down: []Daemon{manager}})
+	w.Policies("no\nnft")
+	check("policies not enforced", State{Down: []Daemon{manager}, Policies: "no nft"})
+	w.Policies("")
+	check("policies enforced", State{Down: []Daemon{manager}})
 
 	NewWriter(env, slog.New(slog.DiscardHandler))
 	check("after kubelite was started again", State{})

@@ -401,7 +401,7 @@ func (r *Report) daemonProblems(env snapenv.Env) {
 	}
 	for _, d := range state.Down {
 		if d.Runs {
-			r.add("%s inside kubelite runs, but %s", d.Name, shorten(d.Why))(
+			r.add("kubelite.daemons", "%s inside kubelite runs, but %s", d.Name, shorten(d.Why))(
 				"correct --cluster-cidr in " + env.Args(d.Name) + " and run microk8s stop; microk8s start; or remove the node that is named with microk8s remove-node, and let it join again")
 			continue
 		}

@@ -391,6 +391,8 @@ func TestDaemonsInsideKubelite(t *testing.T) {
 			"kube-controller-manager inside kubelite runs, but it goes on without: invalid CIDR; correct --cluster-cidr in"},
 		{"the node was removed", `{"refused":"node w1 is not registered in this cluster"}`,
 			"the cluster has removed this node: node w1 is not registered in this cluster; to use this machine again: microk8s leave --force"},
+		{"policies are not enforced", `{"policies":"the disk of rules is full"}`,
+			"network policies are not enforced on this node as the cluster has them: the disk of rules is full; see microk8s logs kubelite"},
 		{"half a file", `{`, "cannot read what kubelite says"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -400,6 +402,9 @@ func TestDaemonsInsideKubelite(t *testing.T) {
 			r.daemonProblems(env)
 			if text := fmt.Sprint(r.Problems); (len(r.Problems) == 0) != (tc.want == "") || !strings.Contains(text, tc.want) {
 				t.Errorf("problems: %s, want %q", text, tc.want)
+			}
+			if p := r.NetworkPolicy; strings.Contains(tc.state, "policies") && (p.Enforced || p.Why == "") {
+				t.Errorf("network policy: %+v", p)
 			}
 			if removed := Removed(env); strings.Contains(tc.state, "refused") != (removed != "") {
 				t.Errorf("removed: %q", removed)

@@ -166,9 +166,8 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if err := s.serve(r.Context(), w); err != nil {
-		panic(http.ErrAbortHandler) // the reader must not take it for a good end
-	}
+	// However it ends, the reader asks again.
+	_ = s.serve(r.Context(), w)
 }
 
 func (s *Server) serve(ctx context.Context, w http.ResponseWriter) error {
