@@ -53,6 +53,8 @@ type Enforcer struct {
 	last    *netpolicy.Model
 	partial string // what this host cannot judge
 
+	patience time.Duration // how long nothing may come before it is reported
+
 	wake chan struct{} // holds at most one value: look again
 	cut  chan struct{} // the same: connections have to be looked at
 }
@@ -74,7 +76,7 @@ func New(ctx context.Context, o Options) (*Enforcer, error) {
 	}
 	e := &Enforcer{
 		Options: o, table: table, amended: map[*netpolicy.Pod]*netpolicy.Pod{},
-		wake: make(chan struct{}, 1), cut: make(chan struct{}, 1), subnets: hostnet.PodSubnets(o.Env),
+		wake: make(chan struct{}, 1), cut: make(chan struct{}, 1), subnets: hostnet.PodSubnets(o.Env), patience: 30 * time.Second,
 	}
 	if e.made, err = table.Close(ctx, e.subnets); err != nil {
 		o.Report(err.Error())
@@ -135,9 +137,9 @@ func (e *Enforcer) Run(ctx context.Context, cfg *rest.Config) error {
 	wg.Go(func() { e.watchResults(ctx) })
 	wg.Go(func() { e.applyLoop(ctx) })
 	wg.Go(func() { e.cutLoop(ctx) })
-	said := ""
+	said, lost := "", time.Now() // since when nothing comes; zero while it does
 	return feed.Follow(ctx, cfg, func(s *feed.State) {
-		said = ""
+		said, lost = "", time.Time{}
 		e.mu.Lock()
 		e.state = s
 		e.mu.Unlock()
@@ -147,16 +149,20 @@ func (e *Enforcer) Run(ctx context.Context, cfg *rest.Config) error {
 			said = err.Error()
 			e.Log.Info("the network policies of the cluster cannot be followed", "err", err)
 		}
-		e.unknown(ctx, err)
+		if lost.IsZero() {
+			lost = time.Now()
+		}
+		if errors.Is(err, feed.ErrUnknown) {
+			e.unknown(ctx, err)
+		} else if time.Since(lost) > e.patience {
+			e.Report("changes of policies do not reach this node: " + err.Error())
+		}
 	})
 }
 
 // unknown opens the pods again where the cluster has no policies for its nodes: its API servers
-// are of an earlier version. Whatever else may be the reason passes by itself.
+// are of an earlier version.
 func (e *Enforcer) unknown(ctx context.Context, err error) {
-	if !errors.Is(err, feed.ErrUnknown) {
-		return
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.state != nil || !e.made {

@@ -252,6 +252,20 @@ func TestEarlierControlPlane(t *testing.T) {
 	}
 }
 
+// A node that is told nothing says so.
+func TestNothingComes(t *testing.T) {
+	h := newHost(t)
+	h.serve(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "no right", http.StatusForbidden) }))
+	e := h.new()
+	e.patience = 0
+	h.run(e)
+	h.await("the reason", func(string) bool {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return len(h.reported) > 0 && strings.Contains(h.reported[0], "do not reach this node") && strings.Contains(h.reported[0], "no right")
+	})
+}
+
 func TestParseResult(t *testing.T) {
 	for name, data := range map[string]string{
 		"empty":           "",
