@@ -289,13 +289,16 @@ func TestLabPauseAndResume(t *testing.T) {
 	}
 	advance(t, one, 3)
 
-	// A paused host can be switched off.
-	if err := l.Pause(t.Context(), "n1"); err != nil {
-		t.Fatal(err)
-	}
-	if err := l.Kill(t.Context(), "n1"); err != nil {
-		t.Fatal(err)
-	}
+	// A paused host goes on at its time, and can be switched off.
+	labtest.Play(t, l, `version: 1
+hosts: [{name: n1}, {name: n2}]
+steps:
+- {pause: n1}
+- {at: 200ms, resume: n1}
+- {expect: {host: n1, command: "true"}}
+- {at: 300ms, pause: n1}
+- {at: 400ms, kill: n1}
+`)
 	if i, err := l.Info(t.Context(), "n1"); err != nil || i.State != lab.Off {
 		t.Errorf("state %v, %v; want off", i.State, err)
 	}
@@ -331,9 +334,7 @@ func TestLabKillAndStart(t *testing.T) {
 	advance(t, count, 3)
 	restart := func() {
 		t.Helper()
-		if err := l.Kill(t.Context(), "n1"); err != nil {
-			t.Fatal(err)
-		}
+		labtest.Play(t, l, "version: 1\nhosts: [{name: n1}]\nsteps: [{kill: n1}]\n")
 		if err := l.Exec(t.Context(), "n1", lab.Command{Args: []string{"true"}}); !errors.Is(err, lab.ErrNotRunning) {
 			t.Errorf("exec in a host that is off: %v", err)
 		}

@@ -99,6 +99,9 @@ It needs root, and neither systemd nor docker nor the internet.`,
   lab exec n1 -- microk8s status   run a command in one
   lab kill n1 && lab start n1      power loss and return
   lab cut n1 n2; lab heal          a broken cable, and a new one
+  lab room                         how many hosts fit on this machine
+  lab record met.yaml; lab kill n1; lab start n1; lab record --stop
+  lab play met.yaml                the same again, with the times
   lab down                         remove everything`,
 		SilenceErrors:     true,
 		SilenceUsage:      true,
@@ -117,7 +120,7 @@ It needs root, and neither systemd nor docker nor the internet.`,
 	f.StringVar(&o.cfg.StateDir, "state", lab.DefaultStateDir, "directory for the hosts' disks")
 	f.StringVar(&o.cfg.Instance, "instance", lab.DefaultInstance, "name of the lab, to have several side by side")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "say what is done to the machine")
-	root.AddCommand(o.up(), o.exec(), o.ip(), o.ls(), o.kill(), o.start(), o.pause(), o.resume(), o.cut(), o.heal(), o.disk(), o.down())
+	root.AddCommand(o.up(), o.exec(), o.ip(), o.ls(), o.kill(), o.start(), o.pause(), o.resume(), o.cut(), o.heal(), o.disk(), o.down(), o.room(), o.play(), o.record())
 	for _, c := range root.Commands() {
 		if c.Args != nil {
 			check := c.Args
@@ -173,7 +176,10 @@ func (o *options) simple(use, short, long string, args cobra.PositionalArgs, lim
 			if err != nil {
 				return err
 			}
-			return do(cmd.Context(), l, args)
+			if err := do(cmd.Context(), l, args); err != nil {
+				return err
+			}
+			return o.recorded(cmd.Name(), args)
 		},
 	}
 }
@@ -197,7 +203,8 @@ func (o *options) up() *cobra.Command {
 	)
 	c := o.simple("up NAME…", "Create hosts and start the node on each",
 		`Creates the hosts that do not exist, switches on those that are off, and starts the product
-on each. Returns when its services are started; lab exec NAME -- microk8s status --wait-ready
+on each. What was interrupted goes on where it was. Before hosts of its own limits of the kernel get too
+few, it raises them, and lab down restores them; lab room says how many hosts fit. Returns when its services are started; lab exec NAME -- microk8s status --wait-ready
 waits for the node.`, cobra.MinimumNArgs(1), 0,
 		func(ctx context.Context, l *lab.Lab, names []string) error {
 			if !noStart {
@@ -210,6 +217,9 @@ waits for the node.`, cobra.MinimumNArgs(1), 0,
 				if l, err = lab.New(cfg); err != nil {
 					return err
 				}
+			}
+			if err := o.makeRoom(ctx, l, names); err != nil {
+				return err
 			}
 			for _, n := range names {
 				if err := l.Up(ctx, n, opt); err != nil {
@@ -315,6 +325,9 @@ func (o *options) runExec(l *lab.Lab, name string, args []string) error {
 	}()
 	err = cmd.Wait()
 	close(done)
+	if err := o.recordExec(name, args, cmd.ProcessState.ExitCode()); err != nil {
+		fmt.Fprintln(o.Err, "lab: not recorded:", err)
+	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
 		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
@@ -447,6 +460,9 @@ func (o *options) down() *cobra.Command {
 	return o.simple("down [NAME…]", "Remove hosts (all of them without names) and every trace of them",
 		`Removes hosts with their disks; without names the whole lab, also what a crash of it left.`,
 		nil, 0, func(ctx context.Context, l *lab.Lab, args []string) error {
-			return l.Down(ctx, args...)
+			if err := l.Down(ctx, args...); err != nil || len(args) > 0 {
+				return err
+			}
+			return o.restoreLimits()
 		})
 }

@@ -9,11 +9,13 @@ import (
 	"hash/crc32"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"microk8s/tests/lab"
+	"microk8s/tests/lab/scenario"
 )
 
 // NeedRoot skips a test that cannot run without root. On CI that is a failure.
@@ -172,6 +174,22 @@ func Eventually(t testing.TB, limit time.Duration, f func() error) {
 			t.Fatalf("not within %s: %v", limit, err)
 		case <-tick.C:
 		}
+	}
+}
+
+// Play plays a scenario (package scenario) whose steps must succeed; t's log has the seed and what was done when.
+func Play(t testing.TB, l *lab.Lab, text string) {
+	t.Helper()
+	s, err := scenario.Parse([]byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed, _ := strconv.ParseUint(os.Getenv("MICROK8S_TEST_SEED"), 10, 64) // 0 where there is none
+	var out bytes.Buffer
+	err = scenario.Play(t.Context(), l, s, seed, &out)
+	t.Log("\n" + out.String())
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
