@@ -2,9 +2,12 @@ package nft
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
+	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -79,4 +82,56 @@ func manyPolicies(n int) netpolicy.Input {
 		in.Policies = append(in.Policies, p)
 	}
 	return in
+}
+
+// BenchmarkNewConnections is what the first packet of a connection costs on its way through the node, from
+// a pod to another that as many policies isolate: the last of their rules allows it.
+func BenchmarkNewConnections(b *testing.B) {
+	for _, n := range []int{-1, 0, 100, 1000} {
+		name := fmt.Sprintf("policies=%d", n)
+		if n < 0 {
+			name = "no table"
+		}
+		b.Run(name, func(b *testing.B) {
+			w := newWorld(b)
+			in := manyPolicies(max(n, 0))
+			for i, name := range []string{"a", "b"} {
+				in.Pods[i].Namespace, in.Pods[i].Node, in.Pods[i].Labels = "ns0", "n1", map[string]string{"app": "app0"}
+				in.Pods[i].IPs = []netip.Addr{netip.MustParseAddr(addresses[name][0])}
+			}
+			if n > 0 {
+				all := &netpolicy.Policy{Namespace: "ns0", Name: "zz"}
+				all.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{Ports: []networkingv1.NetworkPolicyPort{{Protocol: ptr.To(corev1.ProtocolUDP), Port: ptr.To(intstr.FromInt32(1)), EndPort: ptr.To(int32(65535))}}}}
+				in.Policies = append(in.Policies, all)
+			}
+			if n >= 0 {
+				w.apply(in)
+			} else { // every node tracks connections, for Services
+				sh(b, `nft 'table ip t { chain c { type filter hook forward priority filter; ct state established accept; }; }'`)
+			}
+			w.in(w.ends["b"], func() {
+				sh(b, `nft 'table ip t { chain c { type filter hook prerouting priority raw; udp dport 1-65535 counter drop; }; }'`)
+			})
+			var from *net.UDPConn
+			var err error
+			w.in(w.ends["a"], func() { from, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.ParseIP(addresses["a"][0])}) })
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer from.Close()
+			to := netip.MustParseAddr(addresses["b"][0])
+			sent := 0
+			for b.Loop() {
+				if _, err := from.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(to, uint16(1+sent%65000))); err != nil {
+					b.Fatal(err)
+				}
+				sent++
+			}
+			w.in(w.ends["b"], func() {
+				if out := sh(b, "nft list table ip t"); !strings.Contains(out, fmt.Sprintf("packets %d", sent)) {
+					b.Errorf("not all of %d packets came through:\n%s", sent, out)
+				}
+			})
+		})
+	}
 }
