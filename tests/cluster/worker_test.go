@@ -52,6 +52,8 @@ func TestWorker(t *testing.T) {
 		if r := c.status(t, "w1"); !strings.Contains(r.out, "acting as a node in a cluster") {
 			t.Errorf("status: %s", r)
 		}
+		c.wantWays(t, "n1")
+		c.wantWays(t, "w1")
 		if r := c.try(t, "w1", c.line(t, "n1")...); r.code != 1 || !strings.Contains(r.err, "microk8s leave") {
 			t.Errorf("joining twice: %s", r)
 		}
