@@ -111,6 +111,14 @@ func (a *App) checkNetwork(ctx context.Context) (doc networkDocument, err error)
 		nodes = append(nodes, netcheck.FromNode(&list[i]))
 	}
 	check := netcheck.Check{Ports: true}
+	for port, differs := range map[int]bool{
+		16443: config.APIServer.Port != 16443 && !config.Worker, 25000: config.AgentPort != 25000,
+		19001: config.Datastore.Owner != nodeconfig.OwnDatastore || config.Datastore.Port != 19001,
+	} {
+		if differs {
+			check.Skip = append(check.Skip, port)
+		}
+	}
 	if check.Self, check.Peers, err = netcheck.Split(nodes, config.NodeName); err != nil {
 		return doc, err
 	}

@@ -56,6 +56,8 @@ type Check struct {
 	MTU   int // of pods, in bytes
 	// Ports has the nodes' TCP ports tried in both directions as well.
 	Ports bool
+	// Skip are ports that are not tried, because this cluster uses others or none.
+	Skip []int
 	// Heard returns when a node was last heard by this node's responder; nil where that is not known.
 	Heard func(Node) time.Time
 }
@@ -124,9 +126,15 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 	add := func(code, do, what string, args ...any) {
 		r.Problems = append(r.Problems, Problem{code, p.Name, fmt.Sprintf(what, args...), do})
 	}
+	there, back := needs(c.Self, p), needs(p, c.Self)
+	for i, port := range ports {
+		if slices.Contains(c.Skip, port) {
+			there, back = there&^(1<<i), back&^(1<<i)
+		}
+	}
 	var here portSet
 	if c.Ports {
-		here = tryPorts(ctx, nil, p.Address, p.dials())
+		here = tryPorts(ctx, nil, p.Address, there)
 	}
 	tunnelled := c.Self.Tunnel.IsValid() && p.Tunnel.IsValid()
 	var small answer
@@ -171,14 +179,14 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 		return r
 	}
 	for i, port := range ports {
-		if p.dials().has(i) && !here.has(i) {
+		if there.has(i) && !here.has(i) {
 			add("port-there", openPort(port, c.Self.Address, p.Name), "TCP port %d of node %s (%s) is not reached from here", port, p.Name, p.Address)
 		}
 	}
 	if small.ok {
-		back := c.exchange(ctx, p, headerSize, c.Self.dials())
+		dialled := c.exchange(ctx, p, headerSize, back)
 		for i, port := range ports {
-			if back.ok && c.Self.dials().has(i) && !back.open.has(i) {
+			if dialled.ok && back.has(i) && !dialled.open.has(i) {
 				add("port-here", openPort(port, p.Address, "this node"), "TCP port %d of this node (%s) is not reached from node %s", port, c.Self.Address, p.Name)
 			}
 		}

@@ -133,6 +133,18 @@ func TestResponder(t *testing.T) {
 	}
 }
 
+func TestNeeds(t *testing.T) {
+	member, worker := Node{Name: "m", ControlPlane: true}, Node{Name: "w"}
+	for _, tc := range []struct {
+		from, to Node
+		want     portSet
+	}{{worker, worker, 0b0011}, {worker, member, 0b0111}, {member, worker, 0b0011}, {member, member, 0b1111}} {
+		if got := needs(tc.from, tc.to); got != tc.want {
+			t.Errorf("%s of %s: %04b, want %04b", tc.from.Name, tc.to.Name, got, tc.want)
+		}
+	}
+}
+
 func TestDuplicates(t *testing.T) {
 	node := func(name, address, mac string) Node {
 		return Node{Name: name, Address: netip.MustParseAddr(address), MAC: mac}

@@ -30,12 +30,17 @@ type Node struct {
 	ControlPlane bool
 }
 
-// dials returns which ports another node has to reach on this one.
-func (n Node) dials() portSet {
-	if n.ControlPlane {
-		return 0b1111
+// needs returns which ports of one node another has to reach: the datastore's only between members, the API server's only where
+// there is one.
+func needs(from, to Node) portSet {
+	s := portSet(0b0011)
+	if to.ControlPlane {
+		s |= 0b0100
+		if from.ControlPlane {
+			s |= 0b1000
+		}
 	}
-	return 0b0011
+	return s
 }
 
 // Responder answers the questions of other nodes.
