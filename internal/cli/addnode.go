@@ -249,7 +249,7 @@ func (a *App) fingerprint(tok token.Token) (string, error) {
 
 // joinAddresses lists the addresses under which another machine may reach this one.
 func joinAddresses() ([]string, error) {
-	ips, err := hostinfo.Addresses()
+	ips, err := hostinfo.Joinable()
 	if err != nil {
 		return nil, err
 	}

@@ -24,14 +24,20 @@ func Hostname() (string, error) {
 
 // Addresses returns those under which other machines reach this one: of all interfaces that are
 // up, without loopback, link-local ones and the pod network's. The order is the kernel's.
-func Addresses() ([]net.IP, error) {
+func Addresses() ([]net.IP, error) { return addresses(0) }
+
+// Joinable returns those of [Addresses] that other machines may be told to join at: without the ones that the host keeps on
+// its loopback interface for itself, such as that of the addon host-access.
+func Joinable() ([]net.IP, error) { return addresses(net.FlagLoopback) }
+
+func addresses(without net.Flags) ([]net.IP, error) {
 	interfaces, err := net.Interfaces()
 	if err != nil {
 		return nil, fmt.Errorf("cannot list the host's addresses: %w", err)
 	}
 	var ips []net.IP
 	for _, i := range interfaces {
-		if i.Flags&net.FlagUp == 0 || slices.Contains(podInterfaces, i.Name) || strings.HasPrefix(i.Name, "cali") {
+		if i.Flags&net.FlagUp == 0 || i.Flags&without != 0 || slices.Contains(podInterfaces, i.Name) || strings.HasPrefix(i.Name, "cali") {
 			continue
 		}
 		addrs, err := i.Addrs()
