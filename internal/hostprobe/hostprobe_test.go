@@ -254,6 +254,14 @@ func TestHosts(t *testing.T) {
 			kubelet: resolv(), snapshotter: "overlayfs",
 		},
 		{
+			name: "two networks on the interface with the default route",
+			change: func(f map[string]string) {
+				f["proc/net/fib_trie"] = strings.Replace(f["proc/net/fib_trie"], "     |-- 10.0.0.5\n", "     |-- 192.0.2.5\n        /32 host LOCAL\n     |-- 10.0.0.5\n", 1)
+				f["proc/net/route"] = routes("eth0 0.0.0.0 10.0.0.1 0", "eth0 192.0.2.0 0.0.0.0 24", "eth0 10.0.0.0 0.0.0.0 24")
+			},
+			kubelet: resolv(), snapshotter: "overlayfs",
+		},
+		{
 			name: "a default route of IPv6 only", noAddress: true,
 			change: func(f map[string]string) {
 				f["proc/net/route"] = routes("eth0 10.0.0.0 0.0.0.0 24")

@@ -14,13 +14,15 @@ import (
 var podInterfaces = []string{"lo", "cni0", "flannel.1", "vxlan.calico", "docker0"}
 
 // network reads the kernel's tables: whether there is a default route, and the IPv4 address that a node has unless
-// somebody chooses another: on a network of the interface with the default route of the smallest metric, or of the first
+// somebody chooses another: on the network of the default gateway with the smallest metric, or of the first
 // interface where no route is the default one. What the host's name resolves to has no part in it: that may
 // be an address of host-access, of a VPN, or a virtual one. address is "" where only IPv6 has a default route.
 func network(read func(string) string) (defaultRoute bool, address string) {
 	local := localAddresses(read("/proc/net/fib_trie"))
 	byInterface := map[string]string{} // the first address on a connected network
+	byNetwork := map[netip.Prefix]string{}
 	uplink, metric := "", uint64(1<<32)
+	var gateway netip.Addr
 	for line := range strings.Lines(read("/proc/net/route")) {
 		// Iface Destination Gateway Flags RefCnt Use Metric Mask …
 		f := strings.Fields(line)
@@ -41,6 +43,7 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 			defaultRoute = true
 			if m, err := strconv.ParseUint(f[6], 10, 32); err == nil && m < metric {
 				uplink, metric = f[0], m
+				gateway, _ = hexIPv4(f[2])
 			}
 			continue
 		}
@@ -52,6 +55,7 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 			if byInterface[f[0]] == "" {
 				byInterface[f[0]] = local[i].String()
 			}
+			byNetwork[subnet] = local[i].String()
 			if address == "" {
 				address = local[i].String()
 			}
@@ -59,6 +63,11 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 	}
 	if defaultRoute {
 		address = byInterface[uplink]
+		for subnet, a := range byNetwork { // an interface may be in several
+			if subnet.Contains(gateway) {
+				address = a
+			}
+		}
 	}
 	for line := range strings.Lines(read("/proc/net/ipv6_route")) {
 		// destination, its prefix length, source, its prefix length, next hop, metric, …, interface
@@ -73,8 +82,8 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 	return defaultRoute, address
 }
 
-// primary returns the first address of IPv4 on the interface that has the given one, and is in a network there: one that
-// somebody added later, such as keepalived's, is not the node's. The kernel's tables of text have no order.
+// primary returns the first address of IPv4 in the given one's network, on its interface: one that somebody added
+// later, such as keepalived's, is not the node's. The kernel's tables of text have no order.
 func primary(address string) string {
 	interfaces, err := net.Interfaces()
 	if err != nil {
@@ -92,7 +101,7 @@ func primary(address string) string {
 				continue
 			}
 			found = found || n.IP.String() == address
-			if ones, bits := n.Mask.Size(); first == "" && ones < bits && n.IP.IsGlobalUnicast() {
+			if ones, bits := n.Mask.Size(); first == "" && ones < bits && n.IP.IsGlobalUnicast() && n.Contains(net.ParseIP(address)) {
 				first = n.IP.String()
 			}
 		}
