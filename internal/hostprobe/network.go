@@ -63,9 +63,10 @@ func network(read func(string) string) (defaultRoute bool, address string) {
 	}
 	if defaultRoute {
 		address = byInterface[uplink]
+		bits := -1
 		for subnet, a := range byNetwork { // an interface may be in several
-			if subnet.Contains(gateway) {
-				address = a
+			if subnet.Contains(gateway) && subnet.Bits() > bits {
+				address, bits = a, subnet.Bits()
 			}
 		}
 	}
