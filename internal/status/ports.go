@@ -1,13 +1,14 @@
 package status
 
 import (
-	"bufio"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
@@ -20,7 +21,7 @@ type PortProblem struct {
 	Port    int
 	Owner   string // who holds it, as "nginx (pid 12)"; "" where that cannot be seen
 	service string
-	inode   string // of the listening socket
+	inode   uint32 // of the listening socket
 }
 
 // port is a TCP port that a service listens on (cli.md 6.8).
@@ -83,36 +84,29 @@ func PortsInUse(env snapenv.Env, running []string) []PortProblem {
 	return out
 }
 
-// listeners maps the listening TCP ports of this network namespace to their socket inodes.
-func listeners() map[int]string {
-	const listening = "0A"
-	out := map[int]string{}
-	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		f, err := os.Open(name)
-		if err != nil {
-			continue
-		}
-		for s := bufio.NewScanner(f); s.Scan(); {
-			col := strings.Fields(s.Text())
-			if len(col) < 10 || col[3] != listening {
-				continue
-			}
-			_, hex, _ := strings.Cut(col[1], ":")
-			if n, err := strconv.ParseInt(hex, 16, 32); err == nil {
-				out[int(n)] = col[9]
+// listeners maps the listening TCP ports of this network namespace to their socket inodes, as the
+// kernel returns them (sock_diag(7)). A kernel without that interface has none: then the service itself
+// reports the port.
+func listeners() map[int]uint32 {
+	out := map[int]uint32{}
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		sockets, _ := netlink.SocketDiagTCP(family)
+		for _, s := range sockets {
+			if s.State == netlink.TCP_LISTEN {
+				out[int(s.ID.SourcePort)] = s.INode
 			}
 		}
-		f.Close()
 	}
 	return out
 }
 
 // socketOwner names the process that has a socket, as "nginx (pid 12)"; "" where it cannot be
 // seen.
-func socketOwner(inode string) string {
+func socketOwner(inode uint32) string {
+	want := fmt.Sprintf("socket:[%d]", inode)
 	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, link := range links {
-		if target, err := os.Readlink(link); err == nil && target == "socket:["+inode+"]" {
+		if target, err := os.Readlink(link); err == nil && target == want {
 			pid := strings.Split(link, "/")[2]
 			comm, _ := os.ReadFile("/proc/" + pid + "/comm")
 			return fmt.Sprintf("%s (pid %s)", strings.TrimSpace(string(comm)), pid)
