@@ -19,42 +19,14 @@ import (
 
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
+	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
 )
-
-// fakeServices stands in for the service manager and records what it is asked for.
-type fakeServices struct {
-	calls []string
-	phase service.Phase
-	// restarts is reported with the phase.
-	restarts int
-	failOn   string
-	err      error
-}
-
-func (f *fakeServices) note(verb string, names []string) error {
-	call := strings.TrimSpace(verb + " " + strings.Join(names, " "))
-	f.calls = append(f.calls, call)
-	if call == f.failOn {
-		return f.err
-	}
-	return nil
-}
-func (f *fakeServices) Start(_ context.Context, n ...string) error   { return f.note("start", n) }
-func (f *fakeServices) Stop(_ context.Context, n ...string) error    { return f.note("stop", n) }
-func (f *fakeServices) Restart(_ context.Context, n ...string) error { return f.note("restart", n) }
-func (f *fakeServices) Status(context.Context) ([]service.State, error) {
-	var out []service.State
-	for _, n := range service.Names() {
-		out = append(out, service.State{Name: n, Phase: f.phase, Restarts: f.restarts, LastExit: "exit status 1"})
-	}
-	return out, nil
-}
 
 type testApp struct {
 	*App
 	out, err bytes.Buffer
-	services *fakeServices
+	services *servicetest.Manager
 	execs    []string
 	parts    []string // which parts were called
 	failPart map[string]error
@@ -64,7 +36,7 @@ type testApp struct {
 // been set up.
 func newApp(t *testing.T) *testApp {
 	t.Helper()
-	a := &testApp{services: &fakeServices{phase: service.Running}, failPart: map[string]error{}}
+	a := &testApp{services: &servicetest.Manager{}, failPart: map[string]error{}}
 	part := func(name string) error {
 		a.parts = append(a.parts, name)
 		return a.failPart[name]
@@ -172,8 +144,8 @@ func TestHelpAndStrayArguments(t *testing.T) {
 			if code == ExitOK || a.out.Len() > 0 || !strings.Contains(a.err.String(), "stray-") {
 				t.Errorf("stray arguments: code %d, stdout %q, stderr %q", code, a.out.String(), a.err.String())
 			}
-			if len(a.services.calls)+len(a.execs)+len(a.parts) > 0 {
-				t.Errorf("something was done: %v %v %v", a.services.calls, a.execs, a.parts)
+			if len(a.services.Calls())+len(a.execs)+len(a.parts) > 0 {
+				t.Errorf("something was done: %v %v %v", a.services.Calls(), a.execs, a.parts)
 			}
 			code = a.run(t.Context(), c.name, "--no-such-flag")
 			if code == ExitOK || a.out.Len() > 0 || !strings.Contains(a.err.String(), "--no-such-flag") {
@@ -201,8 +173,8 @@ func TestStop(t *testing.T) {
 	if code := a.run(t.Context(), "stop"); code != ExitOK {
 		t.Fatalf("code %d: %s", code, a.err.String())
 	}
-	if want := []string{"stop kubelite", "stop"}; !slices.Equal(a.services.calls, want) {
-		t.Errorf("calls %q, want %q", a.services.calls, want)
+	if want := []string{"stop kubelite", "stop"}; !slices.Equal(a.services.Calls(), want) {
+		t.Errorf("calls %q, want %q", a.services.Calls(), want)
 	}
 	if !slices.Equal(a.parts, []string{"stop containers"}) {
 		t.Errorf("parts %q", a.parts)
@@ -231,7 +203,7 @@ func TestStopGoesOnWithoutContainerd(t *testing.T) {
 
 func TestStopFails(t *testing.T) {
 	a := newApp(t)
-	a.services.failOn, a.services.err = "stop kubelite", errors.New("no answer")
+	a.services.Answer = servicetest.Failing("stop kubelite", errors.New("no answer"))
 	if code := a.run(t.Context(), "stop"); code != ExitError || nodeconfig.ReadState(a.Env).Stopped {
 		t.Errorf("code %d, locked %t: %s", code, nodeconfig.ReadState(a.Env).Stopped, a.err.String())
 	}
@@ -261,8 +233,8 @@ func TestStartErrors(t *testing.T) {
 					t.Errorf("stderr lacks %q:\n%s", w, a.err.String())
 				}
 			}
-			if len(a.services.calls) > 0 || !nodeconfig.ReadState(a.Env).Stopped {
-				t.Errorf("the node was started: %v", a.services.calls)
+			if len(a.services.Calls()) > 0 || !nodeconfig.ReadState(a.Env).Stopped {
+				t.Errorf("the node was started: %v", a.services.Calls())
 			}
 		})
 	}
@@ -286,8 +258,8 @@ func TestStartRefusesToRunBeforeItsTime(t *testing.T) {
 	if code != ExitError || !strings.Contains(a.err.String(), "microk8s: cannot start: the clock says 1970-01-01T00:00:00Z") {
 		t.Errorf("code %d: %s", code, a.err.String())
 	}
-	if len(a.parts)+len(a.services.calls) > 0 {
-		t.Errorf("something was done: %v %v", a.parts, a.services.calls)
+	if len(a.parts)+len(a.services.Calls()) > 0 {
+		t.Errorf("something was done: %v %v", a.parts, a.services.Calls())
 	}
 }
 

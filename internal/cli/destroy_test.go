@@ -123,8 +123,8 @@ func TestDestructiveCommands(t *testing.T) {
 			if got := everything(t, a); got != before {
 				t.Errorf("the files are\n%s\nand were\n%s", got, before)
 			}
-			if len(a.services.calls) > 0 || len(a.parts) > 0 {
-				t.Errorf("services %q, parts %q", a.services.calls, a.parts)
+			if len(a.services.Calls()) > 0 || len(a.parts) > 0 {
+				t.Errorf("services %q, parts %q", a.services.Calls(), a.parts)
 			}
 		})
 	}

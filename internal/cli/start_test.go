@@ -15,6 +15,7 @@ import (
 
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
+	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
 )
 
@@ -53,8 +54,8 @@ func TestStart(t *testing.T) {
 	if code := a.run(t.Context(), "start", "--disable-low-memory-guard"); code != ExitOK {
 		t.Fatalf("code %d: %s", code, a.err.String())
 	}
-	if !slices.Equal(a.parts, []string{"install"}) || !slices.Equal(a.services.calls, []string{"start"}) {
-		t.Errorf("parts %q, services %q", a.parts, a.services.calls)
+	if !slices.Equal(a.parts, []string{"install"}) || !slices.Equal(a.services.Calls(), []string{"start"}) {
+		t.Errorf("parts %q, services %q", a.parts, a.services.Calls())
 	}
 	if s := a.state(); s.Stopped || s.LowMemory {
 		t.Errorf("locks are still there: %+v", s)
@@ -72,7 +73,7 @@ func TestStartUnderSnapd(t *testing.T) {
 	if code := a.run(t.Context(), "start"); code != ExitOK || len(a.parts) > 0 {
 		t.Errorf("code %d, parts %q: %s", code, a.parts, a.err.String())
 	}
-	a.services.failOn, a.services.err = "start", fmt.Errorf("cannot run snapctl: exit status 1")
+	a.services.Answer = servicetest.Failing("start", fmt.Errorf("cannot run snapctl: exit status 1"))
 	code := a.run(t.Context(), "start")
 	if code != ExitError || !strings.Contains(a.err.String(), `Failed to start microk8s services. Check snapd logs with "journalctl -u snapd.service"`) {
 		t.Errorf("code %d: %s", code, a.err.String())
@@ -82,7 +83,7 @@ func TestStartUnderSnapd(t *testing.T) {
 // TestStartGivesUp has services that fail again and again: no minute is waited for them.
 func TestStartGivesUp(t *testing.T) {
 	a := newApp(t)
-	a.services.phase, a.services.restarts = service.Backoff, 10
+	a.services.Phase, a.services.Restarts = service.Backoff, 10
 	a.write(t, a.Env.Lock(snapenv.LockNoDqlite), "") // tests of the datastore may have its port
 	a.write(t, a.Env.ServiceLog(service.Containerd), "microk8s: cannot read args/containerd\n")
 	code := a.run(t.Context(), "start")
@@ -102,8 +103,8 @@ func TestStartOfARenamedHost(t *testing.T) {
 	if code := a.run(t.Context(), "start"); code != ExitError || !strings.Contains(a.err.String(), "microk8s: cannot start: this node is a-name-of-no-host in its cluster") {
 		t.Errorf("code %d: %s", code, a.err.String())
 	}
-	if len(a.services.calls) > 0 || len(a.parts) > 0 {
-		t.Errorf("services %q, parts %q", a.services.calls, a.parts)
+	if len(a.services.Calls()) > 0 || len(a.parts) > 0 {
+		t.Errorf("services %q, parts %q", a.services.Calls(), a.parts)
 	}
 	a.write(t, a.Env.Lock(snapenv.LockNoReissue), "")
 	if code := a.run(t.Context(), "start", "--new-name"); code != ExitError || !strings.Contains(a.err.String(), "microk8s leave") {
@@ -135,7 +136,7 @@ func TestStartRefusesAPortInUse(t *testing.T) {
 	}
 	defer l.Close()
 	a := newApp(t)
-	a.services.phase = service.Stopped
+	a.services.Phase = service.Stopped
 	port := l.Addr().(*net.TCPAddr).Port
 	a.write(t, a.Env.Args("cluster-agent"), fmt.Sprintf("--bind 127.0.0.1:%d\n", port))
 	code := a.run(t.Context(), "start")
@@ -144,7 +145,7 @@ func TestStartRefusesAPortInUse(t *testing.T) {
 		!strings.Contains(a.err.String(), "  stop that program and run microk8s start\n") {
 		t.Errorf("code %d: %s", code, a.err.String())
 	}
-	if len(a.services.calls) > 0 {
-		t.Errorf("services were started: %v", a.services.calls)
+	if len(a.services.Calls()) > 0 {
+		t.Errorf("services were started: %v", a.services.Calls())
 	}
 }

@@ -23,24 +23,9 @@ import (
 	"time"
 
 	"microk8s/internal/service"
+	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
 )
-
-// fakeManager stands in for the service manager.
-type fakeManager struct {
-	service.Manager
-	states []service.State
-}
-
-func (f fakeManager) Status(context.Context) ([]service.State, error) { return f.states, nil }
-
-func allRunning() fakeManager {
-	var f fakeManager
-	for _, n := range service.Names() {
-		f.states = append(f.states, service.State{Name: n, Phase: service.Running})
-	}
-	return f
-}
 
 // fakeRunner stands in for the machine's programs; those that are not in its table are not
 // installed.
@@ -204,7 +189,7 @@ func TestNoSecretGetsOut(t *testing.T) {
 	}
 
 	var out bytes.Buffer
-	in := &Inspector{Env: env, Manager: allRunning(), Out: &out, Now: time.Now, Run: runs}
+	in := &Inspector{Env: env, Manager: &servicetest.Manager{}, Out: &out, Now: time.Now, Run: runs}
 	path, err := in.Inspect(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -260,8 +245,7 @@ func TestStoppedServiceIsTold(t *testing.T) {
 	if err := os.MkdirAll(env.Data, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	m := allRunning()
-	m.states[3].Phase = service.Stopped
+	m := &servicetest.Manager{Phases: map[string]service.Phase{service.Kubelite: service.Stopped}}
 	var out bytes.Buffer
 	in := &Inspector{Env: env, Manager: m, Out: &out, Now: func() time.Time { return time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC) }, Run: fakeRunner{}.run}
 	path, err := in.Inspect(t.Context())
@@ -293,7 +277,7 @@ func TestInterruptedInspectionLeavesNothing(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	in := &Inspector{Env: env, Manager: allRunning(), Out: io.Discard, Now: time.Now, Run: fakeRunner{}.run}
+	in := &Inspector{Env: env, Manager: &servicetest.Manager{}, Out: io.Discard, Now: time.Now, Run: fakeRunner{}.run}
 	if _, err := in.Inspect(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("error: %v", err)
 	}

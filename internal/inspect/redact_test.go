@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"microk8s/internal/service"
+	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
 )
 
@@ -248,7 +249,7 @@ func TestNoFormOfASecretGetsOut(t *testing.T) {
 	flags := "--authorization-mode=Node,RBAC\n--secure-port=16443\n--service-account-key-file=${SNAP_DATA}/certs/serviceaccount.key\n--authentication-token-webhook-cache-ttl=2m0s\n"
 	write(t, env.Args("kube-scheduler"), flags)
 	write(t, env.AdminKubeconfig(), "")
-	in := &Inspector{Env: env, Manager: allRunning(), Out: &bytes.Buffer{}, Now: time.Now, Run: func(ctx context.Context, argv ...string) ([]byte, error) {
+	in := &Inspector{Env: env, Manager: &servicetest.Manager{}, Out: &bytes.Buffer{}, Now: time.Now, Run: func(ctx context.Context, argv ...string) ([]byte, error) {
 		if argv[len(argv)-1] == "json" {
 			return []byte("Warning: v1 Endpoints is deprecated\n" + `{"items":[` + strings.Join(objects, ",") + `]}`), nil
 		}

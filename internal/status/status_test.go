@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/kubelitestate"
 	"microk8s/internal/service"
+	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
 )
 
@@ -34,22 +35,14 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// fakeManager stands in for the service manager.
-type fakeManager struct {
-	service.Manager
-	status func(context.Context) ([]service.State, error)
-}
-
-func (f fakeManager) Status(ctx context.Context) ([]service.State, error) { return f.status(ctx) }
-
 // TestHangingAnswersAreLeftBehind has a manager that answers when it wants, after the probe.
 func TestHangingAnswersAreLeftBehind(t *testing.T) {
 	env := snapenv.Under(t.TempDir())
 	release, late := make(chan struct{}), make(chan struct{})
-	m := fakeManager{status: func(context.Context) ([]service.State, error) {
+	m := &servicetest.Manager{Answer: func(string) error {
 		<-release
-		defer close(late)
-		return []service.State{{Name: service.Kubelite, Phase: service.Running}}, nil
+		close(late)
+		return nil
 	}}
 	p := &Prober{Env: env, Manager: m, Now: time.Now, Budget: time.Millisecond}
 	r := p.Probe(t.Context())
@@ -64,7 +57,7 @@ func TestHangingAnswersAreLeftBehind(t *testing.T) {
 }
 
 func TestManagerError(t *testing.T) {
-	m := fakeManager{status: func(context.Context) ([]service.State, error) { return nil, errors.New("no socket") }}
+	m := &servicetest.Manager{Answer: servicetest.Failing("status", errors.New("no socket"))}
 	p := &Prober{Env: snapenv.Under(t.TempDir()), Manager: m, Now: time.Now, Budget: time.Minute}
 	r := p.Probe(t.Context())
 	if len(r.Problems) == 0 || r.Problems[0].What != "no socket" {
