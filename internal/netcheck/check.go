@@ -31,6 +31,9 @@ const (
 // smaller are the sizes of packets that are tried when those of the pods' MTU do not get through.
 var smaller = []int{1400, 1350, 1300, 1230, 1000, 576}
 
+// Unreachable is the code of a node that does not answer at all: it is down, as far as anybody can see.
+const Unreachable = "unreachable"
+
 // Problem is something that does not get through, with what to do about it.
 type Problem struct {
 	// Code is for programs: tunnel, one-way, mtu, duplicate, unreachable, port-there, port-here, no-answer.
@@ -149,8 +152,8 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 	case !small.ok:
 		heard := c.Heard != nil && time.Since(c.Heard(p)) < 3*time.Minute
 		switch {
-		case c.Ports && here == 0:
-			add("unreachable", "start it, or see that the network between the nodes works", "node %s does not answer at %s at all", p.Name, p.Address)
+		case here == 0 && !alive(ctx, p.Address):
+			add(Unreachable, "start it, or see that the network between the nodes works", "node %s does not answer at %s at all", p.Name, p.Address)
 		case heard:
 			add("one-way", openTunnel(c.Self.Address, p.Address), "pod traffic from node %s arrives here, but none gets from here to %s: UDP port 4789 is closed on the way from %s to %s",
 				p.Name, p.Name, c.Self.Address, p.Address)
@@ -175,7 +178,7 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 			add("mtu", do, "packets of pods (%d bytes) to node %s get lost, while smaller ones get through (%d bytes do): the MTU is smaller on the way", c.MTU, p.Name, cmp.Or(fits, headerSize+ipHeader))
 		}
 	}
-	if !c.Ports || slices.ContainsFunc(r.Problems, func(p Problem) bool { return p.Code == "unreachable" }) {
+	if !c.Ports || slices.ContainsFunc(r.Problems, func(p Problem) bool { return p.Code == Unreachable }) {
 		return r
 	}
 	for i, port := range ports {
@@ -192,6 +195,29 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 		}
 	}
 	return r
+}
+
+// alive reports whether a host answers at all, be it that nothing listens: then it is the tunnel that is closed, and not the host
+// that is down.
+func alive(ctx context.Context, host netip.Addr) bool {
+	ctx, cancel := context.WithTimeout(ctx, dialWait)
+	defer cancel()
+	answers := make(chan bool, len(ports))
+	for _, port := range ports {
+		go func() {
+			conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", netip.AddrPortFrom(host, uint16(port)).String())
+			if err == nil {
+				conn.Close()
+			}
+			answers <- err == nil || errors.Is(err, syscall.ECONNREFUSED)
+		}()
+	}
+	for range ports {
+		if <-answers {
+			return true
+		}
+	}
+	return false
 }
 
 // openTunnel is what opens the tunnel on both nodes, for the firewalls that people have.

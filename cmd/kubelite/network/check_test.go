@@ -88,6 +88,13 @@ func TestWays(t *testing.T) {
 			}
 		})
 	}
+	t.Run("the node is down", func(t *testing.T) {
+		b.run("ip", "link", "set", "eth0", "down")
+		defer b.run("ip", "link", "set", "eth0", "up")
+		if r := check(); len(r.Problems) != 1 || r.Problems[0].Code != netcheck.Unreachable {
+			t.Errorf("found %+v, want %s", r, netcheck.Unreachable)
+		}
+	})
 	a.await("a way without problems again", func() bool { r := check(); return r.Tunnel && len(r.Problems) == 0 })
 	a.await("the node's own record", func() bool { return len(netcheck.ReadRecord(a.env, time.Now()).Results) == 1 })
 }
