@@ -28,6 +28,7 @@ import (
 
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostwatch"
+	"microk8s/internal/leaktest"
 	"microk8s/internal/netpolicy/feed"
 	"microk8s/internal/snapenv"
 )
@@ -35,7 +36,7 @@ import (
 // The enforcer runs nft from any of its threads, so all tests are in a network namespace of their own.
 func TestMain(m *testing.M) {
 	if os.Getuid() != 0 || os.Getenv("IN_NAMESPACE") != "" {
-		os.Exit(m.Run())
+		leaktest.Main(m) // ends the process
 	}
 	cmd := exec.Command(os.Args[0], os.Args[1:]...)
 	cmd.Env = append(os.Environ(), "IN_NAMESPACE=1")
@@ -118,10 +119,11 @@ func (h *host) run(e *Enforcer) (stop func()) {
 	})
 	watch := hostwatch.New(slog.New(slog.DiscardHandler))
 	wg.Go(func() { watch.Run(ctx) })
-	watch.Register(ctx, e.Owner())
+	owner := watch.Register(ctx, e.Owner())
 	stop = func() {
 		cancel()
 		wg.Wait()
+		owner.Close()
 	}
 	h.t.Cleanup(stop)
 	return stop
