@@ -150,13 +150,17 @@ func (r *Report) spaceProblems() {
 type elsewhere struct {
 	address string // host:port, "" where it is in order
 	taken   bool   // somebody answers there
+	none    bool   // the host has no address at all
 }
 
 // memberElsewhere looks whether the host, whose addresses are own, has its member's address.
 func memberElsewhere(env snapenv.Env, own []net.IP) elsewhere {
 	self, err := storedir.Dir(env.BackendLive()).Self()
-	if err != nil || len(own) == 0 {
+	if err != nil {
 		return elsewhere{}
+	}
+	if len(own) == 0 && self.Host() != storedir.Loopback {
+		return elsewhere{address: self.Address, none: true}
 	}
 	ip := net.ParseIP(self.Host())
 	if ip == nil || slices.ContainsFunc(own, ip.Equal) {
@@ -167,7 +171,7 @@ func memberElsewhere(env snapenv.Env, own []net.IP) elsewhere {
 
 // ask finds out whether somebody has the address, in half of the time that ctx leaves.
 func (e elsewhere) ask(ctx context.Context) elsewhere {
-	if e.address == "" {
+	if e.address == "" || e.none {
 		return e
 	}
 	if end, ok := ctx.Deadline(); ok {
@@ -189,6 +193,11 @@ func (r *Report) addressProblem(e elsewhere) {
 		return
 	}
 	ip, _, _ := net.SplitHostPort(e.address)
+	if e.none {
+		r.add("datastore.address", "this host has no address but the loopback's: its network is down, and the other nodes, which know it as %s, cannot reach it", ip)(
+			"bring the interface up that had " + ip + ", and see: ip address")
+		return
+	}
 	if e.taken {
 		r.add("datastore.address", "the cluster's member %s runs on another machine: this disk is a copy of that machine's, or that machine has taken this one's address", ip)(
 			"if this is the copy, make it a node of its own with microk8s leave, which leaves the other machine alone")

@@ -351,6 +351,10 @@ func TestHighAvailability(t *testing.T) {
 			if len(r.Problems) != 0 {
 				t.Errorf("with its address: %v", r.Problems)
 			}
+			if r.addressProblem(memberElsewhere(env, nil)); (len(r.Problems) == 1 && strings.Contains(r.Problems[0].What, "no address but the loopback's")) != (len(tc.members) > 1) {
+				t.Errorf("without any address: %v", r.Problems)
+			}
+			r.Problems = nil
 			if r.addressProblem(memberElsewhere(env, []net.IP{net.ParseIP("10.0.0.77")})); (len(r.Problems) == 1) != (len(tc.members) > 1) {
 				t.Errorf("without its address: %v", r.Problems)
 			}
