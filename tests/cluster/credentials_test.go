@@ -84,12 +84,13 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) 
 		line = strings.NewReplacer(c.ip(t, server), "SERVER", c.ip(t, worker), "WORKER").Replace(line)
 		found[section] = append(found[section], line)
 	}
-	const disk, mounts, nothing = "files on the disk", "secrets in the mounts of pods", "no credentials"
+	const disk, mounts, nothing = "files on the disk that the API server takes", "secrets in the mounts of pods", "no credentials"
 	base := rest.Config{
 		Host: "https://" + net.JoinHostPort(c.ip(t, server), "16443"), Dial: c.dialer(worker), QPS: -1, Timeout: 15 * time.Second,
 		TLSClientConfig: rest.TLSClientConfig{Insecure: true},
 	}
-	// whoami adds a credential, unless the API server does not take it.
+	// whoami adds a credential, and returns whose it is; "" where the API server does not take it, as those
+	// of the cluster that the machine was before.
 	credentials := map[string]credential{nothing: {config: &base}}
 	whoami := func(what string, one credential) string {
 		k, err := kubernetes.NewForConfig(one.config)
@@ -98,7 +99,7 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) 
 		}
 		review, err := k.AuthenticationV1().SelfSubjectReviews().Create(t.Context(), &authenticationv1.SelfSubjectReview{}, metav1.CreateOptions{})
 		if apierrors.IsUnauthorized(err) || apierrors.IsForbidden(err) {
-			return "refused"
+			return ""
 		}
 		if err != nil {
 			t.Fatalf("%s: %v", what, err)
@@ -120,28 +121,32 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) 
 		cfg.CertFile, cfg.KeyFile = strings.TrimSuffix(key, ".key")+".crt", key
 		pair, err := tls.LoadX509KeyPair(cfg.CertFile, key)
 		if err != nil {
-			note(disk, "%s: no certificate", name) // the key of the cluster that the machine was before
-			continue
+			continue // it has no certificate
 		}
-		note(disk, "%s: %s", name, whoami(name, credential{config: cfg, pair: &pair}))
+		if who := whoami(name, credential{config: cfg, pair: &pair}); who != "" {
+			note(disk, "%s: %s", name, who)
+		}
 	}
 	files, err := filepath.Glob(c.path(worker, "credentials/*"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, file := range files {
-		if filepath.Base(file) == callback.FileName {
-			continue // it comes a while after the join; agentCalls has it
-		}
 		name := "credentials/" + filepath.Base(file)
-		cfg, err := clientcmd.BuildConfigFromFlags("", file)
-		if err != nil {
-			note(disk, "%s: no kubeconfig", name)
-			continue
+		one := credential{}
+		if pair, err := tls.LoadX509KeyPair(file, file); err == nil {
+			one.config, one.pair = rest.CopyConfig(&base), &pair
+			one.config.CertFile, one.config.KeyFile = file, file
+		} else if cfg, err := clientcmd.BuildConfigFromFlags("", file); err == nil {
+			cfg.Host, cfg.Dial, cfg.QPS, cfg.Timeout = base.Host, base.Dial, base.QPS, base.Timeout
+			cfg.Insecure, cfg.CAFile, cfg.CAData = true, "", nil
+			one.config, one.token = cfg, cfg.BearerToken
+		} else {
+			continue // the callback secret, which agentCalls has
 		}
-		cfg.Host, cfg.Dial, cfg.QPS, cfg.Timeout = base.Host, base.Dial, base.QPS, base.Timeout
-		cfg.Insecure, cfg.CAFile, cfg.CAData = true, "", nil
-		note(disk, "%s: %s", name, whoami(name, credential{config: cfg, token: cfg.BearerToken}))
+		if who := whoami(name, one); who != "" {
+			note(disk, "%s: %s", name, who)
+		}
 	}
 
 	const volumes = "var/snap/microk8s/common/var/lib/kubelet/pods/*/volumes/"
