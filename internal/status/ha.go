@@ -127,7 +127,10 @@ const nearlyFull = 80
 func (r *Report) spaceProblems() {
 	if s := r.HA.space; s != nil {
 		var most []string
-		for _, p := range s.Largest[:min(len(s.Largest), 3)] {
+		for i, p := range s.Largest {
+			if i == 3 || i > 0 && p.Bytes < 1<<20 {
+				break
+			}
 			most = append(most, fmt.Sprintf("%s (%d MiB in %d keys)", p.Prefix, p.Bytes>>20, p.Keys))
 		}
 		what := fmt.Sprintf("%d of %d MiB, most of it in %s", s.Bytes>>20, s.Quota>>20, strings.Join(most, ", "))

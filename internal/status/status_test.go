@@ -316,7 +316,7 @@ func TestHighAvailability(t *testing.T) {
 		{"far from its limits", limits(&peers.Space{Bytes: 700, Quota: 1000}, &peers.Memory{Used: 10, Limit: 20}), false, "", ""},
 		{"near its limit", limits(&peers.Space{Bytes: 900 << 20, Quota: 1000 << 20, Largest: []peers.Prefix{{Prefix: "/registry/events/", Keys: 7, Bytes: 800 << 20}}}, nil), false, "",
 			"is near its limit: it holds 900 of 1000 MiB, most of it in /registry/events/ (800 MiB in 7 keys)"},
-		{"at its limit", limits(&peers.Space{Bytes: 1000 << 20, Quota: 1000 << 20, Refused: true, Largest: []peers.Prefix{{Prefix: "/registry/events/"}}}, nil), false, "", "then run: microk8s dbctl disarm"},
+		{"at its limit", limits(&peers.Space{Bytes: 1000 << 20, Quota: 1000 << 20, Refused: true, Largest: []peers.Prefix{{Prefix: "/registry/events/"}, {Prefix: "/registry/leases/", Bytes: 9}}}, nil), false, "", "(0 MiB in 0 keys); delete what is not needed, or set a larger --quota-backend-bytes in args/k8s-dqlite of each control-plane node and restart it; then run: microk8s dbctl disarm"},
 		{"little memory", limits(nil, &peers.Memory{Used: 90 << 20, Limit: 100 << 20, Low: true}), false, "", "it uses 90 of 100 MiB; raise MemoryMax="},
 		{"roles not given yet", []peers.Member{member(1, v, true), member(2, sp, true), member(3, sp, true)}, false, "until there are three voters", ""},
 	} {
