@@ -1,5 +1,5 @@
 // Package worker keeps what the control plane gave to a worker: its two certificates, which it
-// renews ten days before they end, or later when it was away, and its callback secret, which changes
+// renews ten days before they end, or later when it was away, or when the node has another address, and its callback secret, which changes
 // when a node is removed. It asks an agent of the control plane and shows its kubelet's certificate.
 //
 // The list of API servers is the business of the API server proxy.
@@ -31,6 +31,7 @@ import (
 	"microk8s/cluster-agent/callback"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/backoff"
+	"microk8s/internal/filewatch"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
@@ -73,16 +74,26 @@ func (k *Keeper) now() time.Time {
 	return time.Now()
 }
 
-// Run looks at once, then whenever something becomes due, until ctx ends.
+// Run looks at once, then whenever something becomes due or the node gets another address, until ctx ends.
 func (k *Keeper) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	retries := backoff.New(firstRetry, lastRetry)
+	match, folders := filewatch.Files(k.Env.Args(nodeconfig.Kubelet)) // its address is there
+	changed, err := filewatch.Watch(ctx, filewatch.Options{Settle: time.Second, Match: match, Missing: true}, folders...)
+	if err != nil {
+		k.Log.Warn("another address of this node is noticed late", "err", err)
+	}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+		case _, open := <-changed:
+			if !open {
+				changed = nil
+				continue
+			}
 		}
 		next, err := k.Look(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -114,6 +125,7 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 	next := longest
 	req := api.RenewRequest{Secrets: 2}
 	due := false
+	var moved net.IP
 	for _, p := range k.pairs() {
 		data, err := os.ReadFile(k.Env.Cert(p.name + ".crt"))
 		if err != nil {
@@ -123,7 +135,11 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 		if err != nil {
 			return 0, fmt.Errorf("cannot read %s: %w", k.Env.Cert(p.name+".crt"), err)
 		}
-		if wait := pki.RenewalTime(cert).Sub(k.now()); wait > 0 {
+		wait := pki.RenewalTime(cert).Sub(k.now())
+		if p.names && wait > 0 {
+			moved = k.moved(cert)
+		}
+		if wait > 0 && (moved == nil || !p.names) {
 			next = min(next, wait)
 			continue
 		}
@@ -156,6 +172,10 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 	if !due {
 		return next, nil
 	}
+	if moved != nil && answer.Proxy == "" && !serves(answer.Kubelet, moved) {
+		k.Log.Warn("the control plane leaves this node's address out of its certificate", "address", moved.String())
+		return next, nil // a restart would change nothing
+	}
 	for _, one := range []struct{ name, text string }{{"kubelet", answer.Kubelet}, {"proxy", answer.Proxy}} {
 		if one.text == "" {
 			continue
@@ -166,6 +186,34 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 		k.Log.Info("renewed a certificate", "name", one.name)
 	}
 	return next, k.Restart(ctx, service.Kubelite)
+}
+
+// moved returns the node's own address where its kubelet's certificate does not have it, because the node got another one
+// since; nil where it has.
+func (k *Keeper) moved(cert *x509.Certificate) net.IP {
+	chosen := nodeconfig.Load(k.Env).NodeIPs
+	own, err := k.addresses()
+	if err != nil || len(chosen) == 0 {
+		return nil
+	}
+	address := net.IP(chosen[0].AsSlice())
+	if !slices.ContainsFunc(own, address.Equal) || slices.ContainsFunc(cert.IPAddresses, address.Equal) {
+		return nil
+	}
+	return address
+}
+
+// serves reports whether a certificate, in PEM, is for an address.
+func serves(text string, address net.IP) bool {
+	cert, err := pki.ParseCert([]byte(text))
+	return err == nil && slices.ContainsFunc(cert.IPAddresses, address.Equal)
+}
+
+func (k *Keeper) addresses() ([]net.IP, error) {
+	if k.Addresses == nil {
+		return hostinfo.Addresses()
+	}
+	return k.Addresses()
 }
 
 // request makes a certificate request with the key that the node has, for the addresses that the
@@ -181,12 +229,8 @@ func (k *Keeper) request(p pair) (string, error) {
 	}
 	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: p.user, Organization: p.org}}
 	if p.names {
-		addresses := k.Addresses
-		if addresses == nil {
-			addresses = hostinfo.Addresses
-		}
 		template.DNSNames = []string{k.Node}
-		if template.IPAddresses, err = addresses(); err != nil {
+		if template.IPAddresses, err = k.addresses(); err != nil {
 			return "", err
 		}
 	}

@@ -172,6 +172,36 @@ func TestNothingIsDue(t *testing.T) {
 	}
 }
 
+// TestMoved has a worker with another address than its kubelet's certificate has.
+func TestMoved(t *testing.T) {
+	k, _, restarts := newWorker(t, 365)
+	write := func(address string) {
+		t.Helper()
+		if err := os.WriteFile(k.Env.Args("kubelet"), []byte("--node-ip="+address+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, address := range []string{"10.0.0.5", "10.0.0.9"} { // the certificate's own, and one that the host has not
+		write(address)
+		if _, err := k.Look(t.Context()); err != nil || len(*restarts) > 0 {
+			t.Errorf("with --node-ip=%s: %v, restarted %v", address, err, *restarts)
+		}
+	}
+	write("10.0.0.6")
+	for range 2 { // the second time everything is in order
+		if _, err := k.Look(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	data, err := os.ReadFile(k.Env.Cert("kubelet.crt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cert, err := pki.ParseCert(data); err != nil || !slices.ContainsFunc(cert.IPAddresses, net.IPv4(10, 0, 0, 6).Equal) || len(*restarts) != 1 {
+		t.Errorf("the certificate is for %v (%v), restarted %v", cert.IPAddresses, err, *restarts)
+	}
+}
+
 func TestRenews(t *testing.T) {
 	k, _, restarts := newWorker(t, 100)
 	k.Now = func() time.Time { return time.Now().AddDate(0, 0, 80) }
