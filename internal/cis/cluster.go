@@ -11,6 +11,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 
+	"microk8s/internal/kubelitestate"
 	"microk8s/internal/podsecurity"
 )
 
@@ -260,4 +261,19 @@ func defaultNamespace(n *Node) finding {
 		}
 	}
 	return listed(found, "", "make namespaces for what belongs together")
+}
+
+// enforcer checks that this node enforces NetworkPolicies (docs/network-policy.md).
+func enforcer(n *Node) finding {
+	if exists(n.Env.CNIManifest()) {
+		return finding{found: "left to the pod network of " + n.Env.CNIManifest(), status: Manual, accept: "see the documentation of that network"}
+	}
+	state, err := kubelitestate.Read(n.Env)
+	if err != nil {
+		return finding{found: err.Error(), do: "microk8s stop && microk8s start"}
+	}
+	if state.Policies != "" {
+		return finding{found: state.Policies, do: "see microk8s logs kubelite"}
+	}
+	return finding{found: "enforced by the built-in network", ok: true}
 }

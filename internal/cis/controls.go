@@ -262,7 +262,7 @@ func Controls() []Control {
 		}
 		add(Control{ID: p[0], Title: "Pods without " + p[1], How: "labels of namespaces", Wanted: "refused: " + level[0], check: enforced(level...)})
 	}
-	add(person("5.3.1", "The network enforces NetworkPolicies", "see docs/network-policy.md"), Control{ID: "5.3.2", Title: "Every namespace has NetworkPolicies", How: "NetworkPolicies, pods", Wanted: "one where pods run", check: policies},
+	add(Control{ID: "5.3.1", Title: "The network enforces NetworkPolicies", How: "what kubelite says", Wanted: "enforced", check: enforcer}, Control{ID: "5.3.2", Title: "Every namespace has NetworkPolicies", How: "NetworkPolicies, pods", Wanted: "one where pods run", check: policies},
 		Control{ID: "5.4.1", Title: "Secrets as files rather than variables", How: "pods", Wanted: "none as variables", check: variables}, person("5.4.2", "Secrets outside of the cluster", ""),
 		person("5.5.1", "Where images come from is checked", "no service that could check them is part of the product"),
 		person("5.6.1", "Namespaces as borders", ""),
