@@ -120,7 +120,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	registry := noderegistry.Registry{Core: core}
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
 	here.Remove = func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
-	remote := &worker.Keeper{Env: env, Node: name, Restart: services.Restart, Log: log}
+	remote := &worker.Controller{Env: env, Node: name, Restart: services.Restart, Log: log}
 	here.Fresh = remote.Callback
 	if !isWorker {
 		here.Fresh = func(ctx context.Context) ([]string, error) {
@@ -159,7 +159,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return srv.Serve(ctx, listener) })
 	group.Go(func() error {
-		keeper := &renewal.Keeper{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
+		keeper := &renewal.Controller{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
 		return keeper.Run(ctx)
 	})
 	if f.Launch {
@@ -169,7 +169,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	}
 	group.Go(func() error {
 		kubelet := (&kube.File{Path: env.Credential("kubelet.config")}).Core
-		return (&remount.Keeper{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
+		return (&remount.Controller{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
 	})
 	group.Go(func() error {
 		if err := podledger.Run(ctx, env); err != nil { // the node works without; its removal leaves more behind
@@ -181,7 +181,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		group.Go(func() error { return remote.Run(ctx) })
 	} else {
 		group.Go(func() error {
-			keeper := &callback.Keeper{Env: env, Keys: callback.Keys{Env: env, Core: core}, Nodes: registry, Node: name, Log: log}
+			keeper := &callback.Controller{Env: env, Keys: callback.Keys{Env: env, Core: core}, Nodes: registry, Node: name, Log: log}
 			keeper.Connected = func(ctx context.Context) error {
 				if err := (apiServer{env, core}).adopt(ctx, joins.Members, time.Now().UTC()); err != nil {
 					return err
@@ -190,9 +190,9 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 			}
 			return keeper.Run(ctx)
 		})
-		group.Go(func() error { return (&agreement.Keeper{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })
+		group.Go(func() error { return (&agreement.Controller{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })
 		group.Go(func() error {
-			return (&fanout.Keeper{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)
+			return (&fanout.Controller{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)
 		})
 	}
 	return group.Wait()

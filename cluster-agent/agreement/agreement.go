@@ -15,8 +15,8 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Keeper writes the summary of one node.
-type Keeper struct {
+// Controller writes the summary of one node.
+type Controller struct {
 	Env   snapenv.Env
 	Node  string // its name
 	Nodes noderegistry.Registry
@@ -33,7 +33,7 @@ const (
 )
 
 // Run goes on until ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if !k.once(ctx) {
 			return nil
@@ -43,7 +43,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 }
 
 // once writes the summary and waits until it may have changed. It reports whether to go on.
-func (k *Keeper) once(ctx context.Context) bool {
+func (k *Controller) once(ctx context.Context) bool {
 	summary, used, err := serverargs.Summarize(k.Env)
 	match, folders := filewatch.Files(append(used, k.Env.Args("cluster-agent"))...)
 	// Watching begins before the files are read again, so that no change falls in between.

@@ -37,7 +37,7 @@ func TestKeeper(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- (&Keeper{Env: env, Node: "n1", Nodes: nodes, Log: slog.New(slog.DiscardHandler)}).Run(ctx)
+		ended <- (&Controller{Env: env, Node: "n1", Nodes: nodes, Log: slog.New(slog.DiscardHandler)}).Run(ctx)
 	}()
 	written := func(what string, differs string) {
 		t.Helper()

@@ -43,9 +43,9 @@ import (
 // Cluster is what the API server knows.
 type Cluster interface {
 	Nodes(ctx context.Context) ([]corev1.Node, error)
-	// APIServers gives the addresses of the API servers.
+	// APIServers returns the addresses of the API servers.
 	APIServers(ctx context.Context) ([]netip.Addr, error)
-	// CallbackKey gives the key of callback secrets, and makes it at the first call.
+	// CallbackKey returns the key of callback secrets, and makes it at the first call.
 	CallbackKey(ctx context.Context) (callback.Key, error)
 	// DeleteNode deletes the Node object that this one is; a missing one is in order.
 	DeleteNode(ctx context.Context, n *corev1.Node) error

@@ -141,7 +141,7 @@ func (c *call) join(req api.JoinRequest) (*api.JoinResponse, error) {
 	return answer, nil
 }
 
-// authenticate finds out who asks. Nothing about the cluster is told before.
+// authenticate finds out who asks. Until then the answer says nothing about the cluster.
 func (c *call) authenticate(req api.JoinRequest) (*joining, error) {
 	t, err := c.token(req.Token)
 	if err != nil {
@@ -316,7 +316,7 @@ func hasAddress(members []storedir.Member, a netip.Addr) bool {
 // moveTimeout bounds the restart of the datastore on its new address.
 const moveTimeout = 60 * time.Second
 
-// reachable makes the datastore listen where other nodes reach it, and gives its members. A
+// reachable makes the datastore listen where other nodes reach it, and returns its members. A
 // single member that was never joined listens on the loopback.
 func (b *Broker) reachable(ctx context.Context, members []storedir.Member, local netip.Addr, host string) ([]storedir.Member, error) {
 	b.moving.Lock() // one join moves it, the others wait and find it moved
@@ -364,7 +364,7 @@ func (b *Broker) moved(ctx context.Context) ([]storedir.Member, error) {
 	}
 }
 
-// ownAddress gives the address of this host for the datastore: the one where the request came
+// ownAddress returns the address of this host for the datastore: the one where the request came
 // in. A virtual one (with a full-length mask) gives way to one of the interface's network.
 // The Host header, which the client chooses, counts only where the connection came over the
 // loopback, and then names one of this host's own addresses.

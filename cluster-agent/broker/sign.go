@@ -213,7 +213,7 @@ func sameName(got, want pkix.Name) bool {
 		len(got.Names) == 1+len(want.Organization) && len(got.ExtraNames) == 0
 }
 
-// taken gives a function that says whose an address is, other than the node's.
+// taken returns a function that says whose an address is, other than the node's.
 func (b *Broker) taken(ctx context.Context, node string) (func(netip.Addr) string, error) {
 	whose := map[netip.Addr]string{}
 	nodes, err := b.Cluster.Nodes(ctx)

@@ -1,7 +1,7 @@
 // Package callback keeps the secrets with which one node may ask another to do something
 // (ADR 14). They follow from the CA's key, which only control-plane nodes have, and a salt
 // in the Secret [SecretName]; each is bound to a node's role, name and join. A node's own lies in its
-// credentials/callback-token.txt, with which its agent compares. Beside it, who calls shows a
+// credentials/callback-token.txt, with which its agent compares. Beside it, a caller shows a
 // certificate that only control-plane nodes can make ([Caller]).
 //
 // The salt changes when a node is removed. Control-plane nodes watch the Secret and rewrite their
@@ -183,7 +183,7 @@ func Load(env snapenv.Env) (string, error) {
 
 const (
 	retry = 5 * time.Second // after the API server did not answer
-	// sweep is how often a Keeper ends joins that were never confirmed, and renews what lets members
+	// sweep is how often a Controller ends joins that were never confirmed, and renews what lets members
 	// of the group call other nodes.
 	sweep = 10 * time.Minute
 	// Grace is how long after the end of its time the record of a join that was not confirmed is kept:
@@ -191,8 +191,8 @@ const (
 	Grace = time.Hour
 )
 
-// Keeper writes the secret of a control-plane node when the salt changes, and keeps the node's record.
-type Keeper struct {
+// Controller writes the secret of a control-plane node when the salt changes, and keeps the node's record.
+type Controller struct {
 	Env   snapenv.Env
 	Keys  Keys
 	Nodes noderegistry.Registry
@@ -203,7 +203,7 @@ type Keeper struct {
 	Now       func() time.Time // nil means time.Now
 }
 
-func (k *Keeper) now() time.Time {
+func (k *Controller) now() time.Time {
 	if k.Now != nil {
 		return k.Now()
 	}
@@ -211,7 +211,7 @@ func (k *Keeper) now() time.Time {
 }
 
 // Run goes on until ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		err := k.watch(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -226,7 +226,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 }
 
 // watch follows the Secret until the API server ends the watch.
-func (k *Keeper) watch(ctx context.Context) error {
+func (k *Controller) watch(ctx context.Context) error {
 	if err := WriteCaller(k.Env, k.Node, k.now()); err != nil {
 		return err
 	}
@@ -291,7 +291,7 @@ func (k *Keeper) watch(ctx context.Context) error {
 
 // self reads this node's record, or makes one, and notes that it is a control-plane node of this
 // build, and which member of the datastore it has. It has the CA's key, so it is one.
-func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
+func (k *Controller) self(ctx context.Context) (*noderegistry.Record, error) {
 	own := noderegistry.Record{Name: k.Node, Role: noderegistry.ControlPlane, Since: k.now(), Secrets: 2, Member: k.member()}
 	if added, err := k.Nodes.Add(ctx, own); added || err != nil {
 		return &own, err
@@ -311,7 +311,7 @@ func (k *Keeper) self(ctx context.Context) (*noderegistry.Record, error) {
 }
 
 // member is the ID of this node's member of the datastore; 0 with an external etcd.
-func (k *Keeper) member() uint64 {
+func (k *Controller) member() uint64 {
 	if !nodeconfig.Load(k.Env).Datastore.Own() {
 		return 0
 	}
@@ -322,7 +322,7 @@ func (k *Keeper) member() uint64 {
 	return self.ID
 }
 
-func (k *Keeper) sweep(ctx context.Context) error {
+func (k *Controller) sweep(ctx context.Context) error {
 	if err := WriteCaller(k.Env, k.Node, k.now()); err != nil {
 		return err
 	}

@@ -135,7 +135,7 @@ func TestKeeper(t *testing.T) {
 	env := controlPlane(t)
 	connected := make(chan struct{}, 10)
 	keys, nodes := Keys{Env: env, Core: api.Core}, noderegistry.Registry{Core: api.Core}
-	k := &Keeper{Env: env, Keys: keys, Nodes: nodes, Node: "n1", Log: slog.New(slog.DiscardHandler), Connected: func(context.Context) error {
+	k := &Controller{Env: env, Keys: keys, Nodes: nodes, Node: "n1", Log: slog.New(slog.DiscardHandler), Connected: func(context.Context) error {
 		connected <- struct{}{}
 		return nil
 	}}
@@ -188,7 +188,7 @@ func TestKeeperAfterAJoin(t *testing.T) {
 	api := kubetest.New(t)
 	env, nodes := controlPlane(t), noderegistry.Registry{Core: api.Core}
 	now := time.Now().UTC().Truncate(time.Second)
-	k := &Keeper{Env: env, Nodes: nodes, Node: "n2", Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	k := &Controller{Env: env, Nodes: nodes, Node: "n2", Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
 	for _, r := range []noderegistry.Record{
 		{Name: "n2", Role: noderegistry.ControlPlane, Join: "22", Until: now.Add(10 * time.Minute)},
 		{Name: "w9", Role: noderegistry.Worker, Join: "99", Until: now.Add(10 * time.Minute)},
@@ -224,7 +224,7 @@ func TestKeeperAfterAJoin(t *testing.T) {
 func TestKeeperOfATakenName(t *testing.T) {
 	api := kubetest.New(t)
 	nodes := noderegistry.Registry{Core: api.Core}
-	k := &Keeper{Env: controlPlane(t), Nodes: nodes, Node: "n2", Log: slog.New(slog.DiscardHandler)}
+	k := &Controller{Env: controlPlane(t), Nodes: nodes, Node: "n2", Log: slog.New(slog.DiscardHandler)}
 	if err := nodes.Put(t.Context(), noderegistry.Record{Name: "n2", Role: noderegistry.Worker, Join: "99"}); err != nil {
 		t.Fatal(err)
 	}

@@ -24,7 +24,7 @@ import (
 )
 
 // Organization is that of the certificates with which control-plane nodes call others. The broker
-// signs no such certificate; who has the CA's key makes it. It has no rights in the API.
+// signs no such certificate; a node that has the CA's key makes it itself. It has no rights in the API.
 const Organization = "microk8s:control-plane"
 
 // callerFile lets members of the group microk8s call other nodes, who cannot read the CA's key: the

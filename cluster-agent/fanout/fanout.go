@@ -3,7 +3,7 @@
 // cluster-agent/client.
 //
 // A call goes on after a node that does not answer and says so in that node's Result. Changes of
-// arguments are kept for such a node, which a [Keeper] tells when it is back. The
+// arguments are kept for such a node, which a [Controller] tells when it is back. The
 // peer's certificate must be of the cluster's CA and name the node or its address; only then are
 // the node's callback secret and this node's certificate for such calls sent.
 package fanout
@@ -415,7 +415,7 @@ func (c *Cluster) waitReady(ctx context.Context, client *http.Client, url string
 	return nil
 }
 
-// each calls every node, some at a time, and gives the results in the order of the targets.
+// each calls every node, some at a time, and returns the results in the order of the targets.
 func (c *Cluster) each(ctx context.Context, limit time.Duration, width int, names []string, call func(context.Context, *http.Client, Target, string) error) ([]Result, error) {
 	targets, err := c.Targets(ctx)
 	if err != nil {

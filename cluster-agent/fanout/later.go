@@ -188,16 +188,16 @@ const (
 	laterClaim   = callTimeout + readyTimeout + time.Minute // that one agent has for telling one node
 )
 
-// Keeper tells nodes that could not be reached, when they are ready again, what they missed.
+// Controller tells nodes that could not be reached, when they are ready again, what they missed.
 // One runs in the agent of each control-plane node; a node that exists no more is forgotten.
-type Keeper struct {
+type Controller struct {
 	Cluster *Cluster
 	Log     *slog.Logger
 	Retry   time.Duration // after a node that is ready was not reached; 0 means 15 s
 }
 
 // Run goes on until ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if err := k.follow(ctx); err != nil && ctx.Err() == nil {
 			k.Log.Debug("cannot watch the queue of pending node changes now", "err", err)
@@ -212,7 +212,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 
 // follow watches the Secret, and while it names a node the nodes, until the API server ends a
 // watch.
-func (k *Keeper) follow(ctx context.Context) error {
+func (k *Controller) follow(ctx context.Context) error {
 	core, err := k.Cluster.core()
 	if err != nil {
 		return err
@@ -281,7 +281,7 @@ func open(ctx context.Context, core *kube.Core, namespace, resource string, whic
 
 // tell tells every node that is ready what it missed, and says after what time to try again;
 // 0 means when something changes.
-func (k *Keeper) tell(ctx context.Context, core *kube.Core, left map[string]late) (time.Duration, error) {
+func (k *Controller) tell(ctx context.Context, core *kube.Core, left map[string]late) (time.Duration, error) {
 	list, err := core.Nodes(ctx)
 	if err != nil {
 		return 0, err

@@ -88,7 +88,7 @@ func TestLater(t *testing.T) {
 	var keepers sync.WaitGroup
 	for range 2 {
 		keepers.Go(func() {
-			if err := (&Keeper{Cluster: a.c, Log: slog.New(slog.DiscardHandler), Retry: 10 * time.Millisecond}).Run(ctx); err != nil {
+			if err := (&Controller{Cluster: a.c, Log: slog.New(slog.DiscardHandler), Retry: 10 * time.Millisecond}).Run(ctx); err != nil {
 				t.Error(err)
 			}
 		})
@@ -129,7 +129,7 @@ func TestLater(t *testing.T) {
 	}
 }
 
-// TestMissedComesFirst asks a node that is back for something else before a Keeper tells it.
+// TestMissedComesFirst asks a node that is back for something else before a Controller tells it.
 func TestMissedComesFirst(t *testing.T) {
 	a := newAgents(t)
 	a.node("w1", "127.0.0.2", nil, nil, "")

@@ -427,7 +427,7 @@ func Update(env snapenv.Env, name string, update []map[string]string, remove []s
 	return err
 }
 
-// importTimeout bounds the import of one image. Who goes away ends it with the body.
+// importTimeout bounds the import of one image. A caller that disconnects ends it with the body.
 const importTimeout = time.Hour
 
 // importImage hands the body to containerd. The secret is checked before any of it is read.

@@ -14,7 +14,7 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Runner gives the function that runs programs of the product.
+// Runner returns the function that runs programs of the product.
 func Runner(env snapenv.Env) func(ctx context.Context, stdin io.Reader, argv ...string) error {
 	return func(ctx context.Context, stdin io.Reader, argv ...string) error {
 		cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)

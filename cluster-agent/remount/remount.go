@@ -35,8 +35,8 @@ const (
 	lastPause  = time.Minute
 )
 
-// Keeper does it for one node, once.
-type Keeper struct {
+// Controller does it for one node, once.
+type Controller struct {
 	Env  snapenv.Env
 	Node string                     // its name in the cluster
 	Core func() (*kube.Core, error) // with the rights of the node's kubelet
@@ -44,7 +44,7 @@ type Keeper struct {
 }
 
 // Run returns when nothing is left to be done, or ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	pauses := backoff.New(firstPause, lastPause)
 	for {
 		err := k.once(ctx)
@@ -61,7 +61,7 @@ func (k *Keeper) Run(ctx context.Context) error {
 	}
 }
 
-func (k *Keeper) once(ctx context.Context) error {
+func (k *Controller) once(ctx context.Context) error {
 	lock, err := os.Stat(k.Env.Lock(snapenv.LockRemount))
 	if errors.Is(err, fs.ErrNotExist) || nodeconfig.ReadState(k.Env).KeepPods {
 		return nil
@@ -98,7 +98,7 @@ func (k *Keeper) once(ctx context.Context) error {
 
 // stale reports whether a pod that something will recreate was started before the refresh and
 // mounts a directory that belongs to a revision.
-func (k *Keeper) stale(pod *corev1.Pod, refreshed time.Time) bool {
+func (k *Controller) stale(pod *corev1.Pod, refreshed time.Time) bool {
 	owner := metav1.GetControllerOf(pod)
 	if owner == nil || owner.Kind == "Node" || pod.Status.StartTime == nil || pod.Status.StartTime.After(refreshed) {
 		return false

@@ -74,7 +74,7 @@ func TestPodsOfAnOlderRevisionAreRestarted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &Keeper{Env: env, Node: "n1", Core: func() (*kube.Core, error) { return core, nil }, Log: slog.New(slog.DiscardHandler)}
+	k := &Controller{Env: env, Node: "n1", Core: func() (*kube.Core, error) { return core, nil }, Log: slog.New(slog.DiscardHandler)}
 	for range 2 { // the second time there is nothing to do
 		if err := k.Run(t.Context()); err != nil {
 			t.Fatal(err)

@@ -29,11 +29,11 @@ type Store interface {
 
 var _ Store = (*certs.Store)(nil)
 
-// Keeper is the loop. Set the first four fields; the others have defaults.
-type Keeper struct {
+// Controller is the loop. Set the first four fields; the others have defaults.
+type Controller struct {
 	Env   snapenv.Env
 	Store Store
-	// Restart restarts services by name. An error makes the Keeper try again.
+	// Restart restarts services by name. An error makes the Controller try again.
 	Restart func(ctx context.Context, names ...string) error
 	Log     *slog.Logger
 
@@ -49,7 +49,7 @@ type Keeper struct {
 const longest = 12 * time.Hour
 
 // Run keeps going until ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	if k.Addresses == nil {
 		k.Addresses = hostAddresses
 	}
@@ -104,7 +104,7 @@ func interesting(path string) bool {
 }
 
 // look puts things in order and says when to look again.
-func (k *Keeper) look(ctx context.Context, pending *[]string) time.Duration {
+func (k *Controller) look(ctx context.Context, pending *[]string) time.Duration {
 	change, err := k.Store.Renew(ctx)
 	for _, name := range change.Restart {
 		if !slices.Contains(*pending, name) {

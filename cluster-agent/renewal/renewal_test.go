@@ -60,7 +60,7 @@ func (n *node) restart(_ context.Context, names ...string) error {
 	return nil
 }
 
-// run starts a Keeper with these answers and waits for its first look.
+// run starts a Controller with these answers and waits for its first look.
 func run(t *testing.T, n *node) {
 	t.Helper()
 	n.env = snapenv.Under(t.TempDir())
@@ -73,7 +73,7 @@ func run(t *testing.T, n *node) {
 			t.Fatal(err)
 		}
 	}
-	k := &Keeper{
+	k := &Controller{
 		Env: n.env, Store: n, Restart: n.restart, Log: slog.New(slog.DiscardHandler),
 		Addresses: func(context.Context) (<-chan struct{}, error) { return n.events, nil },
 		Settle:    time.Millisecond, Retry: time.Millisecond,
@@ -183,7 +183,7 @@ func TestNoRestartDuringJoin(t *testing.T) {
 }
 
 func TestNextLook(t *testing.T) {
-	k := &Keeper{Log: slog.New(slog.DiscardHandler), Retry: time.Minute, Env: snapenv.Under(t.TempDir())}
+	k := &Controller{Log: slog.New(slog.DiscardHandler), Retry: time.Minute, Env: snapenv.Under(t.TempDir())}
 	for _, tc := range []struct {
 		name     string
 		next     time.Duration

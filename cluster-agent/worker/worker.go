@@ -50,8 +50,8 @@ const (
 	maxAnswer   = 1 << 20
 )
 
-// Keeper is the loop of one worker. Set the first four fields.
-type Keeper struct {
+// Controller is the loop of one worker. Set the first four fields.
+type Controller struct {
 	Env     snapenv.Env
 	Node    string // its name
 	Restart func(ctx context.Context, names ...string) error
@@ -67,7 +67,7 @@ type Keeper struct {
 	last []string
 }
 
-func (k *Keeper) now() time.Time {
+func (k *Controller) now() time.Time {
 	if k.Now != nil {
 		return k.Now()
 	}
@@ -75,7 +75,7 @@ func (k *Keeper) now() time.Time {
 }
 
 // Run looks at once, then whenever something becomes due or the node gets another address, until ctx ends.
-func (k *Keeper) Run(ctx context.Context) error {
+func (k *Controller) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	retries := backoff.New(firstRetry, lastRetry)
@@ -113,7 +113,7 @@ type pair struct {
 	names      bool // it serves under the node's name and addresses
 }
 
-func (k *Keeper) pairs() []pair {
+func (k *Controller) pairs() []pair {
 	return []pair{
 		{name: "kubelet", user: "system:node:" + k.Node, org: []string{"system:nodes"}, names: true},
 		{name: "proxy", user: "system:kube-proxy"},
@@ -121,7 +121,7 @@ func (k *Keeper) pairs() []pair {
 }
 
 // Look renews what is due and says when to look again.
-func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
+func (k *Controller) Look(ctx context.Context) (time.Duration, error) {
 	next := longest
 	req := api.RenewRequest{Secrets: 2}
 	due := false
@@ -190,7 +190,7 @@ func (k *Keeper) Look(ctx context.Context) (time.Duration, error) {
 
 // moved returns the node's own address where its kubelet's certificate does not have it, because the node got another one
 // since; nil where it has.
-func (k *Keeper) moved(cert *x509.Certificate) net.IP {
+func (k *Controller) moved(cert *x509.Certificate) net.IP {
 	chosen := nodeconfig.Load(k.Env).NodeIPs
 	own, err := k.addresses()
 	if err != nil || len(chosen) == 0 {
@@ -209,7 +209,7 @@ func serves(text string, address net.IP) bool {
 	return err == nil && slices.ContainsFunc(cert.IPAddresses, address.Equal)
 }
 
-func (k *Keeper) addresses() ([]net.IP, error) {
+func (k *Controller) addresses() ([]net.IP, error) {
 	if k.Addresses == nil {
 		return hostinfo.Addresses()
 	}
@@ -218,7 +218,7 @@ func (k *Keeper) addresses() ([]net.IP, error) {
 
 // request makes a certificate request with the key that the node has, for the addresses that the
 // host has now.
-func (k *Keeper) request(p pair) (string, error) {
+func (k *Controller) request(p pair) (string, error) {
 	data, err := os.ReadFile(k.Env.Cert(p.name + ".key"))
 	if err != nil {
 		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
@@ -243,7 +243,7 @@ func (k *Keeper) request(p pair) (string, error) {
 
 // install puts a certificate into its file, and into the kubeconfig that holds it. What was
 // there before is replaced only by one for the same key.
-func (k *Keeper) install(name string, text []byte) error {
+func (k *Controller) install(name string, text []byte) error {
 	keyText, err := os.ReadFile(k.Env.Cert(name + ".key"))
 	if err != nil {
 		return err
@@ -285,7 +285,7 @@ func replace(path string, data []byte) error {
 // the secret had not changed, it asks for a few seconds no more, and returns what it was told last:
 // who shows wrong secrets cannot have the control plane asked at will. A secret that did change may
 // change again at once.
-func (k *Keeper) Callback(ctx context.Context) ([]string, error) {
+func (k *Controller) Callback(ctx context.Context) ([]string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.now().Sub(k.idle) < pause {
@@ -308,7 +308,7 @@ func (k *Keeper) Callback(ctx context.Context) ([]string, error) {
 }
 
 // caFile is the CA of the cluster: a worker keeps its own beside it.
-func (k *Keeper) caFile() string {
+func (k *Controller) caFile() string {
 	remote := k.Env.Cert("ca.remote.crt")
 	if _, err := os.Stat(remote); err == nil {
 		return remote
@@ -321,7 +321,7 @@ var ErrUpstream = errors.New("the control plane does not renew certificates; joi
 
 // ask tries one control-plane node after the other. One of this build is preferred to one of the build
 // before, which knows other secrets and refuses a request as a whole.
-func (k *Keeper) ask(ctx context.Context, req api.RenewRequest) (*api.RenewResponse, error) {
+func (k *Controller) ask(ctx context.Context, req api.RenewRequest) (*api.RenewResponse, error) {
 	list := k.Servers
 	if list == nil {
 		list = k.provider
@@ -407,7 +407,7 @@ func post(ctx context.Context, client *http.Client, address string, body api.Ren
 
 // provider reads the API servers' hosts from the proxy's configuration; their agents have the
 // port of this node's.
-func (k *Keeper) provider() ([]string, error) {
+func (k *Controller) provider() ([]string, error) {
 	path, err := config.ProviderFile(k.Env)
 	if err != nil {
 		return nil, fmt.Errorf("cannot find the control plane: %w", err)

@@ -100,7 +100,7 @@ func (c *control) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // newWorker makes a worker whose certificates are good for so many days.
-func newWorker(t *testing.T, days int) (*Keeper, *control, *[]string) {
+func newWorker(t *testing.T, days int) (*Controller, *control, *[]string) {
 	t.Helper()
 	c := &control{t: t, maker: pkitest.Maker(nil), secret: strings.Repeat("ab", 32)}
 	c.caKey = c.key()
@@ -147,7 +147,7 @@ func newWorker(t *testing.T, days int) (*Keeper, *control, *[]string) {
 	t.Cleanup(srv.Close)
 	c.url = srv.Listener.Addr().String()
 	restarts := &[]string{}
-	return &Keeper{
+	return &Controller{
 		Addresses: func() ([]net.IP, error) { return []net.IP{net.IPv4(10, 0, 0, 6)}, nil }, // not those of the old certificate
 		Env:       env, Node: "w1", Log: slog.New(slog.DiscardHandler),
 		Restart: func(_ context.Context, names ...string) error {

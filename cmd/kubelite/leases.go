@@ -52,7 +52,7 @@ func releaseOwnLeases(ctx context.Context, admin *rest.Config, log *slog.Logger)
 	}
 }
 
-// heldBy says whether a lease's holder is a daemon on the host: they call themselves by the
+// heldBy reports whether a lease's holder is a daemon on the host: they call themselves by the
 // host's name, an underscore and a random UUID.
 func heldBy(holder *string, host string) bool {
 	if holder == nil {

@@ -149,7 +149,7 @@ func (a Addon) Title() string {
 	return a.Name
 }
 
-// Needs gives the core addons that must be on before this one.
+// Needs returns the core addons that must be on before this one.
 func (a Addon) Needs(args []string) []string {
 	if needs := a.part().needs; needs != nil {
 		return needs(args)
@@ -241,13 +241,13 @@ func (s *Set) Records(ctx context.Context) ([]Record, error) {
 	return out, nil
 }
 
-// Find gives a core addon by its name.
+// Find returns a core addon by its name.
 func (s *Set) Find(name string) (Addon, error) {
 	a, _, err := Find(s.catalog, CoreRepository+"/"+name)
 	return a, err
 }
 
-// ForeignOn says whether an addon with hooks is on.
+// ForeignOn reports whether an addon with hooks is on.
 func (s *Set) ForeignOn(ctx context.Context, a Addon) (bool, error) {
 	client, err := rest.HTTPClientFor(s.config)
 	if err != nil {
@@ -276,11 +276,11 @@ func (s *Set) ForeignOn(ctx context.Context, a Addon) (bool, error) {
 	return on[a.FullName()], nil
 }
 
-// Complete says whether all objects of the addon have reached the cluster: an enable that was
+// Complete reports whether all objects of the addon have reached the cluster: an enable that was
 // interrupted, or refused by the API server, leaves a record without them.
 func (r Record) Complete() bool { return r.applied != "" }
 
-// Enabled says whether an addon is on, and what is written down about it.
+// Enabled reports whether an addon is on, and what is written down about it.
 func (s *Set) Enabled(ctx context.Context, name string) (r Record, on bool, err error) {
 	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {

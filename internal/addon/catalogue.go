@@ -118,7 +118,7 @@ func readRepository(name, dir string) (metadata, error) {
 	return file.Top, nil
 }
 
-// usable gives the addons for this machine.
+// usable returns the addons for this machine.
 func (m metadata) usable() []Addon {
 	var out []Addon
 	for _, a := range m.Addons {
@@ -182,7 +182,7 @@ var notOffered = map[string]string{
 	"rook-ceph":     "install its Helm chart with microk8s helm",
 }
 
-// Find gives the addon of that name, which may be given as repository/name; inferred says that
+// Find returns the addon of that name, which may be given as repository/name; inferred says that
 // the repository was not given.
 func Find(all []Addon, name string) (a Addon, inferred bool, err error) {
 	repo, short, full := strings.Cut(name, "/")
@@ -215,7 +215,7 @@ func Find(all []Addon, name string) (a Addon, inferred bool, err error) {
 	return Addon{}, false, ambiguous
 }
 
-// Target gives the addon that an alias stands for, and others as they are.
+// Target returns the addon that an alias stands for, and others as they are.
 func Target(all []Addon, a Addon) Addon {
 	if a.Alias == "" {
 		return a
@@ -228,7 +228,7 @@ func Target(all []Addon, a Addon) Addon {
 	return a
 }
 
-// nearest gives the name with the fewest edits to the one given, if they are few.
+// nearest returns the name with the fewest edits to the one given, if they are few.
 func nearest(all []Addon, name string) string {
 	best, at := "", 3
 	for _, a := range all {

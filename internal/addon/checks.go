@@ -100,7 +100,7 @@ func CheckForeign(ctx context.Context, env snapenv.Env, get Get, addons []Addon)
 	return on, first
 }
 
-// statusFile gives the file that a check_status names.
+// statusFile returns the file that a check_status names.
 func statusFile(env snapenv.Env, check string) (path string, ok bool) {
 	if !strings.Contains(check, "${SNAP") {
 		return "", false
@@ -111,7 +111,7 @@ func statusFile(env snapenv.Env, check string) (path string, ok bool) {
 	}), true
 }
 
-// mayBeIn says whether a text can be part of the row of an object of a kind.
+// mayBeIn reports whether a text can be part of the row of an object of a kind.
 func mayBeIn(check, kind string) bool {
 	before, _, slash := strings.Cut(check, "/")
 	return check != "" && (!slash || strings.HasSuffix(kind, before))

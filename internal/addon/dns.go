@@ -147,7 +147,7 @@ func (s *Set) dnsAddress(ctx context.Context) (netip.Addr, error) {
 	return DNSAddress(s.Env)
 }
 
-// DNSAddress gives the address that the DNS service gets on this installation, from the
+// DNSAddress returns the address that the DNS service gets on this installation, from the
 // Service range of the API server.
 func DNSAddress(env snapenv.Env) (netip.Addr, error) {
 	ranges, err := serviceRanges(env)
@@ -178,7 +178,7 @@ func validDomain(s string) bool {
 	return true
 }
 
-// DNS gives address and domain of the DNS service, if that is what was enabled.
+// DNS returns address and domain of the DNS service, if that is what was enabled.
 func (a Applied) DNS() (ip netip.Addr, domain string, ok bool) {
 	v, ok := a.Values.(dnsValues)
 	return v.ClusterIP, v.Domain, ok

@@ -72,7 +72,7 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 	}
 }
 
-// nameServers gives the lines with name servers of several files.
+// nameServers returns the lines with name servers of several files.
 func nameServers(files []string) []string {
 	var out []string
 	for _, f := range files {

@@ -65,7 +65,7 @@ const builtIn = "(built-in)"
 // repositoryName keeps names out that would be another folder, or an option of git's.
 var repositoryName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 
-// List gives all repositories by name, the product's own among them, and what was wrong with
+// List returns all repositories by name, the product's own among them, and what was wrong with
 // those that cannot be read.
 func (r *Repositories) List(ctx context.Context) (all []Repository, broken []error) {
 	for _, name := range slices.Sorted(slices.Values(append(repositoryNames(r.Env), CoreRepository))) {
@@ -207,7 +207,7 @@ func (r *Repositories) Update(ctx context.Context, name string) error {
 	return r.share(dir)
 }
 
-// existing gives the folder of a repository, which must be there.
+// existing returns the folder of a repository, which must be there.
 func (r *Repositories) existing(name string) (string, error) {
 	if name == CoreRepository {
 		return r.Env.CoreAddons(), nil
@@ -299,7 +299,7 @@ func (p *progressLines) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// ask gives git's answer.
+// ask returns git's answer.
 func (r *Repositories) ask(ctx context.Context, dir string, args ...string) (string, error) {
 	cmd, err := r.command(ctx, dir, args)
 	if err != nil {

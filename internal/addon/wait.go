@@ -86,7 +86,7 @@ type NotReadyError struct {
 func (e *NotReadyError) Error() string { return e.Workload + " is not ready: " + e.Why }
 func (e *NotReadyError) Unwrap() error { return e.cause }
 
-// ready says whether a workload runs as its specification asks.
+// ready reports whether a workload runs as its specification asks.
 func ready(o *unstructured.Unstructured) bool {
 	number := func(path ...string) int64 {
 		n, _, _ := unstructured.NestedInt64(o.Object, path...)
@@ -103,7 +103,7 @@ func ready(o *unstructured.Unstructured) bool {
 	return number("status", "updatedReplicas") == want && number("status", "replicas") == want && number("status", "availableReplicas") == want
 }
 
-// restIsDown says whether a DaemonSet is ready but for its pods on nodes that are down: those
+// restIsDown reports whether a DaemonSet is ready but for its pods on nodes that are down: those
 // are started when the nodes are back, by themselves. It says which nodes they are.
 func (s *Set) restIsDown(ctx context.Context, o *unstructured.Unstructured, say func(string)) bool {
 	number := func(field string) int64 {
@@ -131,7 +131,7 @@ func (s *Set) restIsDown(ctx context.Context, o *unstructured.Unstructured, say 
 	return true
 }
 
-// Disks gives the nodes that are ready by whether they have disk for pods.
+// Disks returns the nodes that are ready by whether they have disk for pods.
 func (s *Set) Disks(ctx context.Context) (pressed, roomy []string, err error) {
 	list, err := s.client.Resource(nodes).List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -149,7 +149,7 @@ func (s *Set) Disks(ctx context.Context) (pressed, roomy []string, err error) {
 	return pressed, roomy, nil
 }
 
-// nodeReady says whether a node's kubelet reports that it is ready.
+// nodeReady reports whether a node's kubelet reports that it is ready.
 func nodeReady(node *unstructured.Unstructured) bool { return conditionTrue(node, "Ready") }
 
 func conditionTrue(o *unstructured.Unstructured, name string) bool {

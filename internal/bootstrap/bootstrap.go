@@ -167,7 +167,7 @@ func load(dir string, absent []Feature) ([]*unstructured.Unstructured, error) {
 	return out, nil
 }
 
-// read gives the objects of a file with one or more YAML documents, in their order.
+// read returns the objects of a file with one or more YAML documents, in their order.
 func read(path string) ([]*unstructured.Unstructured, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -177,7 +177,7 @@ func read(path string) ([]*unstructured.Unstructured, error) {
 	return Decode(f, path)
 }
 
-// Decode gives the objects of one or more YAML documents, in their order; path is for errors.
+// Decode returns the objects of one or more YAML documents, in their order; path is for errors.
 func Decode(r io.Reader, path string) ([]*unstructured.Unstructured, error) {
 	var out []*unstructured.Unstructured
 	for d := yaml.NewYAMLOrJSONDecoder(r, 4096); ; {
@@ -344,7 +344,7 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 	return apply(false)
 }
 
-// movedService says whether o is a Service that is there with another address: it cannot be
+// movedService reports whether o is a Service that is there with another address: it cannot be
 // changed, and a Service holds nothing.
 func movedService(ctx context.Context, resource dynamic.ResourceInterface, o *unstructured.Unstructured) bool {
 	want, _, _ := unstructured.NestedString(o.Object, "spec", "clusterIP")

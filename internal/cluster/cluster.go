@@ -121,7 +121,7 @@ func (n *Node) editArgs(name string, change map[string]string) error {
 	return err
 }
 
-// isOwn says whether an address is one of this host's.
+// isOwn reports whether an address is one of this host's.
 func (n *Node) isOwn(ip string) bool {
 	want, err := netip.ParseAddr(ip)
 	if err != nil {
@@ -177,7 +177,7 @@ const (
 
 func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
 
-// waitFor asks until it succeeds, ctx ends or the limit is over, and then gives the last error.
+// waitFor asks until it succeeds, ctx ends or the limit is over, and then returns the last error.
 // It is for far sides that have nothing to wait on.
 func waitFor(ctx context.Context, limit time.Duration, ask func(ctx context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)

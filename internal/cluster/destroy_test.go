@@ -325,7 +325,7 @@ func (s *site) serveMembers(t *testing.T, list ...peers.Member) {
 }
 
 // TestRemovalFinishedLater finishes a removal that was interrupted long ago. Meanwhile n3 was
-// removed elsewhere, installed anew, and is back under its name and address.
+// removed elsewhere, reinstalled, and is back under its name and address.
 func TestRemovalFinishedLater(t *testing.T) {
 	began := time.Now().Add(-time.Hour).Truncate(time.Second)
 	for _, tc := range []struct {

@@ -116,7 +116,7 @@ func (n *Node) Join(ctx context.Context, j *journal.Journal, o JoinOptions) erro
 	return j.Run(ctx, n.joinPlan(p), p)
 }
 
-// IsMember says whether this node has joined a cluster, or others have joined it.
+// IsMember reports whether this node has joined a cluster, or others have joined it.
 func IsMember(env snapenv.Env) bool {
 	c := nodeconfig.Load(env)
 	members, _ := storedir.Dir(env.BackendLive()).Members()
@@ -227,7 +227,7 @@ type answer struct {
 	KubeletKey, KubeletCert, ProxyKey, ProxyCert string
 }
 
-// ours says whether the cluster consists of this product's nodes.
+// ours reports whether the cluster consists of this product's nodes.
 func (a *answer) ours() bool { return a.Product == api.Product }
 
 const answerFile = "answer.json"

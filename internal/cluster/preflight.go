@@ -235,7 +235,7 @@ func (s *joinRun) settleAddress(ctx context.Context, c *client.Client, seen *api
 	return seen, nil
 }
 
-// sameFamily says whether an address, of IPv4 or IPv6, is of a family that a list of networks has.
+// sameFamily reports whether an address, of IPv4 or IPv6, is of a family that a list of networks has.
 // Where there is no list it is.
 func sameFamily(address, networks string) bool {
 	a, err := netip.ParseAddr(address)
@@ -248,7 +248,7 @@ func sameFamily(address, networks string) bool {
 	})
 }
 
-// agentRuns says whether this node's own agent could have been reached.
+// agentRuns reports whether this node's own agent could have been reached.
 func (n *Node) agentRuns(ctx context.Context) bool {
 	states, err := n.Services.Status(ctx)
 	return err == nil && slices.ContainsFunc(states, func(s service.State) bool {

@@ -15,7 +15,7 @@ import (
 type Snapctl struct {
 	Snap string // snap name
 
-	// Run runs a program to its end and gives its standard output; the error of a failed
+	// Run runs a program to its end and returns its standard output; the error of a failed
 	// program says what it printed.
 	Run func(ctx context.Context, argv ...string) (string, error)
 }

@@ -32,7 +32,7 @@ func TestRemoveLeavesTheHostAsItWas(t *testing.T) {
 	}
 	before := outside(tree(t, in.Env.Host))
 	for range 2 {
-		if err := os.RemoveAll(in.Env.Lock("installed.lock")); err != nil { // as when installed anew
+		if err := os.RemoveAll(in.Env.Lock("installed.lock")); err != nil { // as when reinstalled
 			t.Fatal(err)
 		}
 		if err := in.Install(t.Context()); err != nil {

@@ -105,7 +105,7 @@ func (in *Installer) Refresh(ctx context.Context) error {
 	}, in.configureSteps()...))
 }
 
-// noteRefresh makes the lock anew each time: when it was made counts.
+// noteRefresh makes the lock again each time: when it was made counts.
 func (in *Installer) noteRefresh(context.Context) error {
 	if err := nodeconfig.Lock(in.Env, snapenv.LockRemount); err != nil {
 		return err

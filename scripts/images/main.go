@@ -228,7 +228,7 @@ func (b builder) golang(pkg, out string) error {
 		"go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, pkg)
 }
 
-// component gives the path of a program that scripts/components has built.
+// component returns the path of a program that scripts/components has built.
 func (b builder) component(name string) (string, error) {
 	if b.arch != runtime.GOARCH {
 		return "", fmt.Errorf("%s is built for %s only", name, runtime.GOARCH)

@@ -304,7 +304,7 @@ func (c *cluster) addNames(t *testing.T, host, ip string) {
 	}
 }
 
-// documented gives the haproxy.cfg of the documentation.
+// documented returns the haproxy.cfg of the documentation.
 func documented(t *testing.T) string {
 	t.Helper()
 	data, err := os.ReadFile("../../docs/loadbalancer.md")
@@ -358,7 +358,7 @@ func (c *cluster) startBalancer(t *testing.T, last func(func()), host, first, se
 	})
 }
 
-// through gives clients that reach the API servers at an address, each with a connection of its
+// through returns clients that reach the API servers at an address, each with a connection of its
 // own, and check the certificate for a name, or with "" for the address.
 func (c *cluster) through(t *testing.T, credentials, address, name string) func() *kubernetes.Clientset {
 	t.Helper()

@@ -184,7 +184,7 @@ func (c *cluster) members(t *testing.T, host string) ([]peers.Member, error) {
 	return peers.Members(t.Context(), fmt.Sprintf("/proc/%d/root/var/snap/microk8s/common/var/kubernetes/backend", info.PID))
 }
 
-// leader gives the host that leads the datastore.
+// leader returns the host that leads the datastore.
 func (c *cluster) leader(t *testing.T, hosts []string) string {
 	t.Helper()
 	found := ""

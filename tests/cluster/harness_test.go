@@ -71,7 +71,7 @@ func seed(t *testing.T) uint64 {
 	return 1
 }
 
-// steps gives a function that runs the parts of a story: a part that fails ends it, since what
+// steps returns a function that runs the parts of a story: a part that fails ends it, since what
 // follows stands on it.
 func steps(t *testing.T) func(name string, f func(t *testing.T)) {
 	return func(name string, f func(t *testing.T)) {
@@ -117,7 +117,7 @@ func (c *cluster) tryContext(ctx context.Context, t *testing.T, host string, arg
 	return r
 }
 
-// run gives the standard output of a command that must succeed.
+// run returns the standard output of a command that must succeed.
 func (c *cluster) run(t *testing.T, host string, args ...string) string {
 	t.Helper()
 	r := c.try(t, host, args...)
@@ -140,7 +140,7 @@ func (c *cluster) start(t *testing.T, host string) {
 	c.waitReady(t, host, host)
 }
 
-// line gives what add-node prints on a node, as words to type: the first line with the agent's
+// line returns what add-node prints on a node, as words to type: the first line with the agent's
 // port in it, as upstream's own tests take it.
 func (c *cluster) line(t *testing.T, host string, flags ...string) []string {
 	t.Helper()
@@ -224,7 +224,7 @@ func (c *cluster) ip(t *testing.T, host string) string {
 	return ip
 }
 
-// node gives a Node object as an API server has it.
+// node returns a Node object as an API server has it.
 func (c *cluster) node(t *testing.T, at, name string) (*corev1.Node, error) {
 	k, err := c.tryClient(at)
 	if err != nil {

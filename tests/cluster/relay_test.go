@@ -151,7 +151,7 @@ func (c *cluster) testMiddle(t *testing.T, from, host string) {
 	})
 }
 
-// shifted gives the line for a relay that knows the token and whose clock is off.
+// shifted returns the line for a relay that knows the token and whose clock is off.
 func (c *cluster) shifted(t *testing.T, from, host string, off time.Duration) []string {
 	t.Helper()
 	words := c.line(t, from)

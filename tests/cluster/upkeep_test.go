@@ -24,7 +24,7 @@ import (
 
 // TestUpkeep is the life of a cluster on hosts with several addresses and another agent port: nodes
 // join by IPv6, by name and through a balancer, certificates are renewed, and a worker that was
-// installed anew comes back. It takes several minutes, so the gate leaves it out (scripts/test).
+// reinstalled comes back. It takes several minutes, so the gate leaves it out (scripts/test).
 func TestUpkeep(t *testing.T) {
 	longtest.Only(t)
 	nodes := []string{"n1", "n2", "n3", "w1"}

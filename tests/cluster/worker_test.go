@@ -185,7 +185,7 @@ func (c *cluster) points(t *testing.T, operation string, some int) []string {
 	return all[:min(some, len(all))]
 }
 
-// committed says whether a join that died at a point can only go forward.
+// committed reports whether a join that died at a point can only go forward.
 func committed(point string) bool {
 	return strings.Contains(point, "/"+membership.StepConfirm+"/") || strings.Contains(point, "/"+membership.StepCleanUp+"/")
 }

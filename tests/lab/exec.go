@@ -125,7 +125,7 @@ func (l *Lab) Listen(ctx context.Context, name, network, address string) (net.Li
 	return listener, err
 }
 
-// running gives the record of a host that runs and is not paused.
+// running returns the record of a host that runs and is not paused.
 func (l *Lab) running(name string) (*host, error) {
 	h, err := l.load(name)
 	if err != nil {

@@ -75,7 +75,7 @@ var (
 	validInstance = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$`)
 )
 
-// New gives the lab that cfg names. It creates nothing.
+// New returns the lab that cfg names. It creates nothing.
 func New(cfg Config) (*Lab, error) {
 	l := &Lab{instance: cfg.Instance, stateDir: cfg.StateDir, snap: cfg.Snap, log: cfg.Log}
 	if l.instance == "" {
@@ -213,7 +213,7 @@ func (l *Lab) Down(ctx context.Context, names ...string) error {
 	})
 }
 
-// List gives the hosts in the order of their names.
+// List returns the hosts in the order of their names.
 func (l *Lab) List(context.Context) ([]Info, error) {
 	names, err := l.hostNames()
 	if err != nil {
@@ -234,7 +234,7 @@ func (l *Lab) List(context.Context) ([]Info, error) {
 	return infos, nil
 }
 
-// Info gives one host.
+// Info returns one host.
 func (l *Lab) Info(_ context.Context, name string) (Info, error) {
 	h, err := l.load(name)
 	if err != nil {
@@ -269,7 +269,7 @@ func (l *Lab) IP(name string) (string, error) {
 	return l.addr(h).String(), nil
 }
 
-// leftover says whether something of a host exists besides its record.
+// leftover reports whether something of a host exists besides its record.
 func (l *Lab) leftover(name string) bool {
 	if !validHost.MatchString(name) {
 		return false

@@ -26,7 +26,7 @@ func port(h *host) string { return fmt.Sprintf("p%d", h.Number) }
 // when a host is switched off and on.
 func mac(h *host) net.HardwareAddr { return net.HardwareAddr{0x02, 0x4d, 0x38, 0, 0, h.Number} }
 
-// ensureSwitch gives the switch process, started if it does not run. The network namespace
+// ensureSwitch returns the switch process, started if it does not run. The network namespace
 // lives exactly as long as this process; hosts that run already are attached to a new one.
 func (l *Lab) ensureSwitch(ctx context.Context) (process, error) {
 	s := l.loadShared()

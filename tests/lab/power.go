@@ -132,7 +132,7 @@ func (l *Lab) launch(ctx context.Context, h *host, sw process, cfg initConfig) e
 	return l.save(h)
 }
 
-// up says whether the host is switched on, paused or not.
+// up reports whether the host is switched on, paused or not.
 func (h *host) up() bool { return h.Booted && h.Init.alive() }
 
 // wait returns when the process is gone.

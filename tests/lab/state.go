@@ -218,7 +218,7 @@ func flock(ctx context.Context, path string) (*os.File, error) {
 	}
 }
 
-// identify gives the identity of a live process.
+// identify returns the identity of a live process.
 func identify(pid int) (process, error) {
 	start, _, err := procStat(pid)
 	if err != nil {
@@ -227,7 +227,7 @@ func identify(pid int) (process, error) {
 	return process{PID: pid, Start: start, Boot: bootID()}, nil
 }
 
-// alive says whether exactly this process still runs; a zombie does not.
+// alive reports whether exactly this process still runs; a zombie does not.
 func (p process) alive() bool {
 	if p.PID <= 0 || p.Boot != bootID() {
 		return false

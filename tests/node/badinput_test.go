@@ -505,7 +505,7 @@ func (n *node) supervisor(t *testing.T) string {
 	return strings.TrimSpace(n.run(t, "pgrep", "-o", "-f", "microk8s supervise"))
 }
 
-// nothingRuns says whether processes of the node are left.
+// nothingRuns reports whether processes of the node are left.
 func (n *node) nothingRuns(t *testing.T) error {
 	t.Helper()
 	out := n.run(t, "ps", "-eo", "args")
@@ -517,7 +517,7 @@ func (n *node) nothingRuns(t *testing.T) error {
 	return nil
 }
 
-// containers gives the ids of the running containers of the Deployment web.
+// containers returns the ids of the running containers of the Deployment web.
 func (n *node) containers(t *testing.T) []string {
 	t.Helper()
 	var ids []string

@@ -55,7 +55,7 @@ func newNode(t *testing.T, others ...string) *node {
 	return n
 }
 
-// steps gives a function that runs the parts of a story: a part that fails ends it, since
+// steps returns a function that runs the parts of a story: a part that fails ends it, since
 // what follows stands on it.
 func (n *node) steps(t *testing.T) func(name string, f func(t *testing.T)) {
 	return func(name string, f func(t *testing.T)) {
@@ -167,7 +167,7 @@ func (n *node) httpGet(t *testing.T, host, url string) (string, error) {
 	return string(body), err
 }
 
-// run gives the standard output of a command in the host, which must succeed.
+// run returns the standard output of a command in the host, which must succeed.
 func (n *node) run(t *testing.T, args ...string) string {
 	t.Helper()
 	return n.runIn(t, "", args...)
@@ -189,7 +189,7 @@ func (n *node) try(t *testing.T, args ...string) (string, error) {
 	return n.lab.Output(t.Context(), n.name, args...)
 }
 
-// tryAll gives standard output and error together.
+// tryAll returns standard output and error together.
 func (n *node) tryAll(t *testing.T, stdin string, args ...string) (string, error) {
 	t.Helper()
 	var out bytes.Buffer

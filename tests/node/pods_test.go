@@ -69,7 +69,7 @@ func (n *node) waitDeployment(t *testing.T, name string) {
 	})
 }
 
-// webPods gives the names of the running pods of the Deployment web.
+// webPods returns the names of the running pods of the Deployment web.
 func (n *node) webPods(t *testing.T) []string {
 	t.Helper()
 	pods, err := n.client.CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{LabelSelector: "app=web"})

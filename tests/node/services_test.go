@@ -161,7 +161,7 @@ spec:
 	})
 }
 
-// volume gives the one PersistentVolume.
+// volume returns the one PersistentVolume.
 func (n *node) volume(t *testing.T) corev1.PersistentVolume {
 	t.Helper()
 	list, err := n.client.CoreV1().PersistentVolumes().List(t.Context(), metav1.ListOptions{})

@@ -128,7 +128,7 @@ func newerAddons(t *testing.T, snap string) {
 	replace(filepath.Join(snap, "addons/core/addons.yaml"), `version: "`, `version: "9.`)
 }
 
-// allNew says whether every pod of an addon is one of the newer definition, and ready.
+// allNew reports whether every pod of an addon is one of the newer definition, and ready.
 func (n *node) allNew(t *testing.T) error {
 	pods, err := n.client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
 	if err != nil {

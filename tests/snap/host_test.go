@@ -116,7 +116,7 @@ func (m *machine) reboot(t *testing.T, how string) {
 	m.up(t)
 }
 
-// run gives the standard output of a command inside, as root, which must succeed.
+// run returns the standard output of a command inside, as root, which must succeed.
 func (m *machine) run(t *testing.T, args ...string) string {
 	t.Helper()
 	return m.runIn(t, nil, args...)
@@ -133,7 +133,7 @@ func (m *machine) runIn(t *testing.T, stdin io.Reader, args ...string) string {
 	return out.String()
 }
 
-// try gives standard output and error of a command that may fail, and its exit code.
+// try returns standard output and error of a command that may fail, and its exit code.
 func (m *machine) try(t *testing.T, args ...string) (string, int) {
 	t.Helper()
 	out, err := snapdHost(t.Context(), append([]string{"exec", m.name}, args...)...).CombinedOutput()

@@ -65,7 +65,7 @@ func TestSnap(t *testing.T) {
 	})
 }
 
-// services gives the units of the snap and their states, as systemd has them.
+// services returns the units of the snap and their states, as systemd has them.
 func (m *machine) services(t *testing.T) map[string]string {
 	t.Helper()
 	states := map[string]string{}

@@ -292,7 +292,7 @@ func (n *node) notify() {
 	}
 }
 
-// changes gives a channel that has a value after every change of any node, and one at once;
+// changes returns a channel that has a value after every change of any node, and one at once;
 // stop ends it.
 func (n *node) changes() (c chan struct{}, stop func()) {
 	c = make(chan struct{}, 1)

@@ -46,7 +46,7 @@ func watchNodes(c typedcorev1.NodeInterface) func(context.Context, metav1.ListOp
 	return func(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) { return c.Watch(ctx, o) }
 }
 
-// podCIDRs gives the pod subnets of a node that are within the cluster's ranges.
+// podCIDRs returns the pod subnets of a node that are within the cluster's ranges.
 func podCIDRs(n *corev1.Node, cluster []netip.Prefix) ([]netip.Prefix, error) {
 	all := n.Spec.PodCIDRs
 	if len(all) == 0 && n.Spec.PodCIDR != "" {
@@ -260,7 +260,7 @@ type subnets struct {
 
 var _ subnet.Manager = (*subnets)(nil)
 
-// GetNetworkConfig gives the configuration, and ends this run when asked while running.
+// GetNetworkConfig returns the configuration, and ends this run when asked while running.
 func (s *subnets) GetNetworkConfig(context.Context) (*subnet.Config, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -378,7 +378,7 @@ func sameLease(a, b lease.Lease) bool {
 		slices.Equal(a.Attrs.BackendData, b.Attrs.BackendData) && slices.Equal(a.Attrs.BackendV6Data, b.Attrs.BackendV6Data)
 }
 
-// GetStoredMacAddresses gives the addresses that this node announced before, for flannel to
+// GetStoredMacAddresses returns the addresses that this node announced before, for flannel to
 // use them again: then the other nodes need not learn new ones.
 func (s *subnets) GetStoredMacAddresses(context.Context) (v4, v6 string) {
 	n := s.node.own()

@@ -609,7 +609,7 @@ func randomPolicies(r *rand.Rand) (out []*netpolicy.Policy) {
 }
 
 // Random policies follow each other. After each change real packets fare as the model says, and the
-// table that was changed by differences is the one that is written anew.
+// table that was changed by differences is the one that is rewritten.
 func TestRandomPolicies(t *testing.T) {
 	w := newWorld(t)
 	w.table.log = slog.New(failing{t}) // what has to be written again was not understood

@@ -100,7 +100,7 @@ func prepare() error {
 	return os.Setenv("MICROK8S_UPSTREAM", "host")
 }
 
-// upstreams gives the name servers of a resolv.conf that may be asked, and those that may not
+// upstreams returns the name servers of a resolv.conf that may be asked, and those that may not
 // because they are this server: own are its addresses.
 func upstreams(resolvConf string, own []string) (use, left []string) {
 	for line := range strings.Lines(resolvConf) {

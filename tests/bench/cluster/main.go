@@ -171,7 +171,7 @@ func (b *bench) client(host string) (*kubernetes.Clientset, error) {
 	return kubernetes.NewForConfig(cfg)
 }
 
-// leader gives the host whose datastore leads.
+// leader returns the host whose datastore leads.
 func (b *bench) leader(ctx context.Context, ask string) (string, error) {
 	const backend = "/var/snap/microk8s/current/var/kubernetes/backend/"
 	out, err := b.lab.Output(ctx, ask, "/snap/microk8s/current/bin/dqlite", "-s", "file://"+backend+"cluster.yaml",

@@ -311,7 +311,7 @@ func (t *target) stop() error {
 	return errors.Join(errs...)
 }
 
-// client gives the connection that caller n uses, on one member.
+// client returns the connection that caller n uses, on one member.
 func (t *target) client(member, n int) *clientv3.Client {
 	c := t.clients[member%len(t.clients)]
 	return c[n%len(c)]
@@ -383,7 +383,7 @@ func (t *target) committed(ctx context.Context) (times, seconds float64, err err
 	return times, seconds, nil
 }
 
-// field gives the number behind a name in a file of /proc.
+// field returns the number behind a name in a file of /proc.
 func field(path, name string) int64 {
 	data, _ := os.ReadFile(path)
 	for line := range strings.Lines(string(data)) {

@@ -362,7 +362,7 @@ type bench struct {
 	start     []func() (*exec.Cmd, error)
 }
 
-// bulk gives megabytes a second, over all connections.
+// bulk returns megabytes a second, over all connections.
 func (b *bench) bulk(t target, connections int) (float64, error) {
 	var wg sync.WaitGroup
 	var total atomic.Int64
@@ -470,7 +470,7 @@ func (b *bench) connects(t target, callers, percentile int) (float64, error) {
 	})
 }
 
-// memory gives the resident memory of the proxy while 500 connections are open.
+// memory returns the resident memory of the proxy while 500 connections are open.
 func (b *bench) memory(t target) (float64, error) {
 	for range 500 {
 		conn, err := net.Dial("tcp", t.address)
@@ -496,7 +496,7 @@ func (b *bench) memory(t target) (float64, error) {
 	return 0, errors.New("the kernel does not say how much memory the process has")
 }
 
-// gap gives the longest time in which a client got no answer, while one of the servers is hit
+// gap returns the longest time in which a client got no answer, while one of the servers is hit
 // by a signal. Clients ask all the time, and connect again when their connection ends.
 func (b *bench) gap(t target, sig syscall.Signal) (float64, error) {
 	ctx, cancel := context.WithCancel(b.ctx)

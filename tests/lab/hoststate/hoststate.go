@@ -96,7 +96,7 @@ func take(ours []string) (State, error) {
 	return s, nil
 }
 
-// otherLab says whether a line is about a lab that is not the caller's.
+// otherLab reports whether a line is about a lab that is not the caller's.
 func otherLab(line string, ours []string) bool {
 	if len(ours) == 0 {
 		return false

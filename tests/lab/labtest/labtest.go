@@ -36,7 +36,7 @@ func Instance(t testing.TB) string {
 	return fmt.Sprintf("test-%08x", crc32.ChecksumIEEE([]byte(os.Args[0][strings.LastIndexByte(os.Args[0], '/')+1:]+t.Name())))
 }
 
-// New gives an empty lab that is removed when the test ends. snap is the product tree of its
+// New returns an empty lab that is removed when the test ends. snap is the product tree of its
 // hosts, or "". With KEEP set in the environment, the lab of a failed test stays.
 func New(t testing.TB, snap string) *lab.Lab {
 	t.Helper()
