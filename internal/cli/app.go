@@ -15,6 +15,8 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -120,6 +122,7 @@ func (a *App) Main(ctx context.Context, argv []string) int {
 		for _, h := range failure.Hints {
 			fmt.Fprintf(a.Err, "  %s\n", h)
 		}
+		a.sayNextStep(argv, failure.Err.Error()+"\n"+strings.Join(failure.Hints, "\n"))
 		if failure.Code != 0 {
 			return failure.Code
 		}
@@ -129,7 +132,24 @@ func (a *App) Main(ctx context.Context, argv []string) int {
 		return exitInterrupted
 	}
 	fmt.Fprintf(a.Err, "microk8s: %v\n", err)
+	a.sayNextStep(argv, err.Error())
 	return ExitError
+}
+
+// nextStep is what a message has that says how to go on: a command, a page, or a thing to do and to run
+// the same command again.
+var nextStep = regexp.MustCompile(`(?i)microk8s[. ][a-z-]+|\b(sudo|systemctl|sysctl|sh|rm|chmod|ip|snap) |docs/|--[a-z]|\bagain\b`)
+
+// services are the commands that service managers run. The last line that they write is shown as why they
+// ended, so nothing follows it.
+var services = []string{"daemon", "hook", "supervise"}
+
+// sayNextStep adds a line to a message that does not say how to go on.
+func (a *App) sayNextStep(argv []string, text string) {
+	if w := words(argv); nextStep.MatchString(text) || len(w) == 0 || slices.Contains(services, w[0]) {
+		return
+	}
+	fmt.Fprintln(a.Err, "  see what is wrong with: microk8s status, and more with: microk8s inspect")
 }
 
 // exitInterrupted is what a shell reports of a program that SIGINT ended.

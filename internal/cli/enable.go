@@ -162,7 +162,7 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 				return failf("see microk8s disable --help", "cannot disable %s: %w", r.addon.Name, err)
 			}
 		case r.addon.Builtin != "" && verb == "disable":
-			return failf("", "cannot disable %s: %s", r.addon.FullName(), r.addon.Builtin)
+			return failf("see what can be disabled with: microk8s status", "cannot disable %s: %s", r.addon.FullName(), r.addon.Builtin)
 		case r.addon.Builtin == "" && verb == "enable":
 			if err := addon.Check(r.addon, r.args); err != nil {
 				return failf("see microk8s enable --help", "cannot enable %s: %w", r.addon.Name, err)
@@ -230,7 +230,7 @@ func (a *App) runHook(ctx context.Context, set *addon.Set, verb string, r reques
 	case errors.As(err, &exit) && exit.ExitCode() > 0:
 		return exitError(exit.ExitCode()) // it has said why
 	case errors.Is(err, fs.ErrPermission):
-		return failf("", "%s hook for %s addon needs execute permissions", verb, r.addon.Name)
+		return failf("set them with: sudo chmod +x "+r.addon.Hook(verb), "%s hook for %s addon needs execute permissions", verb, r.addon.Name)
 	}
 	return fmt.Errorf("its hook %s ended: %w", r.addon.Hook(verb), err)
 }

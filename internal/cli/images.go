@@ -106,7 +106,7 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case err != nil:
-		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
+		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n  make an archive with: docker save NAME:TAG -o app.tar; microk8s images import app.tar\n", file, err)
 		return exitError(ExitError)
 	}
 	defer done()
@@ -114,7 +114,7 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 		return failf(fmt.Sprintf("pack it first, if it is an OCI layout: tar -C %s -cf - . | microk8s images import", file), "cannot import %s: it is a directory, not an archive", file)
 	}
 	if err := checkArchive(path, stall); err != nil {
-		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n", file, err)
+		fmt.Fprintf(a.Err, "Error: failed to read %s: %v\n  make an archive with: docker save NAME:TAG -o app.tar; microk8s images import app.tar\n", file, err)
 		return exitError(ExitError)
 	}
 	cluster := fanout.Cluster{Env: a.Env}

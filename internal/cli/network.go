@@ -266,11 +266,11 @@ func findFlow(in netpolicy.Input, from, to, port string, protocol netpolicy.Prot
 	case err == nil && number > 0:
 		f.Port = uint16(number)
 	case dst.pod == nil:
-		return f, failf("", "%s is no port: only ports of pods have names", port)
+		return f, failf("name a number from 1 to 65535; see microk8s network --help", "%s is no port: only ports of pods have names", port)
 	default:
 		i := slices.IndexFunc(dst.pod.Ports, func(p netpolicy.NamedPort) bool { return p.Name == port && p.Protocol == protocol })
 		if i < 0 {
-			return f, failf("", "the pod %s has no %s port %s", dst.pod.Key(), protocol, port)
+			return f, failf("see its ports with: microk8s kubectl get pods -A -o custom-columns=NAME:.metadata.name,PORTS:.spec.containers[*].ports", "the pod %s has no %s port %s", dst.pod.Key(), protocol, port)
 		}
 		f.Port = dst.pod.Ports[i].Port
 	}

@@ -17,6 +17,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -142,4 +144,23 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if fmt.Sprint(code) != args[0] {
 		ts.Fatalf("%v: exit code %d, want %s", args[1:], code, args[0])
 	}
+	if text := ts.ReadFile("stderr"); code != 0 && ourErrors.MatchString(text) && talks(args[1:]) && !steps.MatchString(ourErrors.ReplaceAllString(text, "$1")) {
+		ts.Fatalf("%v: the message has no next step that can be pasted:\n%s", args[1:], text)
+	}
 }
+
+// ourErrors are messages in our own words; those in upstream's are what scripts know (cli.md 0.6).
+var ourErrors = regexp.MustCompile(`(?m)^microk8s: (.*)$`)
+
+// talks reports whether what a command prints are messages of ours to a person: not the log of a service,
+// the state of an addon, or what another program says.
+func talks(args []string) bool {
+	if filepath.Base(args[0]) != "microk8s" || len(args) < 2 {
+		return false
+	}
+	return !slices.Contains([]string{"daemon", "hook", "supervise", "ctr", "kubectl", "helm", "helm3"}, args[1]) &&
+		!slices.Contains(args, "-a") && !slices.Contains(args, "--addon")
+}
+
+// steps is what a person can type next: a command, or a page to read.
+var steps = regexp.MustCompile(`microk8s[. ][a-z-]+|\b(sudo|systemctl|sysctl|sh|rm|chmod|ip|snap|openssl) |docs/|--[a-z]|(?i)\bagain\b`)

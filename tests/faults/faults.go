@@ -42,7 +42,7 @@ const data = "/var/snap/microk8s/current"
 func cover(path, text string) (breaks, repairs string) {
 	copied := "/root/fault-" + strings.NewReplacer("/", "-").Replace(strings.Trim(path, "/"))
 	return fmt.Sprintf("printf '%s' >%s; mount --bind %s %s", strings.NewReplacer("\n", `\n`, "\t", `\t`, "%", "%%").Replace(text), copied, copied, path),
-		"umount " + path
+		"umount -l " + path
 }
 
 // covered is a fault that is a file of the kernel with other text.
@@ -138,9 +138,9 @@ var Catalogue = func() []Fault {
 			Why: "the node repairs it by itself within a second", Set: addresses("fe80::1/64")},
 
 		{Name: "/tmp full", ID: "disk.space", Says: "the file system of /tmp is nearly full", Do: "du -xh /tmp | sort -h | tail",
-			Break: "mount -t tmpfs -o size=1m fault /tmp", Repair: "umount /tmp", Set: disk("/tmp", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
+			Break: "mount -t tmpfs -o size=1m fault /tmp", Repair: "umount -l /tmp", Set: disk("/tmp", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
 		{Name: "/var/log full", ID: "disk.space", Says: "the file system of /var/log is nearly full", Do: "du -xh /var/log | sort -h | tail",
-			Break: "mkdir -p /var/log; mount -t tmpfs -o size=1m fault /var/log", Repair: "umount /var/log", Set: disk("/var/log", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
+			Break: "mkdir -p /var/log; mount -t tmpfs -o size=1m fault /var/log", Repair: "umount -l /var/log", Set: disk("/var/log", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
 		{Name: "few inodes", ID: "disk.inodes", Says: "has 5 of 1000 inodes left: no file can be made without one", Do: "du --inodes -x",
 			Why: "a lab host's disk has the inodes of the machine's", Set: disk("/common", unix.Statfs_t{Blocks: 1e9, Bsize: 4096, Bavail: 1e9, Files: 1000, Ffree: 5})},
 
