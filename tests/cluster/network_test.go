@@ -10,11 +10,14 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/internal/longtest"
 )
 
 // TestNetworks has two nodes on two networks, joined over the second: the first node changes to it. Then the
 // ways between them are closed and opened, the worker gets another address, and another pod subnet.
 func TestNetworks(t *testing.T) {
+	longtest.Only(t)
 	c := newCluster(t, "n1", "w1")
 	hosts := []string{"n1", "w1"}
 	step := steps(t)

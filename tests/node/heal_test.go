@@ -12,6 +12,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/internal/longtest"
 )
 
 // faults are what other programs and people do to a host's network. All that the product needs of it has to come back
@@ -37,6 +39,7 @@ var faults = []struct{ name, do string }{
 // TestHeal does each of them to a node, and asks every way there is to a pod after each. It belongs to the long run; a
 // sample is part of TestNode.
 func TestHeal(t *testing.T) {
+	longtest.Only(t)
 	n := newNode(t, "other")
 	n.run(t, "microk8s", "start")
 	n.connect(t)
