@@ -5,6 +5,8 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // MemberList is part of the Cluster service: one member, with the address of the caller. The
@@ -34,7 +36,12 @@ func (s *Server) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusRes
 	defer cancel()
 	alarms, err := s.opt.Backend.Alarm(ctx, &pb.AlarmRequest{})
 	if err != nil {
-		return nil, toGRPC(err)
+		// Clients learn from Status what this member is and can. That is known here, also when the
+		// leader is slow, or of a version without alarms.
+		if status.Code(toGRPC(err)) != codes.Unimplemented {
+			resp.Errors = append(resp.Errors, "etcdserver: the leader does not say which alarms stand: "+err.Error())
+		}
+		return resp, nil
 	}
 	for _, a := range alarms.Alarms {
 		resp.Errors = append(resp.Errors, a.String())
