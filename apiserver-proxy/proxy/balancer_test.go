@@ -486,6 +486,7 @@ func TestOtherMachines(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { conn.Close() })
+		_ = conn.SetDeadline(time.Now().Add(10 * time.Second)) // it may wait in the kernel's queue
 		_, err = conn.Write([]byte("x"))
 		if err == nil {
 			_, err = io.ReadFull(conn, make([]byte, 1))
