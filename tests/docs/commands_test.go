@@ -26,6 +26,7 @@ func output(t *testing.T, args ...string) string {
 func said(text string) (out [][]string) {
 	var spans []string
 	block := false
+	var prose strings.Builder
 	for line := range strings.Lines(text) {
 		line = strings.TrimRight(line, "\n")
 		if strings.HasPrefix(line, "```") {
@@ -36,8 +37,11 @@ func said(text string) (out [][]string) {
 			line, _, _ = strings.Cut(line, " # ")
 			spans = append(spans, line)
 		}
+		if !block {
+			prose.WriteString(line + " ")
+		}
 	}
-	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(strings.ReplaceAll(text, "\n", " "), -1) {
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(prose.String(), -1) {
 		spans = append(spans, m[1])
 	}
 	for _, span := range spans {

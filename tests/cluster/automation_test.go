@@ -1,0 +1,247 @@
+package cluster
+
+import (
+	"crypto/x509/pkix"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sigs.k8s.io/yaml"
+
+	"microk8s/internal/longtest"
+	"microk8s/internal/pki"
+	"microk8s/tests/lab"
+	"microk8s/tests/lab/labtest"
+	"microk8s/tests/snippet"
+)
+
+// TestAutomation runs the snippets of docs/automation.md: what cloud-init, Ansible, the Juju charm and
+// the Cluster API providers type, and what a pipeline does. The gate has the first machine of one of them.
+func TestAutomation(t *testing.T) {
+	list, err := snippet.Read("../../docs/automation.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := map[string]string{}
+	for _, s := range list {
+		page[s.Name] = s.Text
+	}
+	t.Run("Cluster API", func(t *testing.T) {
+		c := newAutomated(t, page, "n1")
+		c.issueCA(t, "n1")
+		c.shell(t, "n1", "capi first")
+		c.waitReady(t, "n1", "n1")
+		if out := c.status(t, "n1").out; !strings.Contains(out, ":2380\n") {
+			t.Errorf("the datastore's port is not the chosen one:\n%s", out)
+		}
+		if line := c.run(t, "n1", "microk8s", "add-node", "--format", "short"); !strings.Contains(line, ":2379/") {
+			t.Errorf("add-node prints %q", line)
+		}
+		if !longtest.Enabled() {
+			return
+		}
+		c.more(t, "w1")
+		c.shell(t, "w1", "capi worker")
+		c.waitReady(t, "n1", "w1")
+		c.run(t, "w1", "microk8s", "leave")
+		c.run(t, "n1", "microk8s", "remove-node", "w1")
+		c.more(t, "n2")
+		c.shell(t, "n2", "capi join")
+		c.waitReady(t, "n1", "n2")
+		if line := c.run(t, "n2", "microk8s", "add-node", "--format", "short"); !strings.Contains(line, ":2379/") {
+			t.Errorf("add-node prints %q", line)
+		}
+		c.run(t, "n1", "microk8s", "dbctl", "backup", "-o", "/root/backup")
+		c.run(t, "n2", "microk8s", "leave")
+		c.run(t, "n1", "microk8s", "remove-node", "n2")
+		if out := c.status(t, "n2").out; !strings.Contains(out, "127.0.0.1:2380") {
+			t.Errorf("the port is gone with the cluster:\n%s", out)
+		}
+		c.run(t, "n2", "microk8s", "join", c.ip(t, "n1")+":2379/mHOAhTAbnqhqykLKYxlzjPWEFHTWBehH")
+		c.waitReady(t, "n1", "n2")
+		if out := c.status(t, "n1").out; !strings.Contains(out, c.ip(t, "n1")+":2380") || strings.Contains(out, ":19001") {
+			t.Errorf("after a second join:\n%s", out)
+		}
+	})
+	if !longtest.Enabled() {
+		return
+	}
+	t.Run("cloud-init", func(t *testing.T) {
+		c := newAutomated(t, page, "n1", "n2")
+		c.cloudInit(t, "n1", "cloud-init first")
+		c.cloudInit(t, "n2", "cloud-init join")
+		c.waitReady(t, "n1", "n2")
+	})
+	t.Run("Ansible", func(t *testing.T) {
+		c := newAutomated(t, page, "n1", "w1")
+		hosts := map[string]string{"microk8s_first": "n1", "microk8s_workers": "w1"}
+		c.ansible(t, hosts)
+		c.waitReady(t, "n1", "w1")
+		c.ansible(t, hosts) // a second run changes nothing
+		eventually(t, time.Minute, func() error {
+			n, err := c.node(t, "n1", "n1")
+			if err != nil {
+				return err
+			}
+			if pods := n.Status.Capacity.Pods().String(); pods != "60" {
+				return fmt.Errorf("the node takes %s pods", pods)
+			}
+			return nil
+		})
+		c.shell(t, "n1", "gitops")
+	})
+	t.Run("Juju", func(t *testing.T) {
+		c := newAutomated(t, page, "n1", "n2")
+		c.shell(t, "n1", "juju first")
+		c.shell(t, "n2", "juju join")
+		c.waitReady(t, "n1", "n2")
+		if err := c.lab.Kill(t.Context(), "n2"); err != nil {
+			t.Fatal(err)
+		}
+		c.shell(t, "n1", "juju remove")
+		c.wantNodes(t, "n1", "n1")
+	})
+}
+
+// automated is a cluster that recipes set up.
+type automated struct {
+	*cluster
+	page map[string]string
+}
+
+func newAutomated(t *testing.T, page map[string]string, hosts ...string) *automated {
+	t.Helper()
+	c := &automated{newCluster(t, hosts...), page}
+	for _, h := range hosts {
+		c.prepare(t, h)
+	}
+	return c
+}
+
+// prepare gives a host the command snap of the lab.
+func (c *automated) prepare(t *testing.T, host string) {
+	t.Helper()
+	text, err := os.ReadFile("testdata/snap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(c.lab.Root(host), "root/bin/snap")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// more adds a host.
+func (c *automated) more(t *testing.T, host string) {
+	t.Helper()
+	labtest.Node(t, c.lab, host, lab.Options{DefaultRoute: true})
+	c.prepare(t, host)
+}
+
+// here puts the lab's addresses, and what a recipe leaves open, into a text of the page.
+func (c *automated) here(t *testing.T, text string) string {
+	t.Helper()
+	return strings.NewReplacer("10.0.0.11", c.ip(t, "n1"), "{{ first }}", c.ip(t, "n1"), "{{ microk8s_token }}", "5b0d6e2c94f14aa7b9c3d18e07a2f6c1").Replace(text)
+}
+
+// runLine runs one line, or more, in a host. As in cloud-init and over ssh there is no HOME.
+func (c *automated) runLine(t *testing.T, host, text string) {
+	t.Helper()
+	c.run(t, host, "env", "-u", "HOME", "PATH=/root/bin:/snap/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-exc", "cd /root; "+text)
+}
+
+// shell runs a snippet of shell; a line that fails ends it.
+func (c *automated) shell(t *testing.T, host, name string) {
+	t.Helper()
+	c.runLine(t, host, c.here(t, c.page[name]))
+}
+
+// put writes a file of a host, as cloud-init and Ansible do.
+func (c *automated) put(t *testing.T, host, path, content, mode string) {
+	t.Helper()
+	c.runIn(t, host, content, "sh", "-c", fmt.Sprintf("mkdir -p $(dirname %[1]s) && cat > %[1]s.new && chmod %[2]s %[1]s.new && mv %[1]s.new %[1]s", path, mode))
+}
+
+// cloudInit does what cloud-init does with user data: files, then commands.
+func (c *automated) cloudInit(t *testing.T, host, name string) {
+	t.Helper()
+	var data struct {
+		WriteFiles []struct{ Path, Permissions, Content string } `json:"write_files"`
+		RunCmd     []string                                      `json:"runcmd"`
+	}
+	text, found := strings.CutPrefix(c.here(t, c.page[name]), "#cloud-config\n")
+	if !found {
+		t.Fatal("cloud-init takes it for something else: the first line is not #cloud-config")
+	}
+	if err := yaml.UnmarshalStrict([]byte(text), &data); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range data.WriteFiles {
+		c.put(t, host, f.Path, f.Content, f.Permissions)
+	}
+	for _, line := range data.RunCmd {
+		c.runLine(t, host, line)
+	}
+}
+
+// ansible runs the plays of the page's playbook on the host of each group: the two modules that it
+// uses, and creates. Ansible itself is not among what a test needs.
+func (c *automated) ansible(t *testing.T, groups map[string]string) {
+	t.Helper()
+	var plays []struct {
+		Hosts  string
+		Become bool
+		Tasks  []struct {
+			Name        string
+			Command     string                                `json:"ansible.builtin.command"`
+			Copy        *struct{ Dest, Mode, Content string } `json:"ansible.builtin.copy"`
+			Args        struct{ Creates string }
+			ChangedWhen *bool `json:"changed_when"`
+			NoLog       bool  `json:"no_log"`
+		}
+	}
+	if err := yaml.UnmarshalStrict([]byte(c.page["ansible"]), &plays); err != nil {
+		t.Fatal(err)
+	}
+	for _, play := range plays {
+		host := groups[play.Hosts]
+		if host == "" || !play.Become {
+			t.Fatalf("the play of %q has no host, or is not root's", play.Hosts)
+		}
+		for _, task := range play.Tasks {
+			if path := task.Args.Creates; path != "" && c.try(t, host, "test", "-e", path).code == 0 {
+				continue
+			}
+			switch {
+			case task.Copy != nil:
+				c.put(t, host, task.Copy.Dest, task.Copy.Content, task.Copy.Mode)
+			case task.Command != "":
+				c.runLine(t, host, c.here(t, task.Command))
+			default:
+				t.Fatalf("task %q: no module that is known here", task.Name)
+			}
+		}
+	}
+}
+
+// issueCA makes the CA that Cluster API brings.
+func (c *automated) issueCA(t *testing.T, host string) {
+	t.Helper()
+	maker := pki.Maker{}
+	key, err := maker.Key(2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := maker.Issue(pki.Request{Subject: pkix.Name{CommonName: "kubernetes"}, Days: 3650, CA: true}, key.Public(), nil, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.put(t, host, "/var/tmp/ca.crt", string(pki.EncodeCert(der)), "0600")
+	c.put(t, host, "/var/tmp/ca.key", string(pki.EncodeKey(key)), "0600")
+}
