@@ -31,6 +31,7 @@ func TestNode(t *testing.T) {
 	step("version", n.testVersion)
 	step("status", n.testStatus)
 	step("rights", n.testRights)
+	step("pod security", n.testPodSecurity)
 	step("deployment", n.deployWeb)
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
@@ -42,6 +43,7 @@ func TestNode(t *testing.T) {
 	step("status while the API server is down", n.testStatusAPIDown)
 	step("inspect", n.testInspect)
 	step("faults", n.testFaults)
+	step("frozen daemons", n.testFrozen)
 	step("security", n.testSecurity)
 	step("reset", n.testReset)
 	step("remove leaves nothing on the host", func(t *testing.T) {
