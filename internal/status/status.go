@@ -250,6 +250,9 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	answer.started, answer.local = startedAt(r.Services, p.Now()), config.NodeName
 	if running(service.Kubelite) || r.Services == nil {
 		r.apiProblems(answer)
+		if answer.err == nil {
+			r.weakProblems(answer, p.Now())
+		}
 		r.Differences = answer.differences
 		r.argumentProblems()
 		r.portProblem(answer.agentPorts)

@@ -1,6 +1,7 @@
 package status
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -435,5 +436,28 @@ func TestNamesOfChecks(t *testing.T) {
 	}
 	if count < 40 {
 		t.Errorf("%d problems were found in the sources", count)
+	}
+}
+
+// TestPodsOfAddons holds which workloads that lack pods are problems, in a report.
+func TestPodsOfAddons(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, tc := range []struct {
+		name string
+		w    workload
+		want string
+	}{
+		{"its pod crashes", workload{why: "pod coredns-1: CrashLoopBackOff: it ends", since: now}, "addon dns: deployment/coredns has 0 of 1 pods, pod coredns-1: CrashLoopBackOff: it ends"},
+		{"it has just been made", workload{since: now.Add(-time.Second)}, ""},
+		{"it takes long", workload{since: now.Add(-time.Hour)}, "its pods do not get ready"},
+		{"a node is down", workload{kind: "daemonset", since: now.Add(-time.Hour)}, ""},
+	} {
+		w := tc.w
+		w.addon, w.name, w.want, w.kind = "dns", "coredns", 1, cmp.Or(w.kind, "deployment")
+		r := Report{}
+		r.weakProblems(apiState{weak: []workload{w}}, now)
+		if text := fmt.Sprint(r.Problems); (len(r.Problems) == 0) != (tc.want == "") || !strings.Contains(text, tc.want) {
+			t.Errorf("%s: %s, want %q", tc.name, text, tc.want)
+		}
 	}
 }

@@ -178,6 +178,8 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.URL.Path == "/readyz":
 		fmt.Fprint(w, "ok")
+	case strings.HasPrefix(r.URL.Path, "/apis/apps/v1/"): // no workloads
+		fmt.Fprint(w, `{"kind":"List","apiVersion":"v1","items":[]}`)
 	case r.URL.Path == "/api/v1/namespaces/default/services/kubernetes":
 		fmt.Fprint(w, `{"kind":"Service","metadata":{"name":"kubernetes"}}`)
 	case r.URL.Path == "/api/v1/namespaces/kube-system/configmaps": // dns is on
