@@ -254,8 +254,8 @@ const (
 	importShow = 2 * time.Second
 )
 
-// copyInput copies standard input to a file; room says from time to time whether as many bytes as
-// have come fit once more. The read that stands still when it gives up ends with the process.
+// copyInput copies standard input to a file; room reports from time to time whether as many bytes as
+// have come fit once more. A read that still waits when copyInput returns ends with the process.
 func (a *App) copyInput(ctx context.Context, f io.Writer, stall time.Duration, room func(size int64) error) error {
 	type part struct {
 		data []byte
@@ -265,6 +265,7 @@ func (a *App) copyInput(ctx context.Context, f io.Writer, stall time.Duration, r
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	free <- make([]byte, 256<<10)
+	in := a.In
 	go func() {
 		for {
 			var buffer []byte
@@ -273,7 +274,7 @@ func (a *App) copyInput(ctx context.Context, f io.Writer, stall time.Duration, r
 			case <-ctx.Done():
 				return
 			}
-			n, err := a.In.Read(buffer)
+			n, err := in.Read(buffer)
 			select {
 			case parts <- part{buffer[:n], err}:
 			case <-ctx.Done():
