@@ -22,6 +22,7 @@ import (
 	"microk8s/cluster-agent/node"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/certs"
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
@@ -48,7 +49,9 @@ type Applier struct {
 	Services Restarter
 	// Run runs a program of the product with stdin, which may be nil.
 	Run func(ctx context.Context, stdin io.Reader, argv ...string) error
-	Log *slog.Logger
+	// Join runs a command that outlives this process; the real one is [service.Detach].
+	Join func(ctx context.Context, stdin string, args ...string) error
+	Log  *slog.Logger
 	// PreInit is for a node that has not been started yet: files, names and tokens only;
 	// nothing is restarted, switched or joined. What is left is done by a later run without it.
 	PreInit bool
@@ -81,6 +84,7 @@ type step struct {
 type state struct {
 	Done     []string `json:"done"`
 	Restarts []string `json:"restarts,omitempty"` // still to be made
+	Joining  []string `json:"joining,omitempty"`  // steps that have begun a join
 	path     string
 }
 
@@ -137,6 +141,11 @@ func (a *Applier) Apply(ctx context.Context, data []byte) error {
 	}
 	if a.Run == nil {
 		a.Run = node.Runner(a.Env)
+	}
+	if a.Join == nil {
+		a.Join = func(ctx context.Context, stdin string, args ...string) error {
+			return service.Detach(ctx, a.Env, stdin, args...)
+		}
 	}
 	docs, warnings, err := Parse(data)
 	for _, w := range warnings {
@@ -204,13 +213,8 @@ func (a *Applier) steps(docs []Document, st *state) (out []step) {
 		if d.Join == nil {
 			continue
 		}
-		out = append(out, step{fmt.Sprintf("document %d: join", i+1), true, func(ctx context.Context) error {
-			argv := []string{microk8s, "join", "-"} // the token goes through standard input
-			if d.Join.Worker {
-				argv = append(argv, "--worker")
-			}
-			return a.Run(ctx, strings.NewReader(string(d.Join.URL)+"\n"), argv...)
-		}})
+		name := fmt.Sprintf("document %d: join", i+1)
+		out = append(out, step{name, true, func(ctx context.Context) error { return a.join(ctx, name, d, st) }})
 	}
 	for i, d := range docs {
 		for _, r := range d.AddonRepositories {
@@ -238,6 +242,28 @@ func (a *Applier) steps(docs []Document, st *state) (out []step) {
 	}
 	// The agent may be who applies this, and ends with it: so it is last.
 	return append(out, step{"restart of the cluster agent", true, func(ctx context.Context) error { return a.restart(ctx, st, true) }})
+}
+
+// join makes the node one of a cluster. A join stops this agent and starts it again, so the next
+// run finds one that was begun. Run again it is resumed where it was interrupted, refused while
+// it runs, and not needed once it is done.
+func (a *Applier) join(ctx context.Context, name string, d Document, st *state) error {
+	s := nodeconfig.ReadState(a.Env)
+	member, begun := (s.Worker || s.Clustered) && !s.Changing, slices.Contains(st.Joining, name)
+	if member && begun {
+		return nil
+	}
+	if !member && !begun { // a member of another cluster is refused by the join
+		st.Joining = append(st.Joining, name)
+		if err := st.save(); err != nil {
+			return err
+		}
+	}
+	args := []string{"join", "-"} // the token goes through standard input
+	if d.Join.Worker {
+		args = append(args, "--worker")
+	}
+	return a.Join(ctx, string(d.Join.URL)+"\n", args...)
 }
 
 // write replaces a file of the node, and makes its folder.

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -57,6 +58,9 @@ func newHost(t *testing.T) *host {
 		}
 		h.ran = append(h.ran, line)
 		return nil
+	}
+	h.Join = func(ctx context.Context, stdin string, args ...string) error {
+		return h.Run(ctx, strings.NewReader(stdin), append([]string{"microk8s"}, args...)...)
 	}
 	return h
 }
@@ -179,6 +183,43 @@ extraCNIEnv: {IPv4_SUPPORT: true, IPv4_CLUSTER_CIDR: 10.2.0.0/16}
 			}
 		}
 	}
+}
+
+// A join stops the agent that began it. The next one finds it done, to be gone on with, or
+// refused because the node was a member of another cluster before.
+func TestJoinEndsTheAgent(t *testing.T) {
+	text := []byte("version: 0.1.0\njoin: {url: 10.0.0.1:25000/0123456789abcdef0123456789abcdef/0123456789ab}\naddons: [{name: dns}]\n")
+	h := newHost(t)
+	var begun int
+	answer := context.Canceled
+	h.Join = func(context.Context, string, ...string) error { begun++; return answer }
+	apply := func(what string, wantBegun int, want error) {
+		t.Helper()
+		if err := h.Apply(t.Context(), text); !errors.Is(err, want) || begun != wantBegun {
+			t.Errorf("%s: %v, begun %d times", what, err, begun)
+		}
+	}
+	apply("the agent is stopped", 1, context.Canceled)
+	if err := nodeconfig.Lock(h.Env, snapenv.LockNoReissue, snapenv.LockJoining); err != nil {
+		t.Fatal(err)
+	}
+	apply("the join still runs", 2, context.Canceled)
+	if err := nodeconfig.Unlock(h.Env, snapenv.LockJoining); err != nil {
+		t.Fatal(err)
+	}
+	apply("the join is done", 2, nil)
+	if !slices.Equal(h.ran, []string{"microk8s enable dns"}) {
+		t.Errorf("ran %q", h.ran)
+	}
+
+	h = newHost(t)
+	if err := nodeconfig.Lock(h.Env, snapenv.LockNoReissue); err != nil {
+		t.Fatal(err)
+	}
+	begun, answer = 0, errors.New("this node already belongs to a cluster")
+	h.Join = func(context.Context, string, ...string) error { begun++; return answer }
+	apply("a member of another cluster", 1, answer)
+	apply("and it stays one", 2, answer)
 }
 
 // TestInvalid wants everything that is wrong to be said at once, and nothing done.

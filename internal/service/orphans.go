@@ -132,9 +132,10 @@ func (s *Supervisor) endContainers() error {
 	return nil
 }
 
-// remains lists the processes that belong to us and still run.
+// remains lists the processes that belong to us and still run, except what [Detach] runs.
 func (s *Supervisor) remains() []int {
 	all := processes()
+	delete(all, spared(s.Env))
 	ours := map[int]bool{os.Getpid(): true}
 	for pid := range all {
 		if s.isShim(pid) {

@@ -38,6 +38,13 @@ func TestMain(m *testing.M) {
 			err := syscall.Exec("/bin/sh", []string{"sh", script}, os.Environ())
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
+		case "detach": // a service that runs what stops it
+			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+			defer stop()
+			env := snapenv.FromEnviron(os.Getenv)
+			err := detach(ctx, env, "the token\n", []string{"/bin/sh", filepath.Join(env.Snap, "detached")})
+			fmt.Println(err)
+			os.Exit(0)
 		}
 	}
 	os.Exit(m.Run())
@@ -383,6 +390,38 @@ func TestContainersSurviveContainerdOnly(t *testing.T) {
 	}
 	if alive(pid) {
 		t.Error("a container survived the stop of everything")
+	}
+}
+
+// A join that the agent begins stops the agent, and everything else, and goes on.
+func TestDetached(t *testing.T) {
+	h := newHarness(t, map[string]string{ClusterAgent: `exec $SNAP/bin/microk8s detach`})
+	script := `read line; sleep 1000 & echo "$! $line supervisor:$MICROK8S_SUPERVISOR" > $SNAP_COMMON/new
+mv $SNAP_COMMON/new $SNAP_COMMON/begun; wait; echo refused; exit 3`
+	if err := os.WriteFile(h.env.Snap+"/detached", []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	h.eventually("the command", func() bool { return h.readFile(h.env.Common+"/begun") != "" })
+	text := h.readFile(h.env.Common + "/begun")
+	child, rest, _ := strings.Cut(strings.TrimSpace(text), " ")
+	pid, err := strconv.Atoi(child)
+	if err != nil || rest != "the token supervisor:" {
+		t.Fatalf("the command read and has %q (%v)", text, err)
+	}
+	if err := h.client.Stop(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if !alive(pid) {
+		t.Error("the command ended with the service that began it")
+	}
+	_ = unix.Kill(pid, unix.SIGTERM)
+	h.eventually("the command has ended", func() bool { return spared(h.env) == 0 })
+
+	// The caller that lives until the end learns how it ended.
+	err = detach(t.Context(), h.env, "", []string{"/bin/sh", "-c", "echo no such token; exit 3"})
+	if err == nil || err.Error() != "exit status 3: no such token" {
+		t.Errorf("a command that fails: %v", err)
 	}
 }
 

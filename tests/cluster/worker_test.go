@@ -29,10 +29,22 @@ func TestWorker(t *testing.T) {
 	step("somebody in the middle", func(t *testing.T) { c.testMiddle(t, "n1", "w1") })
 	step("interrupted and taken back", func(t *testing.T) { c.testInterrupted(t, "join-worker", "n1", "w1", "--worker") })
 	step("join", func(t *testing.T) {
-		// As the Juju charm and the Cluster API provider do it: one token for all, and no fingerprint.
+		// As launch configurations do it, which are one text for all machines: a token that was chosen
+		// before, and no fingerprint. The agent begins the join, which stops the agent.
 		const token = "3fa90b71c2d84e65a7f018d9b36c52e4"
 		c.run(t, "n1", "microk8s", "add-node", "--token", token, "--token-ttl", "7200")
-		c.run(t, "w1", "microk8s", "join", c.ip(t, "n1")+":"+c.port+"/"+token, "--worker")
+		file := c.lab.Root("w1") + "/var/snap/microk8s/common/etc/launcher/join.yaml"
+		text := fmt.Sprintf("version: 0.2.0\njoin: {url: %q, worker: true}\n", c.ip(t, "n1")+":"+c.port+"/"+token)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 4*time.Minute, func() error {
+			if _, err := os.Stat(file + ".applied"); err != nil {
+				why, _ := os.ReadFile(file + ".error")
+				return fmt.Errorf("%w: %s", err, why)
+			}
+			return nil
+		})
 		c.waitReady(t, "n1", "w1")
 		n, err := c.node(t, "n1", "w1")
 		if err != nil {
