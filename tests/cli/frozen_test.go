@@ -45,7 +45,7 @@ type frozenRow struct {
 }
 
 const (
-	silentAPI        = `API server.* did not answer within|did not answer within .*API server`
+	silentAPI        = `API server.* (did not answer within|does not answer in time)|did not answer within .*API server`
 	silentSupervisor = `the supervisor of the services \(pid \d+\) did not answer within .*microk8s logs supervisor`
 	silentContainerd = `containerd did not answer within .*microk8s logs containerd`
 )
