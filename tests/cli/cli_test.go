@@ -52,6 +52,7 @@ func run(m *testing.M) int {
 }
 
 func TestScripts(t *testing.T) {
+	t.Parallel()
 	root, err := os.MkdirTemp("", "cli") // short: unix sockets below it
 	if err != nil {
 		t.Fatal(err)

@@ -124,6 +124,7 @@ var frozenRows = []frozenRow{
 
 // TestFrozen runs every command with all of its far side frozen: it ends, and says who did not answer.
 func TestFrozen(t *testing.T) {
+	t.Parallel() // it waits
 	leaves := map[string]bool{}
 	var walk func(*cobra.Command, string)
 	walk = func(c *cobra.Command, path string) {
