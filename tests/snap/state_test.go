@@ -144,7 +144,7 @@ func onlyOurs(t *testing.T, before, after state) {
 			if kind == "nft" && !strings.HasPrefix(l, "table ") || slices.Contains(before[kind], l) {
 				continue
 			}
-			if kind == "nft" && regexp.MustCompile(`^table (ip|ip6|inet) (kube-proxy|microk8s-pods)\b`).MatchString(l) {
+			if kind == "nft" && regexp.MustCompile(`^table (ip|ip6|inet) (kube-proxy|microk8s-pods|microk8s-policy)\b`).MatchString(l) {
 				continue
 			}
 			if ours[kind] == nil || !ours[kind].MatchString(l) {
