@@ -219,7 +219,7 @@ func (s *Store) backup() (earlier string, err error) {
 	return earlier, os.Rename(staging, s.BackupDir())
 }
 
-// keep gives the last backup the name that it has from now on, and removes the oldest ones.
+// keep moves the last backup to a name of its own, and removes the oldest ones.
 func (s *Store) keep(made time.Time) (string, error) {
 	prefix := s.BackupDir() + "-"
 	to := prefix + made.UTC().Format("2006-01-02-15-04-05")

@@ -204,7 +204,7 @@ type planted struct {
 }
 
 // TestNoFormOfASecretGetsOut plants secrets in every place, with names and shapes that are drawn
-// anew for each run, and looks for them in the report. What people need is still there.
+// again for each run, and looks for them in the report. What people need is still there.
 func TestNoFormOfASecretGetsOut(t *testing.T) {
 	r := seeded(t)
 	env := snapenv.Under(t.TempDir())

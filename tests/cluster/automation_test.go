@@ -121,7 +121,7 @@ func newAutomated(t *testing.T, page map[string]string, hosts ...string) *automa
 	return c
 }
 
-// prepare gives a host the command snap of the lab.
+// prepare puts the command snap of the lab on a host.
 func (c *automated) prepare(t *testing.T, host string) {
 	t.Helper()
 	text, err := os.ReadFile("testdata/snap")

@@ -333,7 +333,7 @@ func (c *cluster) testFault(t *testing.T, hosts []string, victim, what string, b
 	}
 }
 
-// throughProxy gives the administrator of one node a way through the proxy of a worker.
+// throughProxy makes the administrator of one node a way through the proxy of a worker.
 func (c *cluster) throughProxy(t *testing.T, admin, worker string) *kubernetes.Clientset {
 	t.Helper()
 	data, err := os.ReadFile(c.path(admin, "credentials/client.config"))

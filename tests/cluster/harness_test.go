@@ -297,7 +297,7 @@ func (c *cluster) httpGet(host, url string) (string, error) {
 	client := &http.Client{
 		Timeout: 5 * time.Second,
 		Transport: &http.Transport{
-			DisableKeepAlives: true, // each request is balanced anew
+			DisableKeepAlives: true, // each request is balanced again
 			DialContext:       c.dialer(host),
 		},
 	}

@@ -164,7 +164,7 @@ func (c *cluster) testWorkerFault(t *testing.T, controlPlane []string, what stri
 	c.wantWrites(t, controlPlane[1])
 }
 
-// testRenewal gives a node certificates that end in a few hours, and wants it to replace and use
+// testRenewal puts certificates on a node that end in a few hours, and wants it to replace and use
 // new ones.
 func (c *cluster) testRenewal(t *testing.T, ca, host string) {
 	ours := pki.Maker{Now: func() time.Time { return time.Now().Add(-20 * time.Hour) }}

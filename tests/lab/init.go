@@ -290,7 +290,7 @@ func bindReadOnly(source, target string) error {
 	return nil
 }
 
-// mountCgroups mounts the machine's hierarchies anew; the cgroup namespace makes the host's own
+// mountCgroups mounts the machine's hierarchies again; the cgroup namespace makes the host's own
 // cgroup their root.
 func mountCgroups(dir string, cfg initConfig) error {
 	for _, y := range cfg.Cgroups {

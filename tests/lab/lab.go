@@ -107,7 +107,7 @@ func (l *Lab) Instance() string { return l.instance }
 
 // Options of a new host; they are ignored for one that exists.
 type Options struct {
-	// DefaultRoute gives the host a default route on its only link. Nobody answers there, so
+	// DefaultRoute adds a default route to the host on its only link. Nobody answers there, so
 	// the host still has no way out, but connections to addresses that netfilter translates
 	// (cluster IPs) find a route, as on a machine with a network connection.
 	DefaultRoute bool

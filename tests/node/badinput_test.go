@@ -562,7 +562,7 @@ func (n *node) killAt(t *testing.T, line string, args ...string) {
 	}
 }
 
-// keep gives a function that puts a file back as it is now.
+// keep returns a function that puts a file back as it is now.
 func (n *node) keep(t *testing.T, path string) (undo func()) {
 	t.Helper()
 	st, err := os.Stat(path)

@@ -149,7 +149,7 @@ func (n *node) httpGet(t *testing.T, host, url string) (string, error) {
 	client := &http.Client{
 		Timeout: 5 * time.Second,
 		Transport: &http.Transport{
-			DisableKeepAlives: true, // each request is balanced anew
+			DisableKeepAlives: true, // each request is balanced again
 			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 				return n.lab.Dial(ctx, host, network, address)
 			},

@@ -208,7 +208,7 @@ func TestBoundedTime(t *testing.T) {
 	}
 }
 
-// TestRemadeObject has an object that something makes anew each time.
+// TestRemadeObject has an object that something makes again each time.
 func TestRemadeObject(t *testing.T) {
 	phoenix := object("configmaps", "kube-system", "phoenix")
 	phoenix.SetUID("0")

@@ -218,7 +218,7 @@ func Open(dir string) (*Set, error) {
 	return s, nil
 }
 
-// Pair gives the pair of a number.
+// Pair returns the pair of a number.
 func (s *Set) Pair(n int) (Pair, error) {
 	p, err := readPair(s.dir, n)
 	p.TTL = s.Manifest.Leases[n]

@@ -235,7 +235,7 @@ func (c *testCluster) waitRoles(voters int) {
 	})
 }
 
-// leader gives the member that leads.
+// leader returns the member that leads.
 func (c *testCluster) leader() *testMember {
 	c.t.Helper()
 	var found *testMember
@@ -387,7 +387,7 @@ func TestFrozenLeaderAnswersNothingOld(t *testing.T) {
 	}
 }
 
-// roleOf gives what a member says of itself.
+// roleOf returns what a member says of itself.
 func (m *testMember) roleOf(t *testing.T) (role storedir.Role, ok bool) {
 	for _, p := range m.list(t) {
 		if p.Self {

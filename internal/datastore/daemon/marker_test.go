@@ -57,7 +57,7 @@ func TestOldCopyIsRefused(t *testing.T) {
 	p = startConfig(t, cfg())
 	write(p, 1)
 	p.stop()
-	// A directory that begins anew, as after leaving a cluster, is no old copy.
+	// A directory that starts over, as after leaving a cluster, is no old copy.
 	files, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)

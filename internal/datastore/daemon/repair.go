@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// newReseed makes the command that gets a member's data anew from the others.
+// newReseed makes the command that fetches a member's data from the others again.
 func newReseed() *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{

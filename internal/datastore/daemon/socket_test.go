@@ -50,7 +50,7 @@ func TestOwnSocketAnswersNobodyElse(t *testing.T) { // not beside others: their 
 	}
 }
 
-// ownSockets gives the abstract sockets of dqlite on which this process listens.
+// ownSockets returns the abstract sockets of dqlite on which this process listens.
 func ownSockets(t *testing.T) (names []string) {
 	t.Helper()
 	list, err := os.ReadFile("/proc/net/unix")

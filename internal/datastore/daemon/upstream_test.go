@@ -80,7 +80,7 @@ func (u *upstreamDB) exec(sql string, args ...any) {
 	}
 }
 
-// list gives the rows of a query, columns joined by "|".
+// list returns the rows of a query, columns joined by "|".
 func (u *upstreamDB) list(sql string) (out []string) {
 	u.t.Helper()
 	rows, err := u.conn.QueryContext(testContext(u.t), sql, nil)

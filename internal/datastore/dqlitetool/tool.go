@@ -44,7 +44,7 @@ type options struct {
 	dial        client.DialFunc
 }
 
-// NewCommand gives the program.
+// NewCommand returns the program.
 func NewCommand(reconfigure Reconfigure) *cobra.Command {
 	o := &options{reconfigure: reconfigure}
 	cmd := &cobra.Command{

@@ -27,7 +27,7 @@ type job struct {
 	done  chan struct{}
 }
 
-// do gives a job to the writer and waits for its answer. When ctx ends first, the job may
+// do hands a job to the writer and waits for its answer. When ctx ends first, the job may
 // still be done.
 func (e *Engine) do(ctx context.Context, j *job) error {
 	t := e.term.Load()
@@ -74,7 +74,7 @@ func (e *Engine) do(ctx context.Context, j *job) error {
 	}
 }
 
-// settle gives the answer of a job that is done. One that has written nothing is a read of the
+// settle returns the answer of a job that is done. One that has written nothing is a read of the
 // state: a member that was frozen while another began to lead, and does not know it yet, would
 // answer from the past. So it counts only if this member leads after it, and has led since.
 func (e *Engine) settle(ctx context.Context, t *term, j *job) error {

@@ -101,7 +101,7 @@ type Stats struct {
 	GroupSeconds                  atomic.Int64 // nanoseconds spent in appends
 }
 
-// Stats gives the counters.
+// Stats returns the counters.
 func (e *Engine) Stats() *Stats { return &e.stats }
 
 // New makes an engine without data, which neither leads nor follows.
@@ -132,14 +132,14 @@ func New(opt Options) *Engine {
 	return e
 }
 
-// Loaded says whether there is data.
+// Loaded reports whether there is data.
 func (e *Engine) Loaded() bool {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	return e.st != nil
 }
 
-// Leads says whether the engine leads and takes writes.
+// Leads reports whether the engine leads and takes writes.
 func (e *Engine) Leads() bool { return e.term.Load() != nil }
 
 // Load replaces all data by a newer state, which the engine owns from then on. Watches that
@@ -297,7 +297,7 @@ func (e *Engine) Revoke(ctx context.Context, id int64) error {
 	}})
 }
 
-// Renew starts the countdown of a lease anew.
+// Renew restarts the countdown of a lease.
 func (e *Engine) Renew(id int64) (state.Lease, error) {
 	if !e.Leads() {
 		return state.Lease{}, ErrNotLeading

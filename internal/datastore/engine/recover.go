@@ -11,7 +11,7 @@ import (
 	"microk8s/internal/datastore/state"
 )
 
-// takeOver brings the state to what the log holds, and starts the leases anew.
+// takeOver brings the state to what the log holds, and restarts the leases.
 func (t *term) takeOver(ctx context.Context) error {
 	if t.Loaded() {
 		_, err := t.readTail(ctx)
@@ -146,7 +146,7 @@ func (t *term) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 			return found, nil
 		}
 		if errors.Is(err, errGap) {
-			// Others have led for a long time. Leadership that begins anew reads everything.
+			// Others have led for a long time. Leadership that begins again reads everything.
 			return nil, ErrUnknown
 		}
 		t.opt.Logger.Error("cannot read the end of the log, trying again", "err", err)

@@ -145,7 +145,7 @@ var tables = []string{
 	"CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
 }
 
-// names gives the types of the tables and views by name.
+// names returns the types of the tables and views by name.
 func (l *Dqlite) names(ctx context.Context) (map[string]string, error) {
 	names := map[string]string{}
 	err := l.query(ctx, "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')", nil, func(v []driver.Value) error {

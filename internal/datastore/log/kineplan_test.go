@@ -60,7 +60,7 @@ func (u *upstream) compact(rev int64, remember bool) {
 	}
 }
 
-// load gives the state that the log would have after the migration.
+// load returns the state that the log would have after the migration.
 func (u *upstream) load() (*kinePlan, *state.State, error) {
 	p := newKinePlan(u.compacted)
 	for _, r := range u.rows {

@@ -47,7 +47,7 @@ func LastID(rev int64) int64 { return rev<<subBits | (1<<subBits - 1) }
 // LeaseRow is the row of a lease.
 func LeaseRow(id, ttl int64) Row { return Row{ID: -id, Lease: ttl} }
 
-// LeaseOf gives the lease of a row; ok is false when the row is a version.
+// LeaseOf returns the lease of a row; ok is false when the row is a version.
 func (r Row) LeaseOf() (id, ttl int64, ok bool) { return -r.ID, r.Lease, r.ID < 0 }
 
 // VersionOf is the version of a row.
@@ -81,7 +81,7 @@ type Log interface {
 	Load(ctx context.Context, after int64, fn func(Row) error) (compacted int64, err error)
 	// IDs calls fn for the id of every version up to an id, by rising id.
 	IDs(ctx context.Context, upTo int64, fn func(int64) error) error
-	// Leases gives the lease rows.
+	// Leases returns the lease rows.
 	Leases(ctx context.Context) ([]Row, error)
 	// SetCompacted remembers the revision of a compaction.
 	SetCompacted(ctx context.Context, rev int64) error
@@ -96,7 +96,7 @@ type Log interface {
 	// Check is nil when the node has led without a break since the last Reopen, until now. It
 	// may be called from any goroutine.
 	Check() error
-	// Reopen begins a new connection, on the own node and only if it leads.
+	// Reopen begins a new connection, on the local node and only if it leads.
 	Reopen(ctx context.Context) error
 	Close() error
 }

@@ -5,7 +5,7 @@ import "errors"
 // ErrDeposed says that the leadership has ended in which the log was opened.
 var ErrDeposed = errors.New("the leadership in which the database was opened has ended")
 
-// Leading gives the own node's term, as of now, and whether it leads in it. It must not
+// Leading returns the local node's term, as of now, and whether it leads in it. It must not
 // wait for the node, and may be called from any goroutine.
 type Leading func() (term uint64, leads bool)
 

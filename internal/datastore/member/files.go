@@ -113,7 +113,7 @@ func (d directory) write(name, content string) error {
 }
 
 // prepare reads the files that say who this node is, carries out init.yaml and update.yaml,
-// and gives the node. reconfigure rewrites Raft's membership to the node alone.
+// and returns the node. reconfigure rewrites Raft's membership to the node alone.
 func (d directory) prepare(reconfigure func(storedir.Member) error) (storedir.Member, error) {
 	ini, hasInit, err := read(d, storedir.InitFile, storedir.ParseInit)
 	if err != nil {
@@ -235,7 +235,7 @@ func newID() uint64 {
 
 type identityFile struct{ name, content string }
 
-// identity gives the files of a single member, or of one that joins the members with these
+// identity returns the files of a single member, or of one that joins the members with these
 // addresses, in the order in which they are written.
 func (d directory) identity(n storedir.Member, cluster []string) []identityFile {
 	self := string(storedir.EncodeSelf(n))

@@ -31,7 +31,7 @@ type marker struct {
 
 var snapshotName = regexp.MustCompile(`^snapshot-\d+-(\d+)-\d+$`)
 
-// lastIndex gives the index of the newest snapshot, and of the last entry in a closed segment
+// lastIndex returns the index of the newest snapshot, and of the last entry in a closed segment
 // or snapshot.
 func lastIndex(dir string) (snapshot, last uint64, err error) {
 	entries, err := os.ReadDir(dir)
@@ -61,7 +61,7 @@ type markers struct {
 	log       *slog.Logger
 }
 
-// forget is for a directory that begins anew, or is rewritten on purpose.
+// forget is for a directory that starts over, or is rewritten on purpose.
 func (m markers) forget() error {
 	if m.file == "" {
 		return nil

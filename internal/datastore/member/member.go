@@ -55,7 +55,7 @@ type Options struct {
 	TLSSessionCache int    // entries; 0 means none
 	DisableTLS      bool   // between members; only for tests of clusters on a trusted wire
 
-	// FromOwn makes connections to other members come from the own address, so that tests on
+	// FromOwn makes connections to other members come from the local address, so that tests on
 	// one machine can cut members off from each other.
 	FromOwn bool
 
@@ -240,13 +240,13 @@ func (d directory) tuning() (Tuning, []string, error) {
 // Node returns this member's ID, address and role at its start.
 func (m *Member) Node() storedir.Member { return m.node }
 
-// DialOwn connects to the own node. Only this process can.
+// DialOwn connects to the local node. Only this process can.
 func (m *Member) DialOwn(ctx context.Context) (net.Conn, error) {
 	var d net.Dialer
 	return d.DialContext(ctx, "unix", m.socket)
 }
 
-// Client connects to the own node with dqlite's administrative protocol.
+// Client connects to the local node with dqlite's administrative protocol.
 func (m *Member) Client(ctx context.Context) (*client.Client, error) {
 	return client.New(ctx, m.node.Address, client.WithLogFunc(m.logf),
 		client.WithDialFunc(func(ctx context.Context, _ string) (net.Conn, error) {
@@ -258,7 +258,7 @@ func (m *Member) Client(ctx context.Context) (*client.Client, error) {
 		}))
 }
 
-// OpenLog opens the log on the own node. It waits until the node leads, and says every ten
+// OpenLog opens the log on the local node. It waits until the node leads, and says every ten
 // seconds what it waits for. An error other than ctx's will not go away by waiting.
 func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 	const pause, report = 50 * time.Millisecond, 10 * time.Second
@@ -429,7 +429,7 @@ func (m *Member) Close() error {
 	return nil
 }
 
-// Free gives the free space of the file system of the storage directory, in bytes.
+// Free returns the free space of the file system of the storage directory, in bytes.
 func (m *Member) Free() (uint64, error) {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(m.opt.Dir, &fs); err != nil {
@@ -438,5 +438,5 @@ func (m *Member) Free() (uint64, error) {
 	return fs.Bavail * uint64(fs.Bsize), nil
 }
 
-// Versions gives the versions of the C libraries, "sqlite", "dqlite" and "libuv", for display.
+// Versions returns the versions of the C libraries, "sqlite", "dqlite" and "libuv", for display.
 func Versions() []string { return strings.Fields(libraryVersions()) }

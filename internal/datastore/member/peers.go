@@ -19,7 +19,7 @@ import (
 // FailureDomain is what the file of this name said at the start.
 func (m *Member) FailureDomain() uint64 { return m.domain }
 
-// Change asks the own node, which must lead, for a change of membership, role or leadership.
+// Change asks the local node, which must lead, for a change of membership, role or leadership.
 func (m *Member) Change(ctx context.Context, fn func(*client.Client) error) error {
 	c, err := m.Client(ctx)
 	if err != nil {
@@ -29,7 +29,7 @@ func (m *Member) Change(ctx context.Context, fn func(*client.Client) error) erro
 	return fn(c)
 }
 
-// Weight asks the own node for its weight.
+// Weight asks the local node for its weight.
 func (m *Member) Weight(ctx context.Context) (weight uint64, err error) {
 	err = m.listing.do(ctx, func(c *client.Client) error {
 		d, err := c.Describe(ctx)
@@ -41,8 +41,8 @@ func (m *Member) Weight(ctx context.Context) (weight uint64, err error) {
 	return weight, err
 }
 
-// ownClient is a connection to the own node for one question at a time. After an error it is
-// made anew: answers must not be taken for those of other questions.
+// ownClient is a connection to the local node for one question at a time. After an error it is
+// made again: answers must not be taken for those of other questions.
 type ownClient struct {
 	m  *Member
 	mu sync.Mutex
@@ -185,10 +185,10 @@ func peek(conn net.Conn) (net.Conn, bool) {
 	return &peeked{Conn: conn, first: first[:n]}, bytes.Equal(first, []byte("PRI"))
 }
 
-// Joining says whether this node has still to be added to the cluster.
+// Joining reports whether this node has still to be added to the cluster.
 func (m *Member) Joining() bool { return m.dir.Has(storedir.JoinFile) }
 
-// Known gives the members of cluster.yaml. Of a node that is joining only the addresses are known.
+// Known returns the members of cluster.yaml. Of a node that is joining only the addresses are known.
 func (m *Member) Known() []storedir.Member {
 	nodes, _, err := read(m.dir, storedir.ClusterFile, storedir.ParseMembers)
 	if err != nil {

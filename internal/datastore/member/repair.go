@@ -22,7 +22,7 @@ import (
 )
 
 // Reseed makes the directory of a stopped member of a cluster that of a node that joins the
-// same cluster anew, so that it gets all data from the others. The old files are kept in a
+// same cluster again, so that it gets all data from the others. The old files are kept in a
 // hidden folder of the directory, whose path is returned. The others need a leader: the old
 // member is removed first. Interrupted at any point, it may be run again.
 func Reseed(ctx context.Context, dir string) (kept string, err error) {

@@ -36,7 +36,7 @@ func parseTermVote(b []byte) (v termVote, ok bool) {
 	return v, v.version != 0
 }
 
-// readMetadata gives the newer one of dqlite's two metadata files, as dqlite chooses it.
+// readMetadata returns the newer one of dqlite's two metadata files, as dqlite chooses it.
 func readMetadata(dir string) (newest termVote, ok bool) {
 	for _, name := range []string{"metadata1", "metadata2"} {
 		data, err := os.ReadFile(filepath.Join(dir, name))
@@ -120,7 +120,7 @@ func unborn(dir string) (bool, error) {
 	return true, nil
 }
 
-// beginAgain makes the first start of a first member anew, where it was interrupted.
+// beginAgain repeats the first start of a first member, where it was interrupted.
 func (d directory) beginAgain(node storedir.Member) error {
 	if node.ID != BootstrapID {
 		return nil

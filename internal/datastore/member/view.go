@@ -19,7 +19,7 @@ import (
 */
 import "C"
 
-// View is what the own node knows of who leads, as of one moment
+// View is what the local node knows of who leads, as of one moment
 // (scripts/components/dqlite/view.patch). What this node sends to others, a vote or the
 // acknowledgement of an entry, it sends after it is seen here that it knows of the sender's term
 // or leader.
@@ -33,7 +33,7 @@ type View struct {
 	Leader storedir.Member
 }
 
-// View reads what the own node knows, now. It neither waits for the node's thread nor for the
+// View reads what the local node knows, now. It neither waits for the node's thread nor for the
 // disk. A node that was stopped knows nothing.
 func (m *Member) View() View {
 	name := append([]byte(m.socket), 0)
@@ -48,14 +48,14 @@ func (m *Member) View() View {
 	return out
 }
 
-// Leader is who leads as far as the own node knows, the zero value if it knows of nobody. A spare never
+// Leader is who leads as far as the local node knows, the zero value if it knows of nobody. A spare never
 // knows: the leader sends it nothing.
 func (m *Member) Leader() storedir.Member { return m.View().Leader }
 
-// Leads says whether the own node leads and does not give leadership away.
+// Leads reports whether the local node leads and does not give leadership away.
 func (m *Member) Leads() bool { return m.Leader().ID == m.node.ID }
 
-// leading gives the term in which the own node leads, if it does.
+// leading returns the term in which the local node leads, if it does.
 func (m *Member) leading() (term uint64, leads bool) {
 	v := m.View()
 	return v.Term, v.Leads
@@ -93,7 +93,7 @@ func (m *Member) watchView(events *os.File) {
 	}
 }
 
-// viewEvents gives a file that can be read after each change of the view.
+// viewEvents returns a file that can be read after each change of the view.
 func (m *Member) viewEvents() (*os.File, error) {
 	name := append([]byte(m.socket), 0)
 	fd, err := C.dqlite_view_fd((*C.char)(unsafe.Pointer(&name[0])))
@@ -107,7 +107,7 @@ func (m *Member) viewEvents() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "eventfd"), nil
 }
 
-// memberList is what the own node said last of the members, for as long as its view says that
+// memberList is what the local node said last of the members, for as long as its view says that
 // nothing has changed.
 type memberList struct {
 	mu    sync.Mutex
@@ -115,7 +115,7 @@ type memberList struct {
 	nodes []client.NodeInfo
 }
 
-// Cluster gives the members as the own node has them, which the caller must not change. Only that of
+// Cluster returns the members as the local node has them, which the caller must not change. Only that of
 // a leader is sure to be the latest.
 func (m *Member) Cluster(ctx context.Context) (nodes []client.NodeInfo, err error) {
 	l := &m.known

@@ -29,7 +29,7 @@ var modes = map[string]bool{ // → whether it is a restore
 	"restore": true, "restore-to-dqlite": true, "restore-dqlite": true, "restore-to-etcd": true, "restore-etcd": true,
 }
 
-// NewCommand gives the subcommand.
+// NewCommand returns the subcommand.
 func NewCommand() *cobra.Command {
 	var mode, endpoint, dir string
 	var debug, prune bool

@@ -118,7 +118,7 @@ func Backup(ctx context.Context, c *clientv3.Client, dir string, log *slog.Logge
 	return w.Close(revision, time.Now())
 }
 
-// ttlOf gives a lease's TTL as granted. A lease that ended meanwhile has its keys end soon
+// ttlOf returns a lease's TTL as granted. A lease that ended meanwhile has its keys end soon
 // after a restore. Upstream's daemon cannot be asked: its leases are their TTL.
 func ttlOf(ctx context.Context, c *clientv3.Client, id int64) (int64, error) {
 	r, err := c.TimeToLive(ctx, clientv3.LeaseID(id))

@@ -50,7 +50,7 @@ func (r *Replica) lookAtDisk() {
 	}
 }
 
-// tooManyFull says whether the voters that have space are no majority. Those that do not answer
+// tooManyFull reports whether the voters that have space are no majority. Those that do not answer
 // count as having it: whether they are missed is for Raft to find out.
 func (r *Replica) tooManyFull(own bool) bool {
 	id := r.m.Node().ID

@@ -274,7 +274,7 @@ func (r *Replica) confirmedWith(q *barrierRequest) bool {
 	}) == nil
 }
 
-// ownVote is a question for a barrier with what the own node says of who leads, if it has a vote.
+// ownVote is a question for a barrier with what the local node says of who leads, if it has a vote.
 func (r *Replica) ownVote() *barrierRequest {
 	own := r.m.Node().ID
 	r.mu.Lock()
@@ -290,7 +290,7 @@ func (r *Replica) ownVote() *barrierRequest {
 
 var errNoMajority = errors.New("no majority of the voters names this member as the leader")
 
-// askVoters is nil when a majority of the voters, as the own node has them at the call, say after it
+// askVoters is nil when a majority of the voters, as the local node has them at the call, say after it
 // that this node leads. This node counts as having done so: whether it still leads is checked after
 // it.
 func (r *Replica) askVoters(ctx context.Context) error {
@@ -340,7 +340,7 @@ func (r *Replica) askVoters(ctx context.Context) error {
 	return nil
 }
 
-// majority says whether more than half of the voters are in a set.
+// majority reports whether more than half of the voters are in a set.
 func majority(members []client.NodeInfo, set map[uint64]bool) bool {
 	voters, in := 0, 0
 	for _, n := range members {

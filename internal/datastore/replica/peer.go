@@ -128,7 +128,7 @@ func (r *Replica) wake() {
 	}
 }
 
-// connTo gives the connection to a member.
+// connTo returns the connection to a member.
 func (r *Replica) connTo(address string) *grpc.ClientConn {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -184,7 +184,7 @@ func (r *Replica) watchNode() {
 	}
 }
 
-// leftOut says whether another member leads that sees this daemon and has this node among its
+// leftOut reports whether another member leads that sees this daemon and has this node among its
 // voters, and this node knows nothing of it.
 func (r *Replica) leftOut() bool {
 	if r.m.Leader().ID != 0 {

@@ -28,7 +28,7 @@ type change struct {
 	Role storedir.Role
 }
 
-// plan gives the next change of a role that brings the cluster closer to its targets, if
+// plan returns the next change of a role that brings the cluster closer to its targets, if
 // there is one. self leads. It is called again after each change, until it gives none.
 //
 // One member stays a voter. Of two only the leader votes: two voters are no safer than one,
@@ -96,7 +96,7 @@ func crowded(perDomain map[uint64]int) bool {
 	return false
 }
 
-// candidates gives who could take a role, the best first: from a domain that has nobody in
+// candidates returns who could take a role, the best first: from a domain that has nobody in
 // the role, who holds the data already, the lower weight, the lower id.
 func candidates(self uint64, members []candidate, role storedir.Role, perDomain map[uint64]int) []candidate {
 	var out []candidate
@@ -121,7 +121,7 @@ func candidates(self uint64, members []candidate, role storedir.Role, perDomain 
 	return out
 }
 
-// surplus gives the member of a role that is needed least: from the most crowded domain, with
+// surplus returns the member of a role that is needed least: from the most crowded domain, with
 // the higher weight; never the leader.
 func surplus(self uint64, of []candidate, perDomain map[uint64]int) candidate {
 	rest := make([]candidate, 0, len(of))

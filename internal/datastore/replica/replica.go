@@ -178,7 +178,7 @@ func (r *Replica) Close() {
 // Engine is where reads and watches go.
 func (r *Replica) Engine() *engine.Engine { return r.e }
 
-// Fatal gives the reason why the daemon cannot go on.
+// Fatal returns the reason why the daemon cannot go on.
 func (r *Replica) Fatal() <-chan error { return r.fatal }
 
 func (r *Replica) fail(err error) {
@@ -356,7 +356,7 @@ func (r *Replica) lead(ctx context.Context) {
 	}
 }
 
-// Members gives the members of the cluster, and which of them live. It never waits.
+// Members returns the members of the cluster, and which of them live. It never waits.
 func (r *Replica) Members() []peers.Member {
 	own := r.m.Node()
 	t := r.target()

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	rolesEvery    = time.Second      // the own node is asked for the members; it cannot tell by itself
+	rolesEvery    = time.Second      // the local node is asked for the members; it cannot tell by itself
 	assignLimit   = 60 * time.Second // a promotion waits until the data is there
 	handoverLimit = 10 * time.Second
 	joinEvery     = time.Second
@@ -40,7 +40,7 @@ func (r *Replica) keepRoles(ctx context.Context) {
 	}
 }
 
-// refresh takes over the members of the own node, which leads.
+// refresh takes over the members of the local node, which leads.
 func (r *Replica) refresh(ctx context.Context) error {
 	r.rolesMu.Lock()
 	defer r.rolesMu.Unlock()

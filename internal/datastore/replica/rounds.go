@@ -21,7 +21,7 @@ type round struct {
 	err   error
 }
 
-// wait gives the result of a round that begins after the call.
+// wait returns the result of a round that begins after the call.
 func (r *rounds) wait(ctx, life context.Context) (int64, error) {
 	r.mu.Lock()
 	if r.next == nil {

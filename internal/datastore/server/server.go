@@ -61,7 +61,7 @@ type Backend interface {
 	// Grant makes a lease of ttl seconds; an id of 0 is chosen.
 	Grant(ctx context.Context, id, ttl int64) (int64, error)
 	Revoke(ctx context.Context, id int64) error
-	// Renew starts the countdown of a lease anew and gives its seconds.
+	// Renew restarts the countdown of a lease and returns its seconds.
 	Renew(ctx context.Context, id int64) (int64, error)
 	TimeToLive(ctx context.Context, r *pb.LeaseTimeToLiveRequest) (*pb.LeaseTimeToLiveResponse, error)
 	Leases(ctx context.Context) (*pb.LeaseLeasesResponse, error)
@@ -72,7 +72,7 @@ type Backend interface {
 	CatchUp(ctx context.Context)
 	// Alarm lists, raises or ends alarms.
 	Alarm(ctx context.Context, r *pb.AlarmRequest) (*pb.AlarmResponse, error)
-	// HasLeader says whether a leader is known.
+	// HasLeader reports whether a leader is known.
 	HasLeader() bool
 	// Size is the size of the database in bytes, and how much of it is in use.
 	Size() (total, used int64)

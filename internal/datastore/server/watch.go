@@ -96,7 +96,7 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 	}
 }
 
-// leaderless gives a channel that is closed when the stream asked for a leader and there has
+// leaderless returns a channel that is closed when the stream asked for a leader and there has
 // been none for too long.
 func (s *Server) leaderless(ctx context.Context) <-chan struct{} {
 	md, _ := metadata.FromIncomingContext(ctx)

@@ -39,7 +39,7 @@ func (s *State) StageExpire(id int64) int {
 	return len(keys)
 }
 
-// LeaseKeys gives the keys of a lease in order, staged changes included.
+// LeaseKeys returns the keys of a lease in order, staged changes included.
 func (s *State) LeaseKeys(id int64) []string {
 	keys := make([]string, 0, len(s.attached[id]))
 	for k := range s.attached[id] {
@@ -52,7 +52,7 @@ func (s *State) LeaseKeys(id int64) []string {
 // DropLease forgets a lease.
 func (s *State) DropLease(id int64) { delete(s.leases, id) }
 
-// Lease gives a copy of a lease.
+// Lease returns a copy of a lease.
 func (s *State) Lease(id int64) (Lease, bool) {
 	if l := s.leases[id]; l != nil {
 		return *l, true
@@ -60,7 +60,7 @@ func (s *State) Lease(id int64) (Lease, bool) {
 	return Lease{}, false
 }
 
-// Leases gives the ids of all leases in order.
+// Leases returns the ids of all leases in order.
 func (s *State) Leases() []int64 {
 	ids := make([]int64, 0, len(s.leases))
 	for id := range s.leases {
@@ -70,7 +70,7 @@ func (s *State) Leases() []int64 {
 	return ids
 }
 
-// RenewLease starts the countdown of a lease anew.
+// RenewLease restarts the countdown of a lease.
 func (s *State) RenewLease(id int64, now time.Time) (Lease, bool) {
 	l := s.leases[id]
 	if l == nil || l.Deadline.IsZero() {
@@ -80,7 +80,7 @@ func (s *State) RenewLease(id int64, now time.Time) (Lease, bool) {
 	return *l, true
 }
 
-// RestartLeases starts the countdown of all leases anew, as etcd does when leadership moves:
+// RestartLeases restarts the countdown of all leases, as etcd does when leadership moves:
 // a lease may end late, never early.
 func (s *State) RestartLeases(now time.Time) {
 	for _, l := range s.leases {
@@ -88,7 +88,7 @@ func (s *State) RestartLeases(now time.Time) {
 	}
 }
 
-// Expired gives the leases whose time is over, and when the next one ends (zero: none).
+// Expired returns the leases whose time is over, and when the next one ends (zero: none).
 func (s *State) Expired(now time.Time) (ids []int64, next time.Time) {
 	for id, l := range s.leases {
 		switch {

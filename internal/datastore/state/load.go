@@ -60,7 +60,7 @@ func (l *Loader) Add(v *Version) error {
 // AddLease takes a lease. Its time starts with RestartLeases.
 func (l *Loader) AddLease(id, ttl int64) { l.s.leases[id] = &Lease{ID: id, TTL: ttl} }
 
-// Done gives the state, and the versions in the log that compaction should have removed.
+// Done returns the state, and the versions in the log that compaction should have removed.
 func (l *Loader) Done() (*State, []*Version) {
 	s := l.s
 	var keys [][]byte

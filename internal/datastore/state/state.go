@@ -46,7 +46,7 @@ type Version struct {
 	Sub int // position among the changes of its revision
 }
 
-// Deleted says whether the version is a deletion.
+// Deleted reports whether the version is a deletion.
 func (v *Version) Deleted() bool { return v.KV.Version == 0 }
 
 // versionBytes is what a version counts beside its key and value: its numbers and its place in the index.
@@ -68,7 +68,7 @@ type entry struct {
 	vers []*Version // by rising revision
 }
 
-// at gives the newest version at or below rev, nil if there is none or it is a deletion.
+// at returns the newest version at or below rev, nil if there is none or it is a deletion.
 func (e *entry) at(rev int64) *Version {
 	for i := len(e.vers) - 1; i >= 0; i-- {
 		v := e.vers[i]
@@ -107,7 +107,7 @@ type State struct {
 	bytes    int64                         // of all versions, staged ones included
 }
 
-// New gives the empty state.
+// New returns the empty state.
 func New() *State {
 	return &State{
 		keys:      btree.NewG(32, func(a, b *entry) bool { return bytes.Compare(a.key, b.key) < 0 }),
@@ -142,10 +142,10 @@ func (s *State) History(rev int64) ([]Change, error) {
 	return s.history[i:len(s.history):len(s.history)], nil
 }
 
-// Staged gives the staged changes in order.
+// Staged returns the staged changes in order.
 func (s *State) Staged() []Change { return s.staged }
 
-// StagedLeases gives the ids of the staged leases.
+// StagedLeases returns the ids of the staged leases.
 func (s *State) StagedLeases() []int64 { return s.stagedLeases }
 
 // Commit makes everything staged visible and returns the changes. Deadlines of new leases
@@ -248,7 +248,7 @@ func (s *State) current(key []byte) *Version {
 	return nil
 }
 
-// CheckCompact says whether a compaction to rev is possible now.
+// CheckCompact reports whether a compaction to rev is possible now.
 func (s *State) CheckCompact(rev int64) error {
 	switch {
 	case rev <= s.compacted:

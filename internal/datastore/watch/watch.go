@@ -13,7 +13,7 @@ import (
 	"microk8s/internal/datastore/state"
 )
 
-// Source gives the committed changes from a revision on, or state.ErrCompacted.
+// Source returns the committed changes from a revision on, or state.ErrCompacted.
 type Source interface {
 	History(rev int64) ([]state.Change, error)
 }
@@ -169,7 +169,7 @@ func (h *Hub) Rev() int64 {
 	return h.rev
 }
 
-// Collect gives the next changes for the watcher: whole revisions, in order, until about
+// Collect returns the next changes for the watcher: whole revisions, in order, until about
 // maxBytes. rev is the revision up to which the watcher has now been given everything, if
 // more is false. The error is state.ErrCompacted.
 func (w *Watcher) Collect(maxBytes int) (changes []state.Change, rev int64, more bool, err error) {

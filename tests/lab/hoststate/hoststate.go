@@ -124,7 +124,7 @@ func mounts() ([]string, error) {
 		if len(f) < 6 {
 			return nil, fmt.Errorf("cannot parse %q", scan.Text())
 		}
-		// Without the numbers, which are given anew; with the propagation, but not its peers.
+		// Without the numbers, which are assigned again; with the propagation, but not its peers.
 		var propagation []string
 		for _, o := range f[6:] {
 			kind, _, _ := strings.Cut(o, ":")

@@ -63,7 +63,7 @@ type Step struct {
 	Expect *Command `json:"expect,omitempty"`
 }
 
-// Disk gives a host's data a file system of a size.
+// Disk makes a host's data a file system of a size.
 type Disk struct {
 	Host string `json:"host"`
 	Size string `json:"size"`
