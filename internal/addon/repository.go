@@ -284,10 +284,10 @@ func (p *progressLines) Write(data []byte) (int, error) {
 	}
 	for _, c := range data {
 		p.line = append(p.line, c)
-		switch {
-		case c == '\r':
+		switch c {
+		case '\r':
 			p.line = p.line[:0]
-		case c == '\n':
+		case '\n':
 			if !bytes.HasSuffix(bytes.TrimRight(p.line, " \n"), []byte("done.")) {
 				if _, err := p.w.Write(p.line); err != nil {
 					return 0, err

@@ -135,10 +135,9 @@ func (r *Registration) keep(ctx context.Context) {
 		}
 		next := cmp.Or(r.owner.Every, Resync)
 		next -= rand.N(next / 10)
-		switch {
-		case err == nil:
+		if err == nil {
 			failure, last = 0, ""
-		default:
+		} else {
 			failure = min(max(2*failure, time.Second), failurePause)
 			next = failure
 			if err.Error() != last {

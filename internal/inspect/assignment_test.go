@@ -73,10 +73,17 @@ func TestRedactIsLinear(t *testing.T) {
 				}
 				return best
 			}
-			// Quadratic would be 256 times as long. A fixed part keeps what takes nothing from counting.
-			small, large := took(4<<10), took(64<<10)
-			if large > 80*(small+time.Millisecond) {
-				t.Errorf("%q as %q: 4 KiB take %v, 64 KiB %v", piece, name, small, large)
+			// Quadratic would be 256 times as long. A fixed part keeps what takes nothing from counting. Other work on
+			// the machine may hit one measurement; what is quadratic is so each time.
+			for attempt := 1; ; attempt++ {
+				small, large := took(4<<10), took(64<<10)
+				if large <= 80*(small+time.Millisecond) {
+					break
+				}
+				if attempt == 5 {
+					t.Errorf("%q as %q: 4 KiB take %v, 64 KiB %v", piece, name, small, large)
+					break
+				}
 			}
 		}
 	}

@@ -55,7 +55,7 @@ func (n *node) testFaults(t *testing.T) {
 			eventually(t, 2*time.Minute, func() error {
 				out, err := n.tryAll(t, "", "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status")
 				if err != nil || strings.Contains(out, "("+f.ID+": from ") {
-					return fmt.Errorf("after the repair: %v\n%s", err, out)
+					return fmt.Errorf("after the repair: %v\n%s", fmt.Sprint(err), out)
 				}
 				return nil
 			})

@@ -33,7 +33,7 @@ func TestStall(t *testing.T) {
 	eventually(t, time.Minute, func() error {
 		out, err := n.tryAll(t, "", "microk8s", "status")
 		if exitCode(err) != 1 || !strings.HasPrefix(out, "microk8s is slow to answer") || strings.Contains(out, "not running") {
-			return fmt.Errorf("status of a stalled node: %v\n%s", err, out)
+			return fmt.Errorf("status of a stalled node: %v\n%s", fmt.Sprint(err), out)
 		}
 		return nil
 	})

@@ -279,7 +279,7 @@ func manage(m metav1.Object, object runtime.Object, gvk schema.GroupVersionKind)
 		if err != nil {
 			return err
 		}
-		entries[i].APIVersion, entries[i].FieldsType, entries[i].FieldsV1 = gvk.GroupVersion().String(), "FieldsV1", &metav1.FieldsV1{Raw: text}
+		entries[i].APIVersion, entries[i].FieldsType, entries[i].FieldsV1 = gvk.GroupVersion().String(), "FieldsV1", metav1.NewFieldsV1(string(text))
 	}
 	m.SetManagedFields(entries)
 	return nil

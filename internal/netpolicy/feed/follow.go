@@ -119,11 +119,10 @@ func (f *follower) once(ctx context.Context) (synced bool, err error) {
 		if err := in.Decode(&l); err != nil {
 			return synced, fmt.Errorf("the connection by which network policies come has ended: %w", err)
 		}
-		switch {
-		case l.Kind == kindSynced:
+		if l.Kind == kindSynced {
 			f.state.keep(seen)
 			seen, synced = nil, true
-		default:
+		} else {
 			i := id{l.Kind, l.Key}
 			if !synced {
 				seen[i] = true

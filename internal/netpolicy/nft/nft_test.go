@@ -2,6 +2,7 @@ package nft
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -516,7 +517,7 @@ func TestTableStays(t *testing.T) {
 		t.Error(err)
 	}
 	sh(t, "nft flush ruleset")
-	if err := next.Check(t.Context()); err != ErrNoTable {
+	if err := next.Check(t.Context()); !errors.Is(err, ErrNoTable) {
 		t.Error("after a flush:", err)
 	}
 	if err := next.Restore(t.Context()); err != nil {
