@@ -125,13 +125,13 @@ func ParseSelf(data []byte) (m Member, err error) {
 	}
 	// It is the last line. A file that ends within the one before has another member's ID.
 	if !bytes.Contains(data, []byte("Role:")) {
-		return m, errors.New("Role is missing") //nolint:staticcheck // a key of the file, as it is written
+		return m, errors.New("Role is missing")
 	}
 	if m.ID == 0 {
 		return m, errors.New("ID is missing or 0")
 	}
 	if m.Role < Voter || m.Role > Spare {
-		return m, fmt.Errorf("Role is %d; it must be 0, 1 or 2", int(m.Role)) //nolint:staticcheck // a key of the file, as it is written
+		return m, fmt.Errorf("Role is %d; it must be 0, 1 or 2", int(m.Role))
 	}
 	return m, checkAddress(m.Address)
 }
@@ -180,7 +180,7 @@ func ParseInit(data []byte) (i Init, err error) {
 
 func checkAddress(a string) error {
 	if a == "" {
-		return fmt.Errorf("Address is empty; it must be host:port, such as %s", FirstAddress) //nolint:staticcheck // a key of the file, as it is written
+		return fmt.Errorf("Address is empty; it must be host:port, such as %s", FirstAddress)
 	}
 	host, port, err := net.SplitHostPort(a)
 	if err != nil {
