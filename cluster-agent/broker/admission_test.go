@@ -54,7 +54,7 @@ func TestDecide(t *testing.T) {
 	const both, worker, controlPlane = 0, 1, 2
 	silence := errors.New("silence")
 	external := func(f *facts) { f.config.Datastore.Owner = nodeconfig.ExternalEtcd }
-	// member gives the datastore a second one at n2's address.
+	// member adds a second member to the datastore, at n2's address.
 	member := func(f *facts, online bool, records ...noderegistry.Record) {
 		f.members = append(f.members, storedir.Member{ID: 2, Address: "10.0.0.2:19001"})
 		f.live = []peers.Member{{ID: 1, Address: "10.0.0.1:19001", Online: true}, {ID: 2, Address: "10.0.0.2:19001", Online: online}}

@@ -2,7 +2,7 @@
 // that.
 //
 // What is enforced is written where Kubernetes looks for it: the label
-// pod-security.kubernetes.io/enforce of each namespace, and a mutating admission policy that gives it
+// pod-security.kubernetes.io/enforce of each namespace, and a mutating admission policy that adds it
 // to new ones. So it is in the datastore, holds on all API servers at once, those of nodes that
 // join later too, and needs no restart (docs/adr/0024). Labels that somebody else has set are
 // left alone; those of this package have a mark.

@@ -160,7 +160,7 @@ func (t *term) catchUp(ctx context.Context) (map[int64]dslog.Row, error) {
 var errGap = errors.New("the log has been compacted beyond this member's data")
 
 // readTail takes over what the log holds beyond the state: versions, leases, compaction. It
-// gives the rows by id.
+// returns the rows by id.
 func (t *term) readTail(ctx context.Context) (map[int64]dslog.Row, error) {
 	var tail []dslog.Row
 	compacted, err := t.log.Load(ctx, dslog.LastID(t.Rev()), func(r dslog.Row) error {

@@ -94,7 +94,7 @@ func (e *Engine) Lead(ctx context.Context, l dslog.Log, started func()) error {
 	return nil
 }
 
-// Confirm asks, by round, whether the others take this member for the leader, and then the own
+// Confirm asks, by round, whether the others take this member for the leader, and then the local
 // node whether it has led ever since the state was brought up to date. When it returns nil,
 // every write that anybody acknowledged before the call is in the state. round must ask a
 // majority of the voters after it was called. A nil round is right for a single voter.

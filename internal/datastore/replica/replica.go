@@ -113,7 +113,7 @@ type following struct {
 	barrier rounds // gives a confirmed revision
 	// compacted is up to where the leader had compacted at the last round of barrier.
 	compacted atomic.Int64
-	latest    rounds // gives the revision that the leader has
+	latest    rounds // returns the revision that the leader has
 	writes    forwarding
 }
 

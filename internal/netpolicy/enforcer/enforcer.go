@@ -265,7 +265,7 @@ func (e *Enforcer) apply(ctx context.Context) error {
 	return nil
 }
 
-// amend gives the pods of this node the addresses that the CNI gave them. What is not changed stays
+// amend sets the addresses that the CNI assigned to the pods of this node. What is not changed stays
 // the same pointer, also from call to call.
 func (e *Enforcer) amend(pods []*netpolicy.Pod) []*netpolicy.Pod {
 	byPod := results(e.Env)
