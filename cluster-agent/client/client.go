@@ -3,23 +3,21 @@
 //
 // For tokens that this product makes, the server proves on the very connection that it knows
 // the token; for others the fingerprint in the connection string decides. Both are done again on
-// each new connection. Requests go over one connection, one after the other, in HTTP/1.1; a
-// connection that broke is replaced, with the same checks.
+// each new connection. Requests go over one connection, one after the other; a connection that
+// broke is replaced, with the same checks.
+//
+// [Post] is one call of any agent, over a connection that its caller trusts already.
 //
 // What is asked, and what is done with the answers, is up to internal/cluster.
 package client
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -34,8 +32,6 @@ const (
 	callTimeout = 30 * time.Second
 	// joinTimeout is above the server's limit for one call, 240 s.
 	joinTimeout = 250 * time.Second
-	// maxAnswer bounds the body of an answer; a join's has some 20 kB.
-	maxAnswer = 4 << 20
 )
 
 // VerifyError says that the server is not known to be the one that made the token. Nothing
@@ -58,15 +54,6 @@ type ConnectError struct {
 func (e *ConnectError) Error() string { return fmt.Sprintf("cannot reach %s: %v", e.Server, e.Err) }
 func (e *ConnectError) Unwrap() error { return e.Err }
 
-// ServerError is an answer other than 200.
-type ServerError struct {
-	Status int
-	Code   api.Code // "" from upstream's agents
-	Text   string   // the server's own words
-}
-
-func (e *ServerError) Error() string { return fmt.Sprintf("%s (%d)", e.Text, e.Status) }
-
 // Client talks to one agent. Its methods may not be called concurrently.
 type Client struct {
 	// SkipVerify switches every check of the server off.
@@ -77,8 +64,8 @@ type Client struct {
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 
 	target Target
-	conn   *tls.Conn
-	reader *bufio.Reader
+	conn   *tls.Conn        // the connection below http
+	http   *http.ClientConn // nil: none was made yet, or it broke
 	warned map[string]bool
 }
 
@@ -87,9 +74,9 @@ func New(t Target) *Client { return &Client{target: t, warned: map[string]bool{}
 
 // Close ends the connection, if there is one.
 func (c *Client) Close() {
-	if c.conn != nil {
-		c.conn.Close()
-		c.conn = nil
+	if c.http != nil {
+		c.http.Close()
+		c.conn, c.http = nil, nil
 	}
 }
 
@@ -166,7 +153,7 @@ func (c *Client) Release(ctx context.Context, hostname string) error {
 func (c *Client) call(ctx context.Context, limit time.Duration, again bool, path string, request, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	old := c.conn != nil
+	old := c.http != nil && c.http.Err() == nil
 	if err := c.connect(ctx); err != nil {
 		return err
 	}
@@ -181,11 +168,12 @@ func (c *Client) call(ctx context.Context, limit time.Duration, again bool, path
 	return err
 }
 
-// connect makes a connection and finds out who is at the other end, unless there is one.
+// connect makes a connection and finds out who is at the other end, unless there is a usable one.
 func (c *Client) connect(ctx context.Context) error {
-	if c.conn != nil {
+	if c.http != nil && c.http.Err() == nil {
 		return nil
 	}
+	c.Close()
 	proves := c.target.proves()
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12,
@@ -197,26 +185,34 @@ func (c *Client) connect(ctx context.Context) error {
 	if proves && !c.SkipVerify {
 		config.MinVersion = tls.VersionTLS13 // a proof is tied to such a connection
 	}
-	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
-	defer cancel()
 	dial := c.Dial
 	if dial == nil {
 		dial = (&net.Dialer{}).DialContext
 	}
-	raw, err := dial(ctx, "tcp", c.target.Address())
+	var conn *tls.Conn
+	transport := &http.Transport{DialTLSContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		raw, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		conn = tls.Client(raw, config)
+		if err := conn.HandshakeContext(ctx); err != nil {
+			raw.Close()
+			return nil, err
+		}
+		return conn, nil
+	}}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	made, err := transport.NewClientConn(ctx, "https", c.target.Address())
 	if err != nil {
-		return &ConnectError{c.target.Address(), err}
-	}
-	conn := tls.Client(raw, config)
-	if err := conn.HandshakeContext(ctx); err != nil {
-		raw.Close()
 		var verify *VerifyError
 		if errors.As(err, &verify) {
 			return verify
 		}
 		return &ConnectError{c.target.Address(), err}
 	}
-	c.conn, c.reader = conn, bufio.NewReader(conn)
+	c.conn, c.http = conn, made
 	if c.SkipVerify {
 		c.warn("the identity of the server is NOT verified (--skip-verify): whoever answers at " + c.target.Address() + " learns the token, and can control this node")
 		return nil
@@ -289,54 +285,16 @@ func (c *Client) noProof(refused *ServerError) string {
 
 // post sends one request over the connection there is. After an error that is not a
 // *ServerError there is none any more.
-func (c *Client) post(ctx context.Context, path string, request, answer any) (err error) {
-	body, err := json.Marshal(request)
-	if err != nil {
-		return fmt.Errorf("cannot ask %s: %w", c.target.Address(), err)
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+c.target.Address()+path, bytes.NewReader(body))
-	if err != nil {
-		return fmt.Errorf("cannot ask %s: %w", c.target.Address(), err)
-	}
+func (c *Client) post(ctx context.Context, path string, request, answer any) error {
 	// The address and not the name: agents look for it among their interfaces.
-	req.Host = c.conn.RemoteAddr().String()
-	req.Header.Set("Content-Type", "application/json")
-	conn := c.conn
-	deadline, _ := ctx.Deadline()
-	_ = conn.SetDeadline(deadline) // the zero time is none
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
-	broken := func(err error) error {
-		c.Close()
-		if ctx.Err() != nil {
-			err = ctx.Err()
-		}
-		return &ConnectError{c.target.Address(), err}
+	err := Ask(ctx, c.http, c.conn.RemoteAddr().String(), path, request, answer)
+	var refused *ServerError
+	switch {
+	case err == nil || errors.As(err, &refused):
+		return err
+	case ctx.Err() != nil:
+		err = ctx.Err()
 	}
-	if err := req.Write(conn); err != nil {
-		return broken(err)
-	}
-	resp, err := http.ReadResponse(c.reader, req)
-	if err != nil {
-		return broken(err)
-	}
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	resp.Body.Close()
-	if err != nil {
-		return broken(err)
-	}
-	if resp.Close {
-		c.Close()
-	}
-	if resp.StatusCode != http.StatusOK {
-		var e api.Error
-		if json.Unmarshal(data, &e) != nil || e.Message == "" {
-			e.Message = http.StatusText(resp.StatusCode)
-		}
-		return &ServerError{Status: resp.StatusCode, Code: e.Code, Text: e.Message}
-	}
-	if err := json.Unmarshal(data, answer); err != nil {
-		return fmt.Errorf("cannot understand the answer of %s: %w", c.target.Address(), err)
-	}
-	return nil
+	c.Close()
+	return &ConnectError{c.target.Address(), err}
 }

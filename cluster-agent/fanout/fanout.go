@@ -32,6 +32,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/client"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
@@ -43,7 +44,6 @@ const (
 	atOnce      = 8                // nodes that are called at the same time
 	dialTimeout = 5 * time.Second  // of a connection to a node
 	callTimeout = 4 * time.Minute  // of a call that is not an import; the agents' own is as long
-	maxAnswer   = 1 << 20          // bytes of an answer
 	importLimit = 60 * time.Minute // of the import of one image
 )
 
@@ -530,32 +530,20 @@ func verify(cert *x509.Certificate, roots *x509.CertPool, node, host string) err
 }
 
 // post sends one call and returns its answer.
-func post(ctx context.Context, client *http.Client, t Target, path, secret string, body io.Reader) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+t.Address+path, body)
-	if err != nil {
-		return nil, err
-	}
+func post(ctx context.Context, over *http.Client, t Target, path, secret string, body io.Reader) ([]byte, error) {
+	header := http.Header{}
 	if secret != "" {
-		req.Header.Set(api.HeaderCallback, secret)
+		header.Set(api.HeaderCallback, secret)
 	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, unreached{fmt.Errorf("cannot reach its cluster agent: %w", err)}
-	}
-	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return nil, unreached{fmt.Errorf("cannot read the answer of its cluster agent: %w", err)}
-	}
-	if resp.StatusCode == http.StatusOK {
+	answer, err := client.Post(ctx, over.Transport, t.Address, path, header, body)
+	var refused *client.ServerError
+	switch {
+	case err == nil:
 		return answer, nil
+	case !errors.As(err, &refused):
+		return nil, unreached{fmt.Errorf("cannot reach its cluster agent: %w", err)}
+	case refused.Code == api.CodeToken || refused.Code == "" && strings.EqualFold(refused.Text, "invalid token"):
+		return nil, fmt.Errorf("%w (%d)", errSecret, refused.Status)
 	}
-	var failure api.Error
-	if json.Unmarshal(answer, &failure) != nil || failure.Message == "" {
-		failure.Message = "it gave no reason"
-	}
-	if failure.Code == api.CodeToken || failure.Code == "" && strings.EqualFold(failure.Message, "invalid token") {
-		return nil, fmt.Errorf("%w (%d)", errSecret, resp.StatusCode)
-	}
-	return nil, fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
+	return nil, refused
 }

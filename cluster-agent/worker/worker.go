@@ -6,17 +6,14 @@
 package worker
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -29,6 +26,7 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
+	"microk8s/cluster-agent/client"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/backoff"
 	"microk8s/internal/filewatch"
@@ -47,7 +45,6 @@ const (
 	longest     = time.Hour        // between two looks: a secret may have changed while this node was cut off
 	callTimeout = 30 * time.Second // of one control-plane node
 	pause       = 5 * time.Second  // between two questions about the callback secret
-	maxAnswer   = 1 << 20
 )
 
 // Controller is the loop of one worker. Set the first four fields.
@@ -316,7 +313,7 @@ func (k *Controller) caFile() string {
 	return k.Env.Cert("ca.crt")
 }
 
-// ErrUpstream is given where the control plane is upstream's and does not renew.
+// ErrUpstream is returned where the control plane is upstream's and does not renew.
 var ErrUpstream = errors.New("the control plane does not renew certificates; join again before they end")
 
 // ask tries one control-plane node after the other. One of this build is preferred to one of the build
@@ -340,14 +337,14 @@ func (k *Controller) ask(ctx context.Context, req api.RenewRequest) (*api.RenewR
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(ca)
-	client := &http.Client{Timeout: callTimeout, Transport: &http.Transport{
+	transport := &http.Transport{
 		TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{own}, MinVersion: tls.VersionTLS12},
-	}}
-	defer client.CloseIdleConnections()
+	}
+	defer transport.CloseIdleConnections()
 	errs := []error{errors.New("cannot ask the control plane")}
 	if req.Kubelet+req.Proxy != "" {
 		present := func(address string) bool {
-			answer, err := post(ctx, client, address, api.RenewRequest{Secrets: req.Secrets})
+			answer, err := renew(ctx, transport, address, api.RenewRequest{Secrets: req.Secrets})
 			return err == nil && answer.Secrets >= 2
 		}
 		if i := slices.IndexFunc(servers, present); i > 0 {
@@ -356,7 +353,7 @@ func (k *Controller) ask(ctx context.Context, req api.RenewRequest) (*api.RenewR
 	}
 	var earlier *api.RenewResponse
 	for _, address := range servers {
-		answer, err := post(ctx, client, address, req)
+		answer, err := renew(ctx, transport, address, req)
 		if err == nil && (answer.Secrets >= 2 || answer.Kubelet+answer.Proxy != "") {
 			return answer, nil
 		}
@@ -372,37 +369,16 @@ func (k *Controller) ask(ctx context.Context, req api.RenewRequest) (*api.RenewR
 	return nil, errors.Join(errs...)
 }
 
-func post(ctx context.Context, client *http.Client, address string, body api.RenewRequest) (*api.RenewResponse, error) {
-	data, err := json.Marshal(body)
-	if err != nil {
-		return nil, err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+address+api.PathRenew, bytes.NewReader(data))
-	if err != nil {
-		return nil, err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case resp.StatusCode == http.StatusNotFound:
-		return nil, ErrUpstream
-	case resp.StatusCode != http.StatusOK:
-		var failure api.Error
-		_ = json.Unmarshal(text, &failure) // then the status says it all
-		return nil, fmt.Errorf("%s (%d)", failure.Message, resp.StatusCode)
-	}
+func renew(ctx context.Context, over http.RoundTripper, address string, req api.RenewRequest) (*api.RenewResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
 	var answer api.RenewResponse
-	if err := json.Unmarshal(text, &answer); err != nil {
-		return nil, fmt.Errorf("cannot read the answer: %w", err)
+	err := client.Ask(ctx, over, address, api.PathRenew, req, &answer)
+	var refused *client.ServerError
+	if errors.As(err, &refused) && refused.Status == http.StatusNotFound {
+		return nil, ErrUpstream
 	}
-	return &answer, nil
+	return &answer, err
 }
 
 // provider reads the API servers' hosts from the proxy's configuration; their agents have the
