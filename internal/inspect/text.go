@@ -1,11 +1,18 @@
 package inspect
 
 import (
+	"bytes"
+	"fmt"
 	"regexp"
 	"slices"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 )
+
+// maxLine is how many bytes of a line the report has. A longer one is no log: journald cuts lines
+// at 48 KiB, and container runtimes at 16.
+const maxLine = 64 << 10
 
 // style is how a text is to be read.
 type style int
@@ -156,9 +163,28 @@ func (r *Redactor) redact(text string, how style) string {
 	replace("://", userInfo, "://"+removed+"@")
 	s := scanner{how: how, block: -1, secret: map[string]bool{}}
 	for line := range strings.Lines(text) {
+		start := s.out.Len()
 		s.line(byShape(line))
+		cutLine(&s.out, start)
 	}
 	return s.out.String()
+}
+
+// cutLine shortens a line that is longer than maxLine, from start to the end of out, and says so in it.
+// It has been gone through to its end: no secret is in two parts, and what it opens is known.
+func cutLine(out *bytes.Buffer, start int) {
+	line := out.Bytes()[start:]
+	body := bytes.TrimRight(line, "\r\n")
+	if len(body) <= maxLine {
+		return
+	}
+	keep := maxLine
+	for keep > 0 && !utf8.RuneStart(body[keep]) {
+		keep--
+	}
+	mark := fmt.Sprintf(" [left out: the last %d of %d bytes of this line]%s", len(body)-keep, len(body), line[len(body):])
+	out.Truncate(start + keep)
+	out.WriteString(mark)
 }
 
 // byShape removes what is a secret by its form, whatever it is called. Each expression is tried on
@@ -202,7 +228,7 @@ func hexRun(line string) (longest int) {
 // scanner goes through a text line by line and knows what a line belongs to.
 type scanner struct {
 	how    style
-	out    strings.Builder
+	out    bytes.Buffer
 	block  int             // indentation of a name whose value is the deeper lines below it; -1 without one
 	closer string          // what ends a value that goes over several lines
 	table  bool            // in a TOML table in which every value is a secret
