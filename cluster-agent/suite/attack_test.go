@@ -95,6 +95,16 @@ var attacks = []struct {
 	{"shared-reads", "wrong secrets that ask the API server", sharedReads},
 	{"connections", "connections that say nothing", manyConnections},
 	{"call-rate", "calls as fast as they are answered", manyCalls},
+	{"gate-record", "the certificates of a removed node at the API server", removedAtTheGate},
+	{"gate-tokens", "tokens of pods on a removed node at the API server", tokensAtTheGate},
+	{"gate-join", "certificates of an earlier join at the API server", joinAtTheGate},
+	{"gate-watch", "a watch that is open when its node is removed", watchAtTheGate},
+	{"ingress-certificates", "an Ingress that names a password", ingressForPassword},
+	{"ingress-system", "an Ingress in kube-system", ingressInSystem},
+	{"ingress-withdrawn", "the ingress controller's token after the Ingress", ingressIsGone},
+	{"carried-role", "a worker's token for the key of encryption at rest", argumentsForWorkers},
+	{"carried-flags", "a cluster that sends other arguments of the API server", hostileArguments},
+	{"carried-files", "a cluster that sends other files", hostileFiles},
 }
 
 func TestAttacks(t *testing.T) {

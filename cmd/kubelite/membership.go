@@ -16,8 +16,8 @@ import (
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
 
-	"microk8s/cmd/kubelite/daemons"
 	"microk8s/internal/kubelitestate"
+	"microk8s/internal/nodegate"
 )
 
 // watchMembership watches the Node object of a worker, by its name, with the kubelet's credentials, and notes in
@@ -75,10 +75,10 @@ func refusal(err error) string {
 		return ""
 	}
 	message := status.Status().Message
-	if !strings.Contains(message, daemons.NotRegistered) {
+	if !strings.Contains(message, nodegate.NotRegistered) {
 		return ""
 	}
-	if i := strings.LastIndex(message[:strings.Index(message, daemons.NotRegistered)], ": "); i >= 0 {
+	if i := strings.LastIndex(message[:strings.Index(message, nodegate.NotRegistered)], ": "); i >= 0 {
 		message = message[i+2:]
 	}
 	return message

@@ -75,9 +75,13 @@ func Run(ctx context.Context, cfg *rest.Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("cannot reach the cluster: %w", err)
 	}
-	k := &keeper{client: client, meta: meta, log: log, changed: make(chan struct{}, 1)}
-	k.run(ctx)
+	Keep(ctx, client, meta, log)
 	return nil
+}
+
+// Keep is Run with clients, whose rights are the administrator's.
+func Keep(ctx context.Context, client kubernetes.Interface, meta metadata.Interface, log *slog.Logger) {
+	(&keeper{client: client, meta: meta, log: log, changed: make(chan struct{}, 1)}).run(ctx)
 }
 
 type keeper struct {

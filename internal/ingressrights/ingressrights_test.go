@@ -63,11 +63,10 @@ func newCluster(t *testing.T, objects ...runtime.Object) *cluster {
 		}
 	}
 	c := &cluster{t: t, client: fake.NewClientset(objects...), meta: metafake.NewSimpleMetadataClient(scheme, partial...)}
-	k := &keeper{client: c.client, meta: c.meta, log: slog.New(slog.DiscardHandler), changed: make(chan struct{}, 1)}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		k.run(t.Context())
+		Keep(t.Context(), c.client, c.meta, slog.New(slog.DiscardHandler))
 	}()
 	t.Cleanup(func() { <-done }) // the context of a test ends before this
 	return c
