@@ -111,7 +111,35 @@ type Options struct {
 	// the host still has no way out, but connections to addresses that netfilter translates
 	// (cluster IPs) find a route, as on a machine with a network connection.
 	DefaultRoute bool
+	// IPv6 is which addresses the host has.
+	IPv6 IPv6
 }
+
+// IPv6 is which addresses a host has on the switch.
+type IPv6 string
+
+// The kinds of hosts. Addresses of IPv6 are unique local ones (RFC 4193).
+const (
+	NoIPv6   IPv6 = ""
+	DualIPv6 IPv6 = "dual" // both
+	OnlyIPv6 IPv6 = "only"
+)
+
+// Set implements [pflag.Value].
+func (v *IPv6) Set(text string) error {
+	switch kind := IPv6(text); kind {
+	case DualIPv6, OnlyIPv6:
+		*v = kind
+		return nil
+	}
+	return errors.New("it is dual or only")
+}
+
+// String implements [pflag.Value].
+func (v *IPv6) String() string { return string(*v) }
+
+// Type implements [pflag.Value].
+func (v *IPv6) Type() string { return "dual|only" }
 
 // State of a host.
 type State string
@@ -125,13 +153,14 @@ const (
 
 // Info describes one host.
 type Info struct {
-	Name    string   `json:"name"`
-	Address string   `json:"address"`
-	State   State    `json:"state"`
-	PID     int      `json:"pid,omitempty"`  // of its init process, as the machine sees it
-	Disk    int64    `json:"disk,omitempty"` // size limit of /var/snap in bytes; 0 is none
-	Cut     []string `json:"cut,omitempty"`  // hosts it cannot reach; "*" is all others
-	Root    string   `json:"root"`           // its file system as the machine sees it
+	Name     string   `json:"name"`
+	Address  string   `json:"address"`
+	Address6 string   `json:"address6,omitempty"` // that of IPv6, where the host has both or only it
+	State    State    `json:"state"`
+	PID      int      `json:"pid,omitempty"`  // of its init process, as the machine sees it
+	Disk     int64    `json:"disk,omitempty"` // size limit of /var/snap in bytes; 0 is none
+	Cut      []string `json:"cut,omitempty"`  // hosts it cannot reach; "*" is all others
+	Root     string   `json:"root"`           // its file system as the machine sees it
 }
 
 // Up creates the host if it does not exist and switches it on if it is off. It returns when the
@@ -244,7 +273,7 @@ func (l *Lab) Info(_ context.Context, name string) (Info, error) {
 }
 
 func (l *Lab) info(h *host, s shared) Info {
-	i := Info{Name: h.Name, Address: l.addr(h).String(), State: l.state(h), Disk: h.Disk, Root: l.rootDir(h.Name)}
+	i := Info{Name: h.Name, Address: l.addr(h).String(), Address6: l.text6(h), State: l.state(h), Disk: h.Disk, Root: l.rootDir(h.Name)}
 	if i.State != Off {
 		i.PID = h.Init.PID
 	}
@@ -267,6 +296,18 @@ func (l *Lab) IP(name string) (string, error) {
 		return "", err
 	}
 	return l.addr(h).String(), nil
+}
+
+// IP6 is the IPv6 address of a host; an error where it has none.
+func (l *Lab) IP6(name string) (string, error) {
+	h, err := l.load(name)
+	if err != nil {
+		return "", err
+	}
+	if h.IPv6 == NoIPv6 {
+		return "", fmt.Errorf("host %s has no IPv6 address: it was made without lab up --ipv6", name)
+	}
+	return l.addr6(h).String(), nil
 }
 
 // leftover reports whether something of a host exists besides its record.

@@ -148,19 +148,29 @@ func (l *Lab) attach(h *host, sw process) error {
 	if err != nil {
 		return fail(err)
 	}
-	ip := l.addr(h).As4()
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: ip[:], Mask: net.CIDRMask(l.subnet().Bits(), 32)}}
-	if err := handle.AddrAdd(eth, addr); err != nil {
-		return fail(err)
+	var addrs []*netlink.Addr
+	if h.IPv6 != OnlyIPv6 {
+		addrs = append(addrs, &netlink.Addr{IPNet: &net.IPNet{IP: l.addr4(h).AsSlice(), Mask: net.CIDRMask(l.subnet().Bits(), 32)}})
+	}
+	if h.IPv6 != NoIPv6 { // nobody else has it, so it can be used at once
+		addrs = append(addrs, &netlink.Addr{IPNet: &net.IPNet{IP: l.addr6(h).AsSlice(), Mask: net.CIDRMask(prefix6, 128)}, Flags: unix.IFA_F_NODAD})
+	}
+	for _, addr := range addrs {
+		if err := handle.AddrAdd(eth, addr); err != nil {
+			return fail(err)
+		}
 	}
 	if err := handle.LinkSetUp(eth); err != nil {
 		return fail(err)
 	}
 	if h.DefaultRoute {
-		route := &netlink.Route{LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK,
-			Dst: &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}}
-		if err := handle.RouteAdd(route); err != nil {
-			return fail(err)
+		for _, addr := range addrs {
+			zero := make(net.IP, len(addr.IP))
+			route := &netlink.Route{LinkIndex: eth.Attrs().Index, Scope: netlink.SCOPE_LINK,
+				Dst: &net.IPNet{IP: zero, Mask: net.CIDRMask(0, 8*len(zero))}}
+			if err := handle.RouteAdd(route); err != nil {
+				return fail(err)
+			}
 		}
 	}
 	return nil

@@ -34,6 +34,7 @@ type host struct {
 	Number       byte    `json:"number"`         // last octet of its address
 	Snap         string  `json:"snap,omitempty"` // product tree it boots with
 	DefaultRoute bool    `json:"defaultRoute,omitempty"`
+	IPv6         IPv6    `json:"ipv6,omitempty"`
 	Prepared     bool    `json:"prepared,omitempty"` // its root is complete
 	Disk         int64   `json:"disk,omitempty"`
 	Init         process `json:"init"`
@@ -71,10 +72,34 @@ func (l *Lab) subnet() netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 77, octet, 0}), 24)
 }
 
+// addr is the address by which a host is known: that of IPv6 where it has no other.
 func (l *Lab) addr(h *host) netip.Addr {
+	if h.IPv6 == OnlyIPv6 {
+		return l.addr6(h)
+	}
+	return l.addr4(h)
+}
+
+func (l *Lab) addr4(h *host) netip.Addr {
 	a := l.subnet().Addr().As4()
 	a[3] = h.Number
 	return netip.AddrFrom4(a)
+}
+
+// prefix6 is how long the network's part of an IPv6 address is.
+const prefix6 = 64
+
+// addr6 has the instance's and the host's numbers of [Lab.addr4] in fd4d:38::/32, which is "M8" behind the byte of local networks.
+func (l *Lab) addr6(h *host) netip.Addr {
+	four := l.addr4(h).As4()
+	return netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x4d, 2: 0x38, 7: four[2], 15: four[3]})
+}
+
+func (l *Lab) text6(h *host) string {
+	if h.IPv6 == NoIPv6 {
+		return ""
+	}
+	return l.addr6(h).String()
 }
 
 func (l *Lab) hostNames() ([]string, error) {
@@ -156,7 +181,7 @@ func (l *Lab) create(name string, opt Options) (*host, error) {
 	if err := os.MkdirAll(l.hostDir(name), 0o755); err != nil {
 		return nil, fmt.Errorf("cannot create host %s: %w", name, err)
 	}
-	h := &host{Name: name, Number: number, Snap: l.snap, DefaultRoute: opt.DefaultRoute}
+	h := &host{Name: name, Number: number, Snap: l.snap, DefaultRoute: opt.DefaultRoute, IPv6: opt.IPv6}
 	return h, l.save(h)
 }
 

@@ -238,6 +238,8 @@ waits for the node.`, cobra.MinimumNArgs(1), 0,
 		})
 	c.Flags().BoolVar(&noStart, "no-start", false, "only make the hosts, do not start the product")
 	c.Flags().BoolVar(&opt.DefaultRoute, "default-route", false, "give new hosts a default route (on which nobody answers)")
+	c.Flags().Var(&opt.IPv6, "ipv6", "give new hosts an IPv6 address, too; --ipv6=only: and none of IPv4")
+	c.Flags().Lookup("ipv6").NoOptDefVal = string(lab.DualIPv6)
 	c.ValidArgsFunction = cobra.NoFileCompletions
 	return c
 }
@@ -342,14 +344,21 @@ func (o *options) runExec(l *lab.Lab, name string, args []string) error {
 }
 
 func (o *options) ip() *cobra.Command {
-	return o.simple("ip NAME", "Print a host's address", "", cobra.ExactArgs(1), 1,
+	var six bool
+	c := o.simple("ip NAME", "Print a host's address", "", cobra.ExactArgs(1), 1,
 		func(_ context.Context, l *lab.Lab, args []string) error {
-			ip, err := l.IP(args[0])
+			find := l.IP
+			if six {
+				find = l.IP6
+			}
+			ip, err := find(args[0])
 			if err == nil {
 				fmt.Fprintln(o.Out, ip)
 			}
 			return err
 		})
+	c.Flags().BoolVarP(&six, "ipv6", "6", false, "print that of IPv6")
+	return c
 }
 
 func (o *options) ls() *cobra.Command {

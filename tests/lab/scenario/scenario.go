@@ -45,6 +45,8 @@ type Host struct {
 	Name         string `json:"name"`
 	Disk         string `json:"disk,omitempty"` // a size as for lab disk, "" is no limit
 	DefaultRoute bool   `json:"defaultRoute,omitempty"`
+	// IPv6 is "dual" or "only", as for lab up --ipv6.
+	IPv6 lab.IPv6 `json:"ipv6,omitempty"`
 }
 
 // Step is one thing that is done, or expected. Exactly one of its actions is set.
@@ -101,6 +103,11 @@ func Parse(data []byte) (*Scenario, error) {
 			return nil, fmt.Errorf("hosts: number %d has no name; write - name: n%d", i+1, i+1)
 		case known[h.Name]:
 			return nil, fmt.Errorf("hosts: %s is there twice", h.Name)
+		}
+		if h.IPv6 != lab.NoIPv6 {
+			if err := new(lab.IPv6).Set(string(h.IPv6)); err != nil {
+				return nil, fmt.Errorf("hosts: %s: ipv6: %w", h.Name, err)
+			}
 		}
 		if _, err := size(h.Disk); err != nil {
 			return nil, fmt.Errorf("hosts: %s: disk: %w", h.Name, err)
@@ -243,7 +250,7 @@ func Play(ctx context.Context, l Lab, s *Scenario, seed uint64, out io.Writer) e
 		return name
 	}
 	for _, h := range s.Hosts {
-		if err := l.Up(ctx, h.Name, lab.Options{DefaultRoute: h.DefaultRoute}); err != nil {
+		if err := l.Up(ctx, h.Name, lab.Options{DefaultRoute: h.DefaultRoute, IPv6: h.IPv6}); err != nil {
 			return fmt.Errorf("cannot make %s: %w", h.Name, err)
 		}
 		if h.Disk != "" {
