@@ -166,6 +166,9 @@ type JoinResponse struct {
 	// ServiceCIDR is the API server's --service-cluster-ip-range, the same on all
 	// control-plane nodes. Ours.
 	ServiceCIDR string `json:"service_cidr,omitempty"`
+	// NodeMasks are the lengths of a node's share of ClusterCIDR, that of IPv4 first, for control-plane nodes: with another
+	// one the controller manager would go on otherwise when it moves there. Ours.
+	NodeMasks []int `json:"node_masks,omitempty"`
 	// APIServers lists host:port of all API servers, the contacted node's first. Ours.
 	APIServers []string `json:"api_servers,omitempty"`
 	// CNI is true where the cluster has a CNI of its own (args/cni-network/cni.yaml). Ours.

@@ -22,6 +22,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
+	"microk8s/internal/ranges"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -250,6 +251,9 @@ func (c *call) material(j *joining) (*api.JoinResponse, error) {
 		return nil, err
 	}
 	answer.CAKey = &caKey
+	if now, err := ranges.Current(b.Env); err == nil {
+		answer.NodeMasks = now.Masks
+	}
 	answer.ServerArguments = j.arguments
 	if answer.ServiceAccountKey, err = read("Failed to retrieve service account key", b.Env.Cert("serviceaccount.key")); err != nil {
 		return nil, err

@@ -23,7 +23,9 @@ import (
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/certs"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/service"
+	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -57,10 +59,30 @@ type Applier struct {
 	PreInit bool
 }
 
-// Validate says everything that is wrong in a configuration, and does nothing.
-func Validate(_ context.Context, _ snapenv.Env, data []byte) error {
-	_, _, err := Parse(data)
-	return err
+// Validate says everything that is wrong in a configuration, for this node, and does nothing.
+func Validate(_ context.Context, env snapenv.Env, data []byte) error {
+	docs, _, err := Parse(data)
+	if err != nil {
+		return err
+	}
+	return checkRanges(env, docs)
+}
+
+// checkRanges refuses ranges of pods and Services that cannot be used, or that a node has no choice of any more.
+func checkRanges(env snapenv.Env, docs []Document) error {
+	changes := map[string]*string{}
+	for _, d := range docs {
+		for key, value := range d.CNIEnv {
+			changes[key] = (*string)(value)
+		}
+	}
+	if len(changes) == 0 {
+		return nil
+	}
+	if err := ranges.Try(env, changes); err != nil {
+		return fmt.Errorf("extraCNIEnv: %w", err)
+	}
+	return nil
 }
 
 // Apply applies a configuration to a node that runs, as far as it was not applied before.
@@ -158,6 +180,9 @@ func (a *Applier) Apply(ctx context.Context, data []byte) error {
 	if err != nil {
 		return err
 	}
+	if err := checkRanges(a.Env, docs); err != nil {
+		return fmt.Errorf("failed to apply configuration: %w", err)
+	}
 	for _, s := range a.steps(docs, st) {
 		if slices.Contains(st.Done, s.name) || s.later && a.PreInit {
 			continue
@@ -206,6 +231,9 @@ func (a *Applier) steps(docs []Document, st *state) (out []step) {
 				return a.write(filepath.Join(a.Env.Args("certs.d"), r, "hosts.toml"), []byte(d.ContainerdRegistryFiles[r]), 0o644)
 			}})
 		}
+	}
+	if slices.ContainsFunc(docs, func(d Document) bool { return len(d.CNIEnv) > 0 }) {
+		out = append(out, step{"ranges of pods and Services", false, func(ctx context.Context) error { return setup.Ranges(ctx, a.Env, a.Log) }})
 	}
 	out = append(out, step{"restart of services", true, func(ctx context.Context) error { return a.restart(ctx, st, false) }})
 	microk8s := a.Env.Bin("microk8s")

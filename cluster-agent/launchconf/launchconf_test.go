@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/token"
 	"microk8s/internal/tokenstore"
@@ -79,6 +80,38 @@ func (h *host) args(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// TestRangesLater holds that a configuration which asks a running node for other ranges is refused before anything is done, and that one
+// with more addresses for pods, or what the node has, is not.
+func TestRangesLater(t *testing.T) {
+	for _, tc := range []struct{ env, says string }{
+		{"IPv4_CLUSTER_CIDR: 10.9.0.0/16", "the cluster has 10.1.0.0/16 for pods and 10.152.183.0/24 for Services since its first start"},
+		{"IPv6_SUPPORT: true", "which cannot be changed to 10.1.0.0/16,fd01::/64 for pods"},
+		{"IPv4_CLUSTER_CIDR: here", "IPv4_CLUSTER_CIDR=here: not a range"},
+		{"IPv4_CLUSTER_CIDR: 10.0.0.0/15", ""},
+		{"IPv4_SUPPORT: true", ""},
+	} {
+		h := newHost(t)
+		h.put(t, "kube-proxy", "--cluster-cidr=10.1.0.0/16\n")
+		h.put(t, "kubelet", "")
+		if err := ranges.MarkStarted(h.Env); err != nil {
+			t.Fatal(err)
+		}
+		err := h.Apply(t.Context(), []byte("version: 0.2.0\nextraCNIEnv: {"+tc.env+"}\nextraKubeletArgs: {--v: 1}\n"))
+		if tc.says == "" {
+			if err != nil || h.args(t, "kubelet") != "--v=1\n" {
+				t.Errorf("%s: %v", tc.env, err)
+			}
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), tc.says) || strings.Contains(err.Error(), "\n") || h.args(t, "kubelet") != "" {
+			t.Errorf("%s: got %v and %q, want %q and nothing changed", tc.env, err, h.args(t, "kubelet"), tc.says)
+		}
+		if _, err := os.Stat(h.Env.Args(ranges.FileName)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: the file was written: %v", tc.env, err)
+		}
+	}
 }
 
 // TestApply has the cases of cluster-agent.md 7.5: each with and without pre-init.

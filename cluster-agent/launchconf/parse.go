@@ -126,7 +126,7 @@ func (d *Document) files() []file {
 		{"apiserver-proxy", false, []string{"apiserver-proxy"}, d.ProxyArgs}, {"apiserver-proxy-env", true, []string{"apiserver-proxy"}, d.ProxyEnv},
 		// Of daemons that this product does not have: kept for who reads them, restarting nothing.
 		{"etcd", false, nil, d.EtcdArgs}, {"etcd-env", true, nil, d.EtcdEnv}, {"flanneld", false, nil, d.FlanneldArgs}, {"flanneld-env", true, nil, d.FlanneldEnv},
-		{"cni-env", true, nil, d.CNIEnv}, {"fips-env", true, []string{"kubelite", "k8s-dqlite", "cluster-agent"}, d.FIPSEnv},
+		{"cni-env", true, k, d.CNIEnv}, {"fips-env", true, []string{"kubelite", "k8s-dqlite", "cluster-agent"}, d.FIPSEnv},
 	}
 }
 

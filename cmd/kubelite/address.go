@@ -44,7 +44,12 @@ func followAddress(ctx context.Context, env snapenv.Env, config nodeconfig.Confi
 			if since.IsZero() {
 				since = time.Now()
 			}
-			now, err := netip.ParseAddr(hostprobe.Probe(env.Host).Address)
+			host := hostprobe.Probe(env.Host)
+			text := host.Address
+			if address.Is6() {
+				text = host.Address6
+			}
+			now, err := netip.ParseAddr(text)
 			switch {
 			case err != nil:
 				return nil, fmt.Errorf("the node's address %s is on no interface, and there is no other", address)

@@ -125,7 +125,8 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	if err := config.Err(nodeconfig.PartName); err != nil {
 		return err
 	}
-	if v6 := config.APIServer.ServiceCIDRs; len(v6) > 0 && v6[0].Addr().Is6() {
+	host.Pods = config.ClusterCIDRs
+	if pods := host.Pods; len(pods) == 0 && config.APIServer.ServiceCIDRs[0].Addr().Is6() {
 		host.Address = "" // it is one of IPv4
 	}
 	words, kubeletArgs, err := readArgs(env, config.NodeName, f, host, log)
@@ -185,10 +186,16 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 	})
 	policies := newPolicies(ctx, env, config.NodeName, state, log) // closes pods before the kubelet can start any
 	var moved atomic.Bool
-	if address, err := nodeAddress(kubeletArgs); err == nil && address.IsValid() {
-		group.Go("the node's address", func(ctx context.Context) error {
+	addresses, err := nodeAddresses(kubeletArgs)
+	for _, address := range addresses {
+		if err != nil || address.IsUnspecified() {
+			continue // runNetwork has the error
+		}
+		group.Go("the node's address "+address.String(), func(ctx context.Context) error {
 			err := followAddress(ctx, env, config, address, watch, log)
-			moved.Store(errors.Is(err, errAddress))
+			if errors.Is(err, errAddress) {
+				moved.Store(true)
+			}
 			return err
 		})
 	}
@@ -251,6 +258,12 @@ func readArgs(env snapenv.Env, node string, f *flags, host hostprobe.Host, log *
 		}
 		for _, o := range added {
 			log.Info("this host needs an argument", "daemon", name, "flag", "--"+o.Flag+"="+o.Value, "why", o.Why)
+		}
+		if name == daemons.Kubelet {
+			if err := completeNodeIP(file, host.Pods, log); err != nil {
+				errs = append(errs, err)
+				continue
+			}
 		}
 		files[name] = file
 	}
@@ -406,11 +419,11 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	if err := config.Err(nodeconfig.PartNodeIP); err != nil {
 		return err
 	}
-	nodeIP, err := nodeAddress(kubelet)
+	nodeIPs, err := nodeAddresses(kubelet)
 	if err != nil {
 		return fmt.Errorf("--node-ip in %s: %w", env.Args(daemons.Kubelet), err)
 	}
-	if nodeIP.IsValid() {
+	for _, nodeIP := range nodeIPs {
 		routes := watch.Register(ctx, hostnet.ServiceRoutesOwner(config.APIServer.ServiceCIDRs, nodeIP))
 		defer routes.Close()
 	}
@@ -420,22 +433,48 @@ func runNetwork(ctx context.Context, env snapenv.Env, config nodeconfig.Config, 
 	}
 	options.Kubeconfig = kubeletKubeconfig(env, kubelet)
 	options.NodeName = config.NodeName
-	options.NodeIP = nodeIP
+	options.NodeIPs = nodeIPs
 	options.ClusterCIDR = nodeconfig.JoinPrefixes(config.ClusterCIDRs)
 	options.Env, options.Log, options.Watch, options.Policies = env, log, watch, policies
 	options.EndSandbox = func(ctx context.Context, id string) error { return images.EndSandbox(ctx, env, id) }
 	return network.Run(ctx, options)
 }
 
-// nodeAddress is the kubelet's --node-ip, the first one where there is one of each family; the zero value where it is not set. It is
-// that of the arguments in use and not of the file: the host may have added it.
-func nodeAddress(kubelet *args.File) (netip.Addr, error) {
+// nodeAddresses are the kubelet's --node-ip, one or one of each family; none where it is not set. They are
+// those of the arguments in use and not of the file: the host may have added them.
+func nodeAddresses(kubelet *args.File) (out []netip.Addr, err error) {
 	v, ok := kubelet.Get("node-ip")
 	if !ok {
-		return netip.Addr{}, nil
+		return nil, nil
 	}
-	first, _, _ := strings.Cut(v, ",")
-	return netip.ParseAddr(first)
+	for text := range strings.SplitSeq(v, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(text))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, a.Unmap())
+	}
+	return out, nil
+}
+
+// completeNodeIP adds the address of the other family where pods have both and --node-ip names one: a join writes the one by which
+// the cluster saw the node. It is taken from the same interface, since the pod network uses one for both.
+func completeNodeIP(kubelet *args.File, pods []netip.Prefix, log *slog.Logger) error {
+	known, err := nodeAddresses(kubelet)
+	if err != nil || len(known) != 1 || len(pods) != 2 || known[0].IsUnspecified() {
+		return nil //nolint:nilerr // runNetwork has the error
+	}
+	other, ok, err := hostnet.OtherFamily(known[0])
+	if err != nil || !ok {
+		log.Warn("this node has pods of both families and one address: its pods get none of the other one", "address", known[0], "err", err)
+		return nil
+	}
+	both := []netip.Addr{known[0], other}
+	if pods[0].Addr().Is4() != both[0].Is4() {
+		slices.Reverse(both)
+	}
+	log.Info("the node has an address of both families", "node_ip", fmt.Sprint(both))
+	return kubelet.Set("node-ip", both[0].String()+","+both[1].String())
 }
 
 // kubeletKubeconfig is the file with the kubelet's credentials.

@@ -23,7 +23,7 @@ func Files(service string) []string {
 	files := []string{service, service + "-env", "fips-env"}
 	switch service {
 	case "kubelite":
-		files = append(files, "kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "pod-network")
+		files = append(files, "kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "pod-network", "cni-env")
 	case "containerd":
 		files = append(files, "containerd-template.toml")
 	}

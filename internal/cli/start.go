@@ -13,9 +13,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/cluster"
-	"microk8s/internal/hostnet"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
+	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
@@ -77,7 +77,7 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 			return err
 		}
 	}
-	if err := hostnet.CheckRanges(a.Env); err != nil {
+	if err := setup.Ranges(ctx, a.Env, a.log()); err != nil {
 		return fmt.Errorf("cannot start: %w", err)
 	}
 	if err := a.checkPorts(ctx); err != nil {

@@ -281,7 +281,7 @@ func (s *site) serveAgent(w http.ResponseWriter, r *http.Request) {
 		out := api.JoinResponse{
 			CA: s.caPEM, CallbackToken: "the-callback-token", APIPort: "16443", AuthorizationMode: "Node,RBAC", HostnameOverride: ownIP,
 			KubeletArgs: "--cluster-dns=10.152.183.99\n--node-ip=10.9.0.1\n--hostname-override=n1\n--kube-reserved=memory=32Gi\n--system-reserved=memory=8Gi\n--reserved-cpus=0-3\n--root-dir=${SNAP_COMMON}/var/lib/kubelet\n",
-			CNI:         s.foreignCNI, Product: api.Product, ClusterCIDR: "10.1.0.0/16", ServiceCIDR: "10.152.183.0/24", APIServers: []string{s.apis.Listener.Addr().String()},
+			CNI:         s.foreignCNI, Product: api.Product, ClusterCIDR: "10.1.0.0/16,fd01::/64", ServiceCIDR: "10.152.183.0/24,fd98::/108", NodeMasks: []int{25, 80}, APIServers: []string{s.apis.Listener.Addr().String()},
 		}
 		if q.Secrets == 2 && !s.upstream {
 			out.CallbackToken = ""
@@ -429,6 +429,12 @@ func (s *site) wantJoined(t *testing.T, worker bool) {
 	t.Helper()
 	if r, err := Pending(s.env); r != nil || err != nil {
 		t.Errorf("pending: %+v, %v", r, err)
+	}
+	for file, want := range map[string]string{"cni-env": "IPv6_CLUSTER_CIDR=fd01::/64\nIPv6_SERVICE_CIDR=fd98::/108\n", "kube-proxy": "--cluster-cidr=10.1.0.0/16,fd01::/64\n",
+		"kube-controller-manager": "--node-cidr-mask-size-ipv4=25\n--node-cidr-mask-size-ipv6=80\n"} {
+		if got := read(t, s.env.Args(file)); !worker && !strings.Contains(got, want) {
+			t.Errorf("args/%s has no %q:\n%s", file, want, got)
+		}
 	}
 	kubelet := read(t, s.env.Args("kubelet"))
 	for _, want := range []string{"--cluster-dns=10.152.183.99", "--node-ip=" + ownIP, "--tls-cert-file="} {

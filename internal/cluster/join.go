@@ -22,6 +22,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -529,6 +530,9 @@ func (s *joinRun) sameNetwork(a *answer) error {
 			}
 		}
 	}
+	if err := s.rangesOf(a); err != nil {
+		return err
+	}
 	if a.ours() && !a.CNI {
 		return nil
 	}
@@ -541,6 +545,23 @@ func (s *joinRun) sameNetwork(a *answer) error {
 		return fileaccess.For(s.Env).WriteShared(s.Env.CNIManifest(), []byte(foreignCNI))
 	}
 	return nil
+}
+
+// rangesOf has args/cni-env, and on a control-plane node a node's share of the pods' range, say what the cluster has.
+func (s *joinRun) rangesOf(a *answer) error {
+	if a.ClusterCIDR == "" || a.ServiceCIDR == "" {
+		return nil // an agent of upstream's
+	}
+	r, err := ranges.Of(a.ClusterCIDR, a.ServiceCIDR, a.NodeMasks)
+	if err != nil {
+		return fmt.Errorf("the cluster has sent addresses that cannot be used: %w", err)
+	}
+	if len(a.NodeMasks) > 0 {
+		if err := s.editArgs("kube-controller-manager", r.ShareFlags()); err != nil {
+			return err
+		}
+	}
+	return ranges.TakeOver(s.Env, r)
 }
 
 // foreignCNI is the manifest of a pod network that this node does not have itself.

@@ -235,17 +235,16 @@ func (s *joinRun) settleAddress(ctx context.Context, c *client.Client, seen *api
 	return seen, nil
 }
 
-// sameFamily reports whether an address, of IPv4 or IPv6, is of a family that a list of networks has.
-// Where there is no list it is.
+// sameFamily reports whether an address, of IPv4 or IPv6, is of the family of the first of a list of networks, which is
+// that of the API servers' addresses. Where there is no list it is.
 func sameFamily(address, networks string) bool {
 	a, err := netip.ParseAddr(address)
 	if err != nil || networks == "" {
 		return true
 	}
-	return slices.ContainsFunc(strings.Split(networks, ","), func(text string) bool {
-		p, err := netip.ParsePrefix(text)
-		return err != nil || p.Addr().Is4() == a.Unmap().Is4()
-	})
+	first, _, _ := strings.Cut(networks, ",")
+	p, err := netip.ParsePrefix(first)
+	return err != nil || p.Addr().Is4() == a.Unmap().Is4()
 }
 
 // agentRuns reports whether this node's own agent could have been reached.

@@ -20,9 +20,10 @@ import (
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/filewatch"
-	"microk8s/internal/hostnet"
 	"microk8s/internal/nodecheck"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
+	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 )
 
@@ -68,9 +69,13 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 		}
 		errs = append(errs, err)
 	}
-	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env), hostnet.CheckRanges(p.Env))...); err != nil {
+	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env), setup.Ranges(ctx, p.Env, p.Log))...); err != nil {
 		return err
 	}
+	if err := ranges.MarkStarted(p.Env); err != nil {
+		return err
+	}
+	config = nodeconfig.Load(p.Env) // with the ranges that were chosen
 	if err := nodeconfig.KeepName(p.Env, config.NodeName); err != nil {
 		return fmt.Errorf("cannot note the node's name: %w", err)
 	}
@@ -98,6 +103,9 @@ func (p *Preparer) ownAddress(config nodeconfig.Config) error {
 	}
 	own, err := p.addresses()
 	now := p.host().Address
+	if config.NodeIPs[0].Is6() {
+		now = p.host().Address6
+	}
 	if err != nil || now == "" || slices.ContainsFunc(own, func(ip net.IP) bool { return ip.Equal(config.NodeIPs[0].AsSlice()) }) {
 		return nil
 	}

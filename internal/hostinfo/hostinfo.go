@@ -11,7 +11,7 @@ import (
 )
 
 // podInterfaces have addresses of the pod network, under which nobody reaches the host.
-var podInterfaces = []string{"vxlan.calico", "flannel.1", "cni0", "ovn0"}
+var podInterfaces = []string{"vxlan.calico", "flannel.1", "flannel-v6.1", "cni0", "ovn0"}
 
 // Hostname returns the host's name as the kernel has it.
 func Hostname() (string, error) {

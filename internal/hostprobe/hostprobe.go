@@ -47,6 +47,11 @@ type Host struct {
 	DefaultRoute bool
 	// Address is an IPv4 address under which neighbours reach this host, "" when it has none.
 	Address string
+	// Address6 is the same of IPv6.
+	Address6 string
+
+	// Pods are the ranges of the cluster's pods, of which each family needs an address of the node; nil for IPv4 alone.
+	Pods []netip.Prefix
 
 	MachineID, BootID string
 
@@ -138,6 +143,7 @@ func Probe(root string) Host {
 	if root == "/" {
 		h.Address = primary(h.Address)
 	}
+	h.Address6 = address6(read)
 	return h
 }
 
@@ -221,13 +227,13 @@ func (h Host) Overrides() map[string][]Override {
 	}
 	kubelet = append(kubelet, Override{"resolv-conf", h.ResolvConf, "name servers that pods can reach"})
 	var apiserver []Override
-	if h.Address != "" { // the kubelet would take what the host's name resolves to
+	if known := h.NodeIPs(); len(known) > 0 { // the kubelet would take what the host's name resolves to
 		why := "the address of the interface with the default route"
 		if !h.DefaultRoute {
 			why = "the host has no default route"
 		}
-		apiserver = append(apiserver, Override{"advertise-address", h.Address, why})
-		kubelet = append(kubelet, Override{"node-ip", h.Address, why})
+		apiserver = append(apiserver, Override{"advertise-address", known[0], why})
+		kubelet = append(kubelet, Override{"node-ip", strings.Join(known, ","), why})
 	}
 	if h.UserNS || h.ProcSysReadOnly {
 		kubelet = append(kubelet, Override{"feature-gates", "KubeletInUserNamespace=true", "kernel settings may not be written here"})
@@ -249,6 +255,25 @@ func (h Host) Overrides() map[string][]Override {
 	}
 	proxy = append(proxy, Override{"nodeport-addresses", "all", "node ports answer on every address of the node"})
 	return map[string][]Override{"kubelet": kubelet, "kube-proxy": proxy, "kube-apiserver": apiserver}
+}
+
+// NodeIPs are the addresses by which the node is known unless somebody chooses others: one for each family of the pods, in
+// their order; none where the host has not all of them.
+func (h Host) NodeIPs() (out []string) {
+	for _, p := range h.Pods {
+		address := h.Address
+		if p.Addr().Is6() {
+			address = h.Address6
+		}
+		if address == "" {
+			return nil
+		}
+		out = append(out, address)
+	}
+	if len(h.Pods) == 0 && h.Address != "" {
+		return []string{h.Address}
+	}
+	return out
 }
 
 // Apply adds the overrides of the argument file called name to f, in memory, where f does not
@@ -302,8 +327,9 @@ func (h Host) Notes() []string {
 	add(h.NoBridgeNF, "no bridge netfilter (module br_netfilter): a pod does not reach a Service whose answering pod is on its own node")
 	add(!h.Overlayfs, "no overlayfs: images are copied for each container, which takes space and time")
 	add(h.UserNS, "inside a user namespace: the kubelet tolerates what it may not do")
-	add(!h.DefaultRoute && h.Address != "", "no default route: this node is known by its address "+h.Address)
-	add(!h.DefaultRoute && h.Address == "", "neither a default route nor an address: give the host one, or set --advertise-address and --node-ip")
+	known := strings.Join(h.NodeIPs(), ", ")
+	add(!h.DefaultRoute && known != "", "no default route: this node is known by its address "+known)
+	add(!h.DefaultRoute && known == "", "neither a default route nor an address: give the host one, or set --advertise-address and --node-ip")
 	add(h.ResolvConf == "", "no name server that pods could reach in /etc/resolv.conf: pods resolve names of the cluster only")
 	add(h.NoKmsg, "no /dev/kmsg: the kubelet cannot report processes killed for want of memory")
 	return notes

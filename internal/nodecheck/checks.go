@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/argsdigest"
 	"microk8s/internal/hostnet"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/registryhosts"
 	"microk8s/internal/service"
 )
@@ -28,6 +29,7 @@ import (
 // Checks is everything that is looked at, in the order in which it is reported.
 var Checks = []Check{
 	{ID: "args.edited", Looks: "digests of the files in args/ and of what the running services read", run: argsEdited},
+	{ID: "args.ranges", Looks: "args/cni-env and the ranges of pods and Services that the daemons have", run: argsRanges},
 	{ID: "agent.answers", Looks: "the cluster agent's answer on its port", run: agentAnswers},
 	{ID: "network.bridge", Looks: "addresses of the device cni0 and the pod subnet in args/cni-network", run: bridge},
 	{ID: "disk.space", Looks: "free space of the file systems of /var and /tmp", run: diskSpace},
@@ -62,6 +64,9 @@ func argsEdited(_ context.Context, n *Node) (out []Finding, err error) {
 		case err != nil:
 			return out, err
 		}
+		if argsRangesDiffer(n) {
+			names = slices.DeleteFunc(names, func(f string) bool { return f == ranges.FileName }) // a restart does not help
+		}
 		if len(names) > 0 {
 			out = append(out, one("bring it into force with "+restart, "%s was changed after service %s was started, which does not know yet",
 				strings.Join(prefixed("args/", names), ", "), s.Name)...)
@@ -69,6 +74,16 @@ func argsEdited(_ context.Context, n *Node) (out []Finding, err error) {
 	}
 	return out, nil
 }
+
+// argsRanges holds that args/cni-env says what the cluster has: a person who changed it later waits for nothing.
+func argsRanges(_ context.Context, n *Node) ([]Finding, error) {
+	if err := ranges.Differs(n.Env); err != nil {
+		return one("change the file back; other ranges need a new cluster", "args/%s has no effect: %v", ranges.FileName, err), nil
+	}
+	return nil, nil
+}
+
+func argsRangesDiffer(n *Node) bool { return ranges.Differs(n.Env) != nil }
 
 func prefixed(prefix string, names []string) []string {
 	out := make([]string, len(names))

@@ -20,6 +20,7 @@ import (
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
+	"microk8s/internal/ranges"
 	"microk8s/internal/snapenv"
 )
 
@@ -160,6 +161,17 @@ func (in *Installer) certificates(ctx context.Context) error {
 		return err
 	}
 	return in.changed(in.Env.CertsDir())
+}
+
+// Ranges has a node take the addresses of pods and Services that args/cni-env asks for, as far as it may, with the certificates
+// that follow. It belongs before each start of the services. An error is about ranges that cannot work on this host.
+func Ranges(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
+	changed, err := ranges.Prepare(env)
+	if err != nil || !changed {
+		return err
+	}
+	_, err = certs.New(env, certs.Options{Log: log}).Ensure(ctx)
+	return err
 }
 
 // lock makes an empty lock file.

@@ -68,6 +68,16 @@ func edited(file, service string) Fault {
 		Files:  map[string]string{"DATA/args/" + file: "# changed\n"}}
 }
 
+// ranges is a fault that is args/cni-env asking a cluster for other ranges than it has.
+func ranges() Fault {
+	const text = "IPv4_CLUSTER_CIDR=10.77.0.0/16\n"
+	return Fault{Name: "args/cni-env asks for other ranges", ID: "args.ranges",
+		Says: "the cluster has 10.1.0.0/16 for pods and 10.152.183.0/24 for Services since its first start", Do: "change the file back",
+		Break:  fmt.Sprintf("cp -a %[1]s/args/cni-env /root/fault-args; sed -i 's/^IPv4_CLUSTER_CIDR=.*/IPv4_CLUSTER_CIDR=10.77.0.0\\/16/' %[1]s/args/cni-env", data),
+		Repair: fmt.Sprintf("cp -a /root/fault-args %[1]s/args/cni-env", data),
+		Files:  map[string]string{"DATA/args/cni-env": text, "DATA/args/kube-proxy": "--cluster-cidr=10.1.0.0/16\n", "DATA/var/lock/no-cert-reissue": ""}}
+}
+
 // frozen is a fault that is a service which is stopped in its tracks.
 func frozen(service, id, says, do string) Fault {
 	return Fault{Name: "frozen " + service, ID: id, Says: says, Do: do,
@@ -126,6 +136,7 @@ var Catalogue = func() []Fault {
 		edited("k8s-dqlite", "k8s-dqlite"),
 		edited("cluster-agent", "cluster-agent"),
 		edited("containerd-env", "containerd"),
+		ranges(),
 
 		frozen("cluster-agent", "agent.answers", "service cluster-agent runs and does not answer on port 25000", "see microk8s logs cluster-agent"),
 		frozen("containerd", "containerd.answers", "containerd does not answer on its socket", "see microk8s logs containerd"),

@@ -53,9 +53,9 @@ type Options struct {
 	NodeName    string
 	ClusterCIDR string // as for kube-proxy: "10.1.0.0/16", or one of each family with a comma
 
-	// NodeIP is the address other nodes reach this one at, usually --node-ip of the kubelet;
-	// the zero value takes the InternalIP of the Node object.
-	NodeIP netip.Addr
+	// NodeIPs are the addresses other nodes reach this one at, usually --node-ip of the kubelet: one, or one of
+	// each family. A family without one takes the InternalIP of the Node object.
+	NodeIPs []netip.Addr
 	// Interface is the name of the interface to use; "" takes the one that has the node's
 	// address, or the one of the default route, or the only one with a global address.
 	Interface string

@@ -147,7 +147,7 @@ func (n *node) findGround() (g ground, err error) {
 	}
 	for _, c := range n.cidrs {
 		v4 := c.Addr().Is4()
-		iface, addr, err := n.findInterface(internalIP(own, n.NodeIP, v4), v4)
+		iface, addr, err := n.findInterface(internalIP(own, n.NodeIPs, v4), v4)
 		if err != nil {
 			return g, err
 		}
@@ -164,10 +164,12 @@ func (n *node) findGround() (g ground, err error) {
 	return g, nil
 }
 
-// internalIP is the address of a node in one family; fixed wins if it is of that family.
-func internalIP(own *corev1.Node, fixed netip.Addr, v4 bool) netip.Addr {
-	if fixed.IsValid() && !fixed.IsUnspecified() && fixed.Unmap().Is4() == v4 {
-		return fixed.Unmap()
+// internalIP is the address of a node in one family; a fixed one wins if it is of that family.
+func internalIP(own *corev1.Node, fixed []netip.Addr, v4 bool) netip.Addr {
+	for _, a := range fixed {
+		if a.IsValid() && !a.IsUnspecified() && a.Unmap().Is4() == v4 {
+			return a.Unmap()
+		}
 	}
 	for _, a := range own.Status.Addresses {
 		if addr, err := netip.ParseAddr(a.Address); err == nil && a.Type == corev1.NodeInternalIP && addr.Is4() == v4 {
