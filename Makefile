@@ -66,7 +66,7 @@ verify: ## Verify those signatures (PUB=FILE)
 .PHONY: programs
 programs: deps ## Build our own programs into build/bin
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/lab ./cmd/kubelite
+	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/supervisor ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
 
 .PHONY: components

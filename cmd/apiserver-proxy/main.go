@@ -13,6 +13,7 @@ import (
 
 	"microk8s/apiserver-proxy/proxy"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/workingset"
 )
 
 func main() { os.Exit(run()) }
@@ -30,6 +31,7 @@ func run() int {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	go workingset.TrimAfterStart(ctx)
 	if err := (&proxy.Program{Env: env, Flags: flags, Log: log}).Run(ctx); err != nil {
 		log.Error("the API server proxy ends", "err", err)
 		return 1

@@ -15,6 +15,7 @@ import (
 	"microk8s/cluster-agent/agent"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/workingset"
 )
 
 func main() { os.Exit(run()) }
@@ -43,6 +44,7 @@ func run() int {
 		log.Error("cannot start", "err", err)
 		return 2
 	}
+	go workingset.TrimAfterStart(ctx)
 	if err := agent.Run(ctx, env, flags, service.New(env), log); err != nil {
 		log.Error("the cluster agent ends", "err", err)
 		return 1

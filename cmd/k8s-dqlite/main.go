@@ -3,15 +3,18 @@
 package main
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 
 	"microk8s/internal/datastore/daemon"
+	"microk8s/internal/workingset"
 )
 
 func main() {
 	if filepath.Base(os.Args[0]) == "dqlite" {
 		os.Exit(daemon.Tool(os.Args[1:], os.Stdout, os.Stderr))
 	}
+	go workingset.TrimAfterStart(context.Background())
 	os.Exit(daemon.Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
 }

@@ -40,6 +40,7 @@ import (
 	"microk8s/internal/netpolicy/enforcer"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/workingset"
 )
 
 const (
@@ -203,6 +204,10 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		return runNetwork(ctx, env, config, kubeletArgs, watch, policies, log)
 	})
 	group.Start(parsed[daemons.Kubelet])
+	group.Go("memory of the start", untilDone(func(ctx context.Context) error {
+		workingset.TrimAfterStart(ctx)
+		return nil
+	}))
 	return group.WaitFor(func() time.Duration {
 		// snapd stops services by their names, the datastore before this one; without it the
 		// API server's good order is to wait for what cannot come, until leases are lost.

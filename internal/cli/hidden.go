@@ -2,11 +2,9 @@ package cli
 
 import (
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"strings"
-	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -57,12 +55,13 @@ func (a *App) newSupervise() *cobra.Command {
 		Hidden: true,
 		Args:   noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var ready io.WriteCloser
-			if readyFD > 0 {
-				syscall.CloseOnExec(readyFD)
-				ready = os.NewFile(uintptr(readyFD), "ready")
+			// It runs as long as the node does: a program of its own takes a tenth of this one's memory.
+			path := a.Env.Bin("supervisor")
+			argv := []string{path, fmt.Sprintf("--boot=%t", boot), fmt.Sprintf("--ready-fd=%d", readyFD)}
+			if err := a.Exec(path, argv, a.Environ); err != nil {
+				return fmt.Errorf("cannot run %s: %w; reinstall MicroK8s", path, err)
 			}
-			return service.Supervise(cmd.Context(), a.Env, a.daemonLog(), a.Environ, boot, ready)
+			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&boot, "boot", false, "start what ran when the machine went down; end at once if that is nothing")

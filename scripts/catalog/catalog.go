@@ -176,7 +176,7 @@ var Parts = []Part{
 }
 
 // Programs are our own programs in the snap, by the names of their folders in cmd/.
-var Programs = []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent", "apiserver-proxy"}
+var Programs = []string{"microk8s", "kubelite", "k8s-dqlite", "cluster-agent", "apiserver-proxy", "supervisor"}
 
 // Library is C code that is linked into programs or travels beside them.
 type Library struct {

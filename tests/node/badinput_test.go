@@ -502,14 +502,14 @@ func (n *node) pid(t *testing.T, program string) string {
 
 func (n *node) supervisor(t *testing.T) string {
 	t.Helper()
-	return strings.TrimSpace(n.run(t, "pgrep", "-o", "-f", "microk8s supervise"))
+	return strings.TrimSpace(n.run(t, "pgrep", "-o", "-x", "supervisor"))
 }
 
 // nothingRuns reports whether processes of the node are left.
 func (n *node) nothingRuns(t *testing.T) error {
 	t.Helper()
 	out := n.run(t, "ps", "-eo", "args")
-	for _, p := range []string{"/web", "/pause", "kubelite", "containerd", "k8s-dqlite", "supervise"} {
+	for _, p := range []string{"/web", "/pause", "kubelite", "containerd", "k8s-dqlite", "supervisor"} {
 		if strings.Contains(out, p) {
 			return fmt.Errorf("%s still runs:\n%s", p, out)
 		}
