@@ -34,6 +34,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/nodecopy"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/podledger"
 	"microk8s/internal/snapenv"
@@ -171,6 +172,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		kubelet := (&kube.File{Path: env.Credential("kubelet.config")}).Core
 		return (&remount.Controller{Env: env, Node: name, Core: kubelet, Log: log}).Run(ctx)
 	})
+	group.Go(func() error { return (&nodecopy.Controller{Env: env, Node: name, Log: log}).Run(ctx) })
 	group.Go(func() error {
 		if err := podledger.Run(ctx, env); err != nil { // the node works without; its removal leaves more behind
 			log.Warn("the pods of this node are not written down any more", "err", err)

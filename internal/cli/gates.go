@@ -114,7 +114,7 @@ func (a *App) worker(advice string, code int) gate {
 			sep = ""
 		}
 		fmt.Fprintln(a.Out, workerText+sep+advice)
-		if why := status.Removed(a.Env); why != "" {
+		for _, why := range status.Local(a.Env, a.Now()) {
 			fmt.Fprintln(a.Out, why)
 		}
 		return exitError(code)

@@ -11,6 +11,7 @@ import (
 	"microk8s/internal/cluster"
 	"microk8s/internal/journal"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/nodecopy"
 )
 
 func (a *App) newLeave() *cobra.Command {
@@ -58,6 +59,7 @@ func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
 	}
 	defer j.Close()
 	address := cluster.Elsewhere(a.Env)
+	copies, copied := nodecopy.Here(a.Env, a.Now())
 	err = node.Leave(ctx, j, o)
 	switch {
 	case err == nil && address != "":
@@ -68,6 +70,11 @@ func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
 		name := nodeconfig.Load(a.Env).NodeName
 		if name == "" {
 			name = "NODE"
+		}
+		if copied {
+			fmt.Fprintf(a.Err, "This node is a cluster of its own now. Of these machines that ran as node %s the other stays in its cluster: %s. "+
+				"Only if none of them is to stay, run on a node of that cluster: microk8s remove-node %[1]s\n", name, copies.List())
+			return nodecopy.Forget(a.Env)
 		}
 		fmt.Fprintln(a.Err, "This node is a cluster of its own now. On a node of the other one run: microk8s remove-node "+name)
 		return nil

@@ -5,15 +5,22 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/internal/cluster"
+	"microk8s/internal/hostinfo"
+	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/noderegistry"
 	"microk8s/internal/service"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
@@ -41,7 +48,7 @@ services keep running.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.start(cmd.Context(), o) },
 	}
-	cmd.Flags().BoolVar(&o.newName, "new-name", false, "register a single node whose host was renamed under its new name")
+	cmd.Flags().BoolVar(&o.newName, "new-name", false, "register a single node whose host was renamed under its new name, and delete its Node of the old one")
 	cmd.Flags().BoolVar(&o.disableGuard, "disable-low-memory-guard", false, "start on a machine that is too small for a control plane")
 	return cmd
 }
@@ -63,6 +70,7 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 	if err := a.refuseHalfChanged(); err != nil {
 		return err
 	}
+	before, _ := nodeconfig.RegisteredName(a.Env)
 	if err := a.checkName(o.newName); err != nil {
 		return err
 	}
@@ -95,15 +103,19 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 		return explain("cannot start the services", err)
 	}
 	if a.state().Worker {
-		p.say("This worker's services are running. See the node from a control-plane node: microk8s kubectl get nodes")
-		return nil
+		return a.startedWorker(ctx, p)
 	}
 	prober := a.prober()
 	var report status.Report
 	var failing, why string
 	_ = p.step("Waiting for the node to be Ready", func() error {
 		wait, cancel := context.WithTimeout(ctx, a.readyWait())
+		var forgetting sync.WaitGroup
+		defer forgetting.Wait()
 		defer cancel()
+		if o.newName {
+			forgetting.Go(func() { a.forgetNode(wait, before, p) })
+		}
 		report = prober.WaitReadyUnless(wait, func(r status.Report) bool {
 			failing, why = r.Failing(a.Env)
 			return failing != ""
@@ -117,6 +129,11 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 		return err
 	}
 	if !report.Ready && failing != "" {
+		for _, pr := range report.Problems { // a service that cannot have its address only says so
+			if pr.ID == "datastore.address" {
+				return failf(pr.Do, "cannot start: %s", pr.What)
+			}
+		}
 		return failf("fix this and run microk8s start again; see also: microk8s logs "+failing, "service %s does not start: %s", failing, why)
 	}
 	if !report.Ready {
@@ -128,6 +145,72 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 	}
 	p.say("The node is Ready. Try: microk8s kubectl get pods -A")
 	return nil
+}
+
+// startedWorker waits until the cluster calls this worker Ready.
+func (a *App) startedWorker(ctx context.Context, p *progress) error {
+	why := ""
+	_ = p.step("Waiting for the node to be Ready", func() error {
+		wait, cancel := context.WithTimeout(ctx, a.readyWait())
+		defer cancel()
+		why = a.prober().WaitWorker(wait)
+		if why != "" {
+			return errors.New("not ready")
+		}
+		return nil
+	})
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case why != "":
+		return failf("see microk8s logs kubelite, and on a control-plane node: microk8s kubectl describe node "+nodeconfig.Load(a.Env).NodeName, "the services run, but this worker is not Ready: %s", why)
+	}
+	for _, problem := range status.Local(a.Env, a.Now()) {
+		p.say("WARNING: %s", problem)
+	}
+	p.say("This worker is Ready. See it on a control-plane node: microk8s kubectl get nodes")
+	return nil
+}
+
+// forgetPause is the pause until an API server that does not answer yet is asked again.
+const forgetPause = time.Second
+
+// forgetNode deletes the Node under which this single node was in its cluster before, as soon as the API server
+// takes it: the name never comes back, and as long as it has this host's addresses none of another name may have
+// them (snap/manifests/node-admission.yaml). An earlier start that was interrupted may have left it, so every other Node
+// with an address of this host is meant, besides that called before.
+func (a *App) forgetNode(ctx context.Context, before string, p *progress) {
+	name := nodeconfig.Load(a.Env).NodeName
+	old := func(n corev1.Node, own []net.IP) bool {
+		return n.Name != name && (n.Name == before || slices.ContainsFunc(n.Status.Addresses, func(at corev1.NodeAddress) bool {
+			return at.Type == corev1.NodeInternalIP && slices.ContainsFunc(own, net.ParseIP(at.Address).Equal)
+		}))
+	}
+	for ctx.Err() == nil {
+		core, err := kube.FromFile(a.Env.AdminKubeconfig())
+		var nodes []corev1.Node
+		if err == nil {
+			nodes, err = core.Nodes(ctx)
+		}
+		own, addressErr := hostinfo.Addresses()
+		for _, n := range nodes {
+			if err != nil || addressErr != nil || !old(n, own) {
+				continue
+			}
+			if err = core.Delete().Resource("nodes").Name(n.Name).Do(ctx).Error(); err == nil {
+				err = noderegistry.Registry{Core: func() (*kube.Core, error) { return core, nil }}.Delete(ctx, n.Name)
+				p.say("The Node of the old name, %s, is deleted", n.Name)
+			}
+		}
+		if err = errors.Join(err, addressErr); err == nil {
+			return
+		}
+		a.log().Debug("the Node of the old name is not deleted yet", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(forgetPause):
+		}
+	}
 }
 
 // checkName refuses to start a node that the cluster could not know by its name, before anything

@@ -13,6 +13,11 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"microk8s/internal/hostinfo"
+	"microk8s/internal/kube/kubetest"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/service/servicetest"
@@ -22,9 +27,16 @@ import (
 // fakeAPI stands in for an API server with one node that is Ready.
 func fakeAPI(t *testing.T) (kubeconfig string) {
 	t.Helper()
+	return fakeAPIWith(t, `{"metadata":{"name":"n1"},"status":{"conditions":[{"type":"Ready","status":"True"}]}}`)
+}
+
+// fakeAPIWith is one with this Node.
+func fakeAPIWith(t *testing.T, node string) (kubeconfig string) {
+	t.Helper()
 	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
 		if r.URL.Path == "/api/v1/nodes" {
-			fmt.Fprint(w, `{"metadata":{"resourceVersion":"1"},"items":[{"metadata":{"name":"n1"},"status":{"conditions":[{"type":"Ready","status":"True"}]}}]}`)
+			fmt.Fprintf(w, `{"kind":"NodeList","apiVersion":"v1","metadata":{"resourceVersion":"1"},"items":[%s]}`, node)
 			return
 		}
 		fmt.Fprint(w, `{}`)
@@ -115,6 +127,62 @@ func TestStartOfARenamedHost(t *testing.T) {
 	}
 	if code := a.run(t.Context(), "start", "--new-name"); code != ExitOK {
 		t.Errorf("--new-name: code %d: %s", code, a.err.String())
+	}
+}
+
+// TestForgetNode: the Node of the old name goes, and what an interrupted start left, and no other one.
+func TestForgetNode(t *testing.T) {
+	own, err := hostinfo.Addresses()
+	if err != nil || len(own) == 0 {
+		t.Fatalf("addresses %v, %v", own, err)
+	}
+	api := kubetest.New(t)
+	for name, address := range map[string]string{"old": "198.51.100.1", "older": own[0].String(), "virtual": "198.51.100.2"} {
+		api.Set(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: address}}}})
+	}
+	a := newApp(t)
+	a.write(t, a.Env.AdminKubeconfig(), fmt.Sprintf("apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{name: c, cluster: {server: %q}}]\ncontexts: [{name: c, context: {cluster: c, user: u}}]\nusers: [{name: u, user: {token: x}}]\n", api.Config().Host))
+	a.forgetNode(t.Context(), "old", a.progress())
+	for name, stays := range map[string]bool{"old": false, "older": false, "virtual": true} {
+		if (api.Get("v1/nodes/"+name) != nil) != stays {
+			t.Errorf("node %s: want it to stay: %v", name, stays)
+		}
+	}
+}
+
+// TestStartOfAWorker: it ends when the cluster calls the worker Ready, by a report of this boot, and says
+// why where it does not.
+func TestStartOfAWorker(t *testing.T) {
+	for _, tc := range []struct {
+		what, node, says string
+		code             int
+	}{
+		{"Ready", `{"metadata":{"name":"w1"},"status":{"nodeInfo":{"bootID":"b1"},"conditions":[{"type":"Ready","status":"True","lastHeartbeatTime":"2100-01-01T00:00:00Z"}]}}`, "This worker is Ready", ExitOK},
+		{"not Ready", `{"metadata":{"name":"w1"},"status":{"nodeInfo":{"bootID":"b1"},"conditions":[{"type":"Ready","status":"False","message":"no network","lastHeartbeatTime":"2100-01-01T00:00:00Z"}]}}`, "this worker is not Ready: the node is not Ready: no network", ExitError},
+		{"Ready before a reboot", `{"metadata":{"name":"w1"},"status":{"nodeInfo":{"bootID":"b0"},"conditions":[{"type":"Ready","status":"True","lastHeartbeatTime":"2100-01-01T00:00:00Z"}]}}`, "the kubelet has not reported since it was started", ExitError},
+		{"not there", "", "the kubelet has not registered the node yet", ExitError},
+	} {
+		t.Run(tc.what, func(t *testing.T) {
+			a := newApp(t)
+			a.ReadyWait = 300 * time.Millisecond
+			a.write(t, a.Env.Lock(snapenv.LockWorker), "")
+			a.write(t, a.Env.HostPath("proc/sys/kernel/random/boot_id"), "b1\n")
+			a.write(t, a.Env.Credential("kubelet.config"), fakeAPIWith(t, tc.node))
+			if code := a.run(t.Context(), "start"); code != tc.code || !strings.Contains(a.err.String(), tc.says) {
+				t.Errorf("code %d: %s", code, a.err.String())
+			}
+		})
+	}
+}
+
+// TestWorkerThatHasACopy: another machine runs under its name.
+func TestWorkerThatHasACopy(t *testing.T) {
+	a := newApp(t)
+	a.write(t, a.Env.Lock(snapenv.LockWorker), "")
+	a.write(t, a.Env.AdminKubeconfig(), "")
+	a.write(t, a.Env.RunDir()+"/copies.json", fmt.Sprintf(`{"machines":["10.0.0.5","10.0.0.6"],"seen":%q}`, a.Now().Format(time.RFC3339)))
+	if code := a.run(t.Context(), "status"); code != ExitOK || !strings.Contains(a.out.String(), "2 machines run as node ") || !strings.Contains(a.out.String(), "on the copy run: microk8s leave") {
+		t.Errorf("code %d: %s", code, a.out.String())
 	}
 }
 

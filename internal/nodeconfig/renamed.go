@@ -37,8 +37,8 @@ func KeepName(env snapenv.Env, name string) error {
 	return atomicfile.Write(nameFile(env), []byte(name+"\n"), 0o644, nil)
 }
 
-// ForgetName lets this node register under another name. Its Node object of the old name, with
-// the pods and volumes that are bound to it, stays in the cluster until somebody deletes it.
+// ForgetName lets this node register under another name. Its Node object of the old name stays in the
+// cluster until somebody deletes it.
 func ForgetName(env snapenv.Env) error {
 	if err := os.Remove(nameFile(env)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/nodecopy"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/serverargs"
 )
@@ -240,7 +241,7 @@ func (s apiState) why() string {
 }
 
 // apiProblems adds what the API server's answers show to be wrong.
-func (r *Report) apiProblems(s apiState) {
+func (r *Report) apiProblems(s apiState, now time.Time) {
 	var status *errStatus
 	switch {
 	case s.err != nil:
@@ -255,6 +256,9 @@ func (r *Report) apiProblems(s apiState) {
 	}
 	r.machineProblems(s)
 	for _, n := range s.nodes {
+		if c, ok := nodecopy.Of(&n, now); ok {
+			r.add("node.copies", "%s", c.What(n.Name))(nodecopy.Do)
+		}
 		c := readyCondition(n)
 		switch {
 		case c == nil:

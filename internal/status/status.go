@@ -249,7 +249,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	}
 	answer.started, answer.local = startedAt(r.Services, p.Now()), config.NodeName
 	if running(service.Kubelite) || r.Services == nil {
-		r.apiProblems(answer)
+		r.apiProblems(answer, p.Now())
 		if answer.err == nil {
 			r.weakProblems(answer, p.Now())
 		}

@@ -21,6 +21,7 @@ import (
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/kubelitestate"
+	"microk8s/internal/nodecopy"
 	"microk8s/internal/service"
 	"microk8s/internal/service/servicetest"
 	"microk8s/internal/snapenv"
@@ -284,6 +285,24 @@ func TestOldReportsDoNotCount(t *testing.T) {
 }
 
 // TestHighAvailability asks a datastore that says who lives.
+// TestCopies: a cluster's agents have found two machines that run as one node.
+func TestCopies(t *testing.T) {
+	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	node := corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "w1", Annotations: map[string]string{
+		nodecopy.Annotation: `{"machines":["10.0.0.5","10.0.0.6"],"seen":"2026-11-29T11:59:00Z"}`}}}
+	node.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}
+	for _, tc := range []struct {
+		when time.Time
+		want int
+	}{{now, 1}, {now.Add(time.Hour), 0}} {
+		var r Report
+		r.apiProblems(apiState{nodes: []corev1.Node{node}}, tc.when)
+		if len(r.Problems) != tc.want || tc.want == 1 && (r.Problems[0].ID != "node.copies" || !strings.Contains(r.Problems[0].String(), "at 10.0.0.5 and 10.0.0.6")) {
+			t.Errorf("at %s: %v", tc.when, r.Problems)
+		}
+	}
+}
+
 func TestHighAvailability(t *testing.T) {
 	member := func(n int, role storedir.Role, online bool) peers.Member {
 		return peers.Member{ID: uint64(n), Address: fmt.Sprintf("10.0.0.%d:19001", n), Role: role, Online: online}

@@ -130,7 +130,9 @@ func TestWorker(t *testing.T) {
 		}
 		removed("at once")
 		c.run(t, "w1", "microk8s", "stop")
-		c.run(t, "w1", "microk8s", "start")
+		if r := c.try(t, "w1", "microk8s", "start"); r.code != 1 || !strings.Contains(r.err, "the cluster has removed this node") {
+			t.Errorf("start: %s", r)
+		}
 		removed("after a restart")
 		c.wantNodes(t, "n1", "n1")
 	})

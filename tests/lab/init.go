@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/google/uuid"
 	"golang.org/x/sys/unix"
 )
 
@@ -214,6 +215,7 @@ func setUpHost(cfg initConfig) error {
 		func() error { return mount("tmpfs", in("/run"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755") },
 		func() error { return os.MkdirAll(in("/run/lock"), 0o1777) },
 		func() error { return ownSysctls(in("/proc/sys"), in("/run/lab/sysctl")) },
+		func() error { return ownBoot(in("/proc/sys/kernel/random/boot_id"), in("/run/lab/boot_id")) },
 		func() error { return unix.Sethostname([]byte(cfg.Name)) },
 		func() error { return changeRoot(root) },
 		// Pods may ask for mount propagation in both directions.
@@ -398,6 +400,14 @@ func ownSysctls(sys, store string) error {
 		}
 	}
 	return nil
+}
+
+// ownBoot gives each boot of a host an ID of its own, by which a cluster tells machines and boots apart.
+func ownBoot(path, store string) error {
+	if err := os.WriteFile(store, []byte(uuid.NewString()+"\n"), 0o444); err != nil {
+		return fmt.Errorf("cannot make the ID of this boot: %w", err)
+	}
+	return mount(store, path, "", unix.MS_BIND, "")
 }
 
 func changeRoot(root string) error {

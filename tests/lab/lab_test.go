@@ -84,6 +84,7 @@ func TestLabHostIsAMachineOfItsOwn(t *testing.T) {
 		{"own files", "touch /etc/x /var/x /opt/x && echo writable", "writable"},
 		{"propagation of mounts", "awk '$5 == \"/\" { print $7 }' /proc/self/mountinfo | cut -d: -f1", "shared"},
 		{"own copy of a global setting", "echo 1 > /proc/sys/vm/overcommit_memory; cat /proc/sys/vm/overcommit_memory", "1"},
+		{"ID of its boot", "cmp /proc/sys/kernel/random/boot_id /run/lab/boot_id && echo its own", "its own"},
 		{"layers of containers", "cd /var/snap/microk8s/common && mkdir l u w m && echo low > l/f && mount -t overlay -o lowerdir=l,upperdir=u,workdir=w none m && cat m/f", "low"},
 		{"pod network", "ip link add flannel.1 type vxlan id 1 dev eth0 dstport 4789 && cat /sys/class/net/flannel.1/mtu; ip link del flannel.1", "1450"},
 		{"terminals", "ls -l /dev/ptmx | sed 's/.*-> //'", "pts/ptmx"},
