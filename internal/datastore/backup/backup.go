@@ -218,6 +218,41 @@ func Open(dir string) (*Set, error) {
 	return s, nil
 }
 
+// Lasting returns the same backup with all its leases at least that long, so that nothing of it ends
+// while it is looked at.
+func (s *Set) Lasting(least time.Duration) *Set {
+	out := *s
+	out.Manifest.Leases = make(map[int]int64, len(s.Manifest.Leases))
+	for n, ttl := range s.Manifest.Leases {
+		out.Manifest.Leases[n] = max(ttl, int64(least/time.Second))
+	}
+	return &out
+}
+
+// Without writes a copy of the backup to dir, which must be empty or not exist, without the pairs whose
+// keys omit chooses. It returns how many were left out.
+func (s *Set) Without(dir string, omit func(key string) bool) (copied *Manifest, omitted int, err error) {
+	w, err := Create(dir)
+	if err != nil {
+		return nil, 0, err
+	}
+	for n := range s.Manifest.Keys {
+		p, err := s.Pair(n)
+		if err != nil {
+			return nil, 0, err
+		}
+		if omit(string(p.Key)) {
+			omitted++
+			continue
+		}
+		if err := w.Add(p); err != nil {
+			return nil, 0, err
+		}
+	}
+	copied, err = w.Close(s.Manifest.Revision, s.Manifest.Created)
+	return copied, omitted, err
+}
+
 // Pair returns the pair of a number.
 func (s *Set) Pair(n int) (Pair, error) {
 	p, err := readPair(s.dir, n)

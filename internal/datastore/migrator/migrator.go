@@ -152,11 +152,23 @@ type current struct {
 // not in it, except those that say what was revoked (see kept). It may be repeated. Any key that fails makes it fail, after all others were
 // tried. Afterwards everything is read again and compared.
 func Restore(ctx context.Context, c *clientv3.Client, set *backup.Set, prune bool, log *slog.Logger) (*Result, error) {
+	return fill(ctx, c, set, prune, kept, log)
+}
+
+// Copy makes a datastore hold exactly what the backup has, every key of it, and nothing else. It is for
+// a datastore that serves no cluster: see Restore for one that does.
+func Copy(ctx context.Context, c *clientv3.Client, set *backup.Set, log *slog.Logger) (*Result, error) {
+	none := func(map[string]current) func(string) bool { return func(string) bool { return false } }
+	return fill(ctx, c, set, true, none, log)
+}
+
+// fill is Restore with the rule that says, from what the datastore has, which keys stay as they are.
+func fill(ctx context.Context, c *clientv3.Client, set *backup.Set, prune bool, rule func(map[string]current) func(string) bool, log *slog.Logger) (*Result, error) {
 	have, _, err := inventory(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	keep := kept(have)
+	keep := rule(have)
 	r := restore{c: c, leases: map[int64]clientv3.LeaseID{}, wrote: map[string]written{}}
 	type task struct {
 		p   backup.Pair
