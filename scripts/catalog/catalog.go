@@ -161,6 +161,11 @@ var Components = []Component{
 		Source: "https://github.com/k3s-io/kine", Place: Peer, Cgo: true,
 		Unset: map[string]string{"Version": "never shown", "GitCommit": commit},
 	},
+	{
+		Name: "versitygw", Module: "github.com/versity/versitygw", Licence: "Apache-2.0",
+		Source: "https://github.com/versity/versitygw", Place: Peer,
+		Unset: map[string]string{"Version": "never shown", "Build": commit, "BuildTime": "a build has no date, so that it can be repeated"},
+	},
 }
 
 // Part is a module or source package whose code is in programs of our own, and which
