@@ -30,6 +30,7 @@ import (
 	"microk8s/cluster-agent/renewal"
 	"microk8s/cluster-agent/server"
 	"microk8s/cluster-agent/worker"
+	"microk8s/internal/archive/schedule"
 	"microk8s/internal/certs"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/kube"
@@ -191,6 +192,11 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 				return tokenstore.Adopt(ctx, env, tokenstore.Secret{Core: core}, time.Now().UTC())
 			}
 			return keeper.Run(ctx)
+		})
+		group.Go(func() error {
+			return (&schedule.Controller{
+				Node: name, Core: core, Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "backup", "run"}, Log: log,
+			}).Run(ctx)
 		})
 		group.Go(func() error { return (&agreement.Controller{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })
 		group.Go(func() error {

@@ -35,6 +35,8 @@ var withoutOutput = map[string]string{
 	"addons repo add":     "git's progress",
 	"addons repo remove":  "nothing",
 	"addons repo update":  "git's progress",
+	"backup":              "as backup create, which has one",
+	"backup key":          "the recipient",
 	"completion":          "a script",
 	"ctr":                 "containerd's own client, with its own forms",
 	"dbctl":               "progress; its -o is a file",

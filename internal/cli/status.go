@@ -207,6 +207,16 @@ func printPretty(w io.Writer, r status.Report) error {
 		if p := r.NetworkPolicy; !p.Enforced {
 			b.WriteString("network policy: " + p.Why + "\n")
 		}
+		if k := r.Backup; k.Known {
+			newest := "no archive was proven yet"
+			if k.Name != "" {
+				newest = "newest proven archive " + status.Short(k.Age) + " old"
+			}
+			if k.Scheduled {
+				newest += ", one every " + status.Short(k.Every)
+			}
+			b.WriteString("backup: " + newest + "\n")
+		}
 		b.WriteString("addons:\n")
 		printed := ""
 		for _, x := range addons(r) {
@@ -297,11 +307,20 @@ type statusJSON struct {
 	MicroK8s      runningJSON   `json:"microk8s"`
 	HA            haJSON        `json:"high-availability"`
 	NetworkPolicy policyJSON    `json:"network-policy"`
+	Backup        *backupJSON   `json:"backup,omitempty"` // left out where no archive was ever wanted
 	Addons        []addonJSON   `json:"addons,omitempty"`
 	Problems      []problemJSON `json:"problems,omitempty"`
 	NotLookedAt   []unseenJSON  `json:"not-looked-at,omitempty"`
 	// Differences are arguments in which control-plane nodes must agree and do not.
 	Differences []differenceJSON `json:"argument-differences,omitempty"`
+}
+
+// backupJSON is what the cluster knows of its archives.
+type backupJSON struct {
+	Scheduled  bool       `json:"scheduled"`
+	Name       string     `json:"name,omitempty"` // of the newest proven one
+	Created    *time.Time `json:"created,omitempty"`
+	AgeSeconds int64      `json:"ageSeconds,omitempty"`
 }
 
 type differenceJSON struct {
@@ -370,6 +389,12 @@ type unseenJSON struct {
 
 func jsonOf(r status.Report) statusJSON {
 	out := statusJSON{MicroK8s: runningJSON{Running: r.Ready}, HA: haJSON{Enabled: r.HA.Enabled, Endpoints: r.HA.Endpoints}}
+	if k := r.Backup; k.Known {
+		out.Backup = &backupJSON{Scheduled: k.Scheduled, Name: k.Name}
+		if k.Name != "" {
+			out.Backup.Created, out.Backup.AgeSeconds = &k.Created, int64(k.Age/time.Second)
+		}
+	}
 	out.NetworkPolicy = policyJSON{Enforced: r.NetworkPolicy.Enforced, Why: r.NetworkPolicy.Why}
 	for _, n := range r.HA.Nodes {
 		out.HA.Nodes = append(out.HA.Nodes, memberJSON{n.Address, n.RoleName(), n.Alive})
@@ -448,6 +473,13 @@ func fullDocument(r status.Report) *yaml.Node {
 		policy = yamlMap("enforced", j.NetworkPolicy.Enforced, "why", j.NetworkPolicy.Why)
 	}
 	doc := yamlMap("microk8s", running, "high-availability", ha, "network-policy", policy)
+	if k := j.Backup; k != nil {
+		made := yamlMap("scheduled", k.Scheduled)
+		if k.Created != nil {
+			made = yamlMap("scheduled", k.Scheduled, "name", k.Name, "created", k.Created.UTC().Format(time.RFC3339), "ageSeconds", k.AgeSeconds)
+		}
+		doc.Content = append(doc.Content, yamlScalar("backup"), made)
+	}
 	items = nil
 	for _, x := range j.Addons {
 		items = append(items, yamlMap("name", x.Name, "repository", x.Repository, "description", x.Description, "version", x.Version, "status", x.Status))

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/archive/schedule"
 	"microk8s/internal/nodecopy"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/serverargs"
@@ -115,6 +116,9 @@ type apiState struct {
 	weak    []workload // of addons, that lack pods
 	weakErr error
 
+	backups   *schedule.State // nil where there is none
+	backupErr error
+
 	// started is when this node's kubelet was started, zero where that is not known, and
 	// local is this node's name. What the API server has of the time before says nothing.
 	started time.Time
@@ -142,8 +146,11 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	var bindingsErr error
 	var weak []workload
 	var weakErr error
+	var backups *schedule.State
+	var backupErr error
 	missed := gather(ctx, map[string]func(){
 		"weak":    func() { weak, weakErr = c.weak(ctx) },
+		"backup":  func() { backups, backupErr = c.backups(ctx) },
 		"foreign": func() { foreign, foreignErr = c.foreign(ctx, p.Env) },
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
@@ -156,6 +163,12 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 			}
 		},
 	})
+	if missed["backup"] {
+		s.backupErr = errors.New("the API server does not answer in time")
+		delete(missed, "backup")
+	} else {
+		s.backups, s.backupErr = backups, backupErr
+	}
 	if missed["weak"] {
 		s.weakErr = errors.New("the API server does not answer in time")
 		delete(missed, "weak")

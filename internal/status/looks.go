@@ -43,6 +43,8 @@ var Looks = func() map[string]string {
 		"api.answers":        "the API server's answers",
 		"api.healthy":        "/readyz of the API server",
 		"api.arguments":      "arguments of the API servers, in the nodes' records",
+		"backup.age":         "the record of archives in the API",
+		"backup.failed":      "the record of archives in the API",
 		"addons.catalogue":   "the addons of the package",
 		"addons.repository":  "addon repositories",
 		"addons.state":       "records of addons in the API",

@@ -52,6 +52,8 @@ type Report struct {
 	AddonsKnown bool
 	Problems    []Problem // worst first
 	Unseen      []Unseen  // what could not be looked at
+	// Backup is what the cluster knows of its archives.
+	Backup Backup
 	// Differences are arguments in which the API servers of the cluster do not agree and should.
 	Differences []serverargs.Difference
 }
@@ -252,6 +254,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		r.apiProblems(answer, p.Now())
 		if answer.err == nil {
 			r.weakProblems(answer, p.Now())
+			r.backupProblems(answer.backups, answer.backupErr, p.Now())
 		}
 		r.Differences = answer.differences
 		r.argumentProblems()

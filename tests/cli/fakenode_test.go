@@ -182,7 +182,7 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, `{"kind":"List","apiVersion":"v1","items":[]}`)
 	case r.URL.Path == "/api/v1/namespaces/default/services/kubernetes":
 		fmt.Fprint(w, `{"kind":"Service","metadata":{"name":"kubernetes"}}`)
-	case r.URL.Path == "/api/v1/namespaces/kube-system/configmaps": // dns is on
+	case r.URL.Path == "/api/v1/namespaces/kube-system/configmaps" && r.Method == http.MethodGet: // dns is on
 		fmt.Fprint(w, `{"kind":"ConfigMapList","apiVersion":"v1","items":[{"metadata":{"name":"microk8s-addon-dns","labels":{"microk8s.io/addon-record":"dns"}}}]}`)
 	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":
 		f.once.Do(func() { close(f.watched) })
@@ -217,8 +217,10 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 	case strings.HasPrefix(r.URL.Path, "/apis/rbac.authorization.k8s.io/v1/"), strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/microk8s-users/"),
 		r.URL.Path == "/api/v1/namespaces" && r.Method == http.MethodPost:
 		f.objects(w, r)
-	case strings.HasPrefix(r.URL.Path, "/api/v1/namespaces/kube-system/secrets"):
-		f.secret(w, r)
+	case strings.HasPrefix(r.URL.Path, systemSecrets):
+		f.versioned(w, r, systemSecrets)
+	case strings.HasPrefix(r.URL.Path, systemConfigMaps):
+		f.versioned(w, r, systemConfigMaps)
 	default:
 		w.WriteHeader(http.StatusNotFound)
 		fmt.Fprint(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"NotFound","code":404}`)
@@ -233,21 +235,29 @@ const records = `{"items":[
 {"metadata":{"name":"microk8s:node:n3","annotations":{"microk8s.io/role":"control-plane","microk8s.io/agent-port":"25000","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{\"service-account-issuer\":\"01\",\"audit-policy-file\":\"02\",\"event-ttl\":\"03\"}}"}}},
 {"metadata":{"name":"microk8s:node:n4","annotations":{"microk8s.io/role":"control-plane","microk8s.io/until":"2036-11-28T00:00:00Z","microk8s.io/server-arguments":"{\"key\":\"k\",\"digests\":{}}"}}}]}`
 
-// secret keeps Secrets with resource versions, as far as the command line uses them.
-func (f *node) secret(w http.ResponseWriter, r *http.Request) {
+const (
+	systemSecrets    = "/api/v1/namespaces/kube-system/secrets"
+	systemConfigMaps = "/api/v1/namespaces/kube-system/configmaps"
+)
+
+// versioned keeps the objects of a collection with resource versions, as far as the command line uses them.
+func (f *node) versioned(w http.ResponseWriter, r *http.Request, collection string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	refuse := func(code int, reason string) {
 		w.WriteHeader(code)
 		fmt.Fprintf(w, `{"kind":"Status","apiVersion":"v1","status":"Failure","reason":%q,"code":%d}`, reason, code)
 	}
-	name := strings.TrimPrefix(r.URL.Path, "/api/v1/namespaces/kube-system/secrets/")
-	if r.Method == http.MethodGet {
+	name := r.URL.Path
+	if r.Method == http.MethodGet || r.Method == http.MethodDelete {
 		if f.secrets[name] == nil {
 			refuse(http.StatusNotFound, "NotFound")
 			return
 		}
 		_ = json.NewEncoder(w).Encode(f.secrets[name])
+		if r.Method == http.MethodDelete {
+			delete(f.secrets, name)
+		}
 		return
 	}
 	var in map[string]any
@@ -256,7 +266,7 @@ func (f *node) secret(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	meta := in["metadata"].(map[string]any)
-	name = meta["name"].(string)
+	name = collection + "/" + meta["name"].(string)
 	if old := f.secrets[name]; old != nil && old["metadata"].(map[string]any)["resourceVersion"] != meta["resourceVersion"] {
 		refuse(http.StatusConflict, "Conflict")
 		return

@@ -61,6 +61,13 @@ var frozenRows = []frozenRow{
 	{command: "addons repo list", asks: "files of this node"},
 	{command: "addons repo remove", run: "addons repo remove x", asks: "files of this node"},
 	{command: "addons repo update", run: "addons repo update x", skip: "the same call of git as repo add; internal/addon"},
+	{command: "backup", says: silentAPI},
+	{command: "backup create", says: silentAPI},
+	{command: "backup list", says: silentAPI},
+	{command: "backup verify", run: "backup verify NAME --passphrase-file WORK/passphrase", says: silentAPI},
+	{command: "backup schedule", says: silentAPI},
+	{command: "backup key", run: "backup key WORK/backup.key", asks: "nobody"},
+	{command: "backup run", says: silentAPI},
 	{command: "completion", run: "completion bash", asks: "nobody"},
 	{command: "config", asks: "files of this node"},
 	{command: "config", run: "config --user ann", says: silentAPI},
@@ -246,6 +253,7 @@ func freeze(t *testing.T, dir string, alone bool) (*cli.App, *safe) {
 	if err := mkfifo(filepath.Join(dir, "fifo")); err != nil {
 		t.Fatal(err)
 	}
+	write(filepath.Join(dir, "passphrase"), "correct horse battery staple\n")
 	write(env.Args("ctr"), "--address=${SNAP_COMMON}/run/containerd.sock\n")
 	write(env.Args("kubelet"), "--x=y\n")
 	write(env.Args("kube-apiserver"), "--encryption-provider-config=${SNAP_DATA}/var/kubernetes/backend/encryption.yaml\n")
