@@ -92,6 +92,11 @@ images: deps ## Build the container images that travel with the product, and tho
 	@go run ./scripts/components image
 	@go run ./scripts/images --out build/images --test-out build/test-images
 
+.PHONY: addons
+addons: deps ## Build the packs of the larger addons into build/packs
+	@go run ./scripts/components pack
+	@go run ./scripts/images --packs build/packs
+
 .PHONY: clean
 clean: ## Remove build/ (nodes of the lab must be down)
 	rm -rf build

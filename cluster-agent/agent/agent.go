@@ -202,6 +202,9 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		group.Go(func() error {
 			return (&fanout.Controller{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)
 		})
+		group.Go(func() error {
+			return (&fanout.PackController{Cluster: &fanout.Cluster{Env: env, Core: core}, Node: name, Log: log}).Run(ctx)
+		})
 	}
 	return group.Wait()
 }

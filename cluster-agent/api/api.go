@@ -259,6 +259,8 @@ type ImportResponse struct {
 	Status  string   `json:"status"`            // OK
 	Images  []string `json:"images,omitempty"`  // full names of what was imported
 	Skipped []string `json:"skipped,omitempty"` // what was not, each with the reason
+	// Pack is the digest of the pack of addons that was imported, and is kept by the node. Ours.
+	Pack string `json:"pack,omitempty"`
 }
 
 // RenewResponse is the answer to a RenewRequest.

@@ -278,12 +278,12 @@ func (c *Cluster) SetArgument(ctx context.Context, service, option, value string
 }
 
 // ImportImage sends an OCI or docker archive to the containerd of every node, this one
-// included. open is called once for each node; the archive is streamed. A node whose agent stops to
+// included. open is called once for each node; the archive is streamed. names limits it to some nodes; none means all. A node whose agent stops to
 // answer questions about its health meanwhile has a [SilentError].
-func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error)) ([]Result, error) {
+func (c *Cluster) ImportImage(ctx context.Context, open func() (io.ReadCloser, error), names ...string) ([]Result, error) {
 	var mu sync.Mutex
 	answers := map[Target]api.ImportResponse{}
-	results, err := c.each(ctx, importLimit, atOnce, nil, func(ctx context.Context, http *http.Client, t Target, secret string) error {
+	results, err := c.each(ctx, importLimit, atOnce, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		archive, err := open()
 		if err != nil {
 			return err

@@ -42,8 +42,10 @@ type agents struct {
 	mu     sync.Mutex
 	calls  map[string][]string // by node: path, secret and body
 	onCall func(node, path string) int
-	takes  map[string]func(secret string) bool // by node; none takes all
-	frozen sync.Map                            // names of nodes that answer nothing
+	// importing answers an import of images.
+	importing func(node string, body []byte) (status int, answer string)
+	takes     map[string]func(secret string) bool // by node; none takes all
+	frozen    sync.Map                            // names of nodes that answer nothing
 }
 
 func newAgents(t *testing.T) *agents {
@@ -166,6 +168,12 @@ func (a *agents) agent(name, address string, ca *x509.Certificate, caKey *rsa.Pr
 			return
 		}
 		a.calls[name] = append(a.calls[name], r.URL.Path+" "+secret+" "+string(body))
+		if a.importing != nil && r.URL.Path == api.PathImageImport {
+			status, answer := a.importing(name, body)
+			w.WriteHeader(status)
+			_, _ = io.WriteString(w, answer)
+			return
+		}
 		if strings.Contains(string(body), "refuse") {
 			w.WriteHeader(http.StatusInternalServerError)
 			_, _ = io.WriteString(w, `{"error":"It says no"}`)

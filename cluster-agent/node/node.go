@@ -457,7 +457,7 @@ func (n *Node) importImage(w http.ResponseWriter, r *http.Request) {
 		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, "Failed to import the image: "+importFailure(err))
 		return
 	}
-	server.WriteJSON(w, http.StatusOK, api.ImportResponse{Status: "OK", Images: got.Names, Skipped: got.Skipped})
+	server.WriteJSON(w, http.StatusOK, api.ImportResponse{Status: "OK", Images: got.Names, Skipped: got.Skipped, Pack: got.Pack})
 }
 
 func (n *Node) importArchive(ctx context.Context, archive io.Reader) (images.Imported, error) {

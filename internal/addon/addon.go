@@ -73,6 +73,8 @@ type part struct {
 	notes  []string                                                      // what a person should know, printed by enable
 	title  string                                                        // its name in "X is enabled", where it is not the addon's
 	needs  func(args []string) []string                                  // addons that must be on before; nil: none
+	admit  func(ctx context.Context, s *Set, args []string) error        // what a person's arguments would get in the way of; nil: nothing
+	ask    string                                                        // question for its argument, where it is enabled without one
 }
 
 // parts are the addons that can be enabled.
@@ -107,6 +109,13 @@ var parts = map[string]part{
                 hosts without one of their own`,
 		notes: []string{"Annotations of ingress-nginx have no effect: the controller is Traefik, which has its own."},
 	},
+	"metallb": {
+		check: check(readMetallb), values: renderMetallb, admit: admitMetallb, ask: metallbQuestion, title: "MetalLB",
+		usage: `metallb:RANGE[,RANGE...] [--bgp]
+                addresses for Services of type LoadBalancer; RANGE is FIRST-LAST or a prefix, of IPv4
+                or IPv6; with --bgp they are announced to peers of yours only, not on the network`,
+		notes: []string{"Nodes must reach each other at 7946, TCP and UDP."},
+	},
 	"metrics-server": {values: none, title: "Metrics-Server"},
 	"registry": {
 		check: check(readRegistry), values: renderRegistry, needs: registryNeeds, title: "The registry",
@@ -140,6 +149,9 @@ func Usages() []string {
 
 // Notes is what a person who enables the addon should know.
 func (a Addon) Notes() []string { return a.part().notes }
+
+// Question is what to ask a person who enables the addon without arguments, "" for nothing.
+func (a Addon) Question() string { return a.part().ask }
 
 // Title is the addon's name in messages.
 func (a Addon) Title() string {
@@ -176,6 +188,8 @@ type Set struct {
 	// Adopt takes over objects of an addon that others made. Otherwise they are refused with a
 	// *bootstrap.ForeignError before anything is applied.
 	Adopt bool
+	// Online has nodes pull the images of an addon that is in a pack from registries.
+	Online bool
 	// Left is called for objects that Disable leaves because others made them; nil logs them.
 	Left func(bootstrap.Foreign)
 
@@ -204,6 +218,8 @@ type Record struct {
 	Name    string
 	Version string
 	Args    []string
+	// Online: nodes pull its images from registries.
+	Online bool
 
 	removing bool
 	applied  string                    // sum of the objects that are in the cluster completely, or ""
@@ -301,11 +317,16 @@ type Applied struct {
 
 // Enable turns an addon on, or brings one that is on in line with args and with this version.
 func (s *Set) Enable(ctx context.Context, a Addon, args []string) (Applied, error) {
-	return s.enable(ctx, a, args, "")
+	if admit := a.part().admit; admit != nil {
+		if err := admit(ctx, s, args); err != nil {
+			return Applied{}, err
+		}
+	}
+	return s.enable(ctx, a, args, s.Online && len(a.Images) > 0, "")
 }
 
 // enable does nothing where the objects are those with the sum done.
-func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (Applied, error) {
+func (s *Set) enable(ctx context.Context, a Addon, args []string, online bool, done string) (Applied, error) {
 	p, ok := parts[a.Name]
 	if !ok {
 		return Applied{}, fmt.Errorf("cannot enable %s: it is not an addon with manifests", a.FullName())
@@ -318,6 +339,11 @@ func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (
 	if err != nil {
 		return Applied{}, err
 	}
+	if online {
+		if err := pull(a, objects); err != nil {
+			return Applied{}, err
+		}
+	}
 	sum, err := sumOf(objects)
 	if err != nil {
 		return Applied{}, err
@@ -325,7 +351,7 @@ func (s *Set) enable(ctx context.Context, a Addon, args []string, done string) (
 	if sum == done {
 		return Applied{objects, values}, nil
 	}
-	record := Record{Name: a.Name, Version: a.Version, Args: args}
+	record := Record{Name: a.Name, Version: a.Version, Args: args, Online: online}
 	for _, o := range objects {
 		record.add(o.GroupVersionKind())
 	}
@@ -436,7 +462,12 @@ func (s *Set) Reconcile(ctx context.Context) error {
 			s.Log.Warn("an enabled addon is not part of this version; its objects are left as they are", "addon", r.Name)
 			continue
 		}
-		_, err = s.enable(ctx, a, r.Args, r.applied)
+		if missing := Missing(s.Env, a); len(missing) > 0 && !r.Online && r.Version != a.Version {
+			s.Log.Warn("an addon stays at its version, because the pack of the new one is not on this node; import it with: microk8s addons import FILE",
+				"addon", a.Name, "version", r.Version, "new_version", a.Version, "images", missing)
+			continue
+		}
+		_, err = s.enable(ctx, a, r.Args, r.Online, r.applied)
 		var theirs *bootstrap.ForeignError
 		if errors.As(err, &theirs) && slices.Contains(fresh, r.Name) {
 			s.Log.Warn("a default addon is not enabled, because its objects are there already; take them over with: microk8s enable "+r.Name+" --adopt", "reason", err)
@@ -575,6 +606,7 @@ func (r *Record) add(k schema.GroupVersionKind) {
 type form struct {
 	Version  string   `json:"version"`
 	Args     []string `json:"arguments"`
+	Online   bool     `json:"online,omitempty"`
 	Removing bool     `json:"removing,omitempty"`
 	Applied  string   `json:"applied,omitempty"`
 	Kinds    []kind   `json:"kinds"`
@@ -589,7 +621,7 @@ type kind struct {
 }
 
 func (s *Set) write(ctx context.Context, r Record) error {
-	f := form{Version: r.Version, Args: r.Args, Removing: r.removing, Applied: r.applied, Owned: r.owned, Adopted: r.adopted}
+	f := form{Version: r.Version, Args: r.Args, Online: r.Online, Removing: r.removing, Applied: r.applied, Owned: r.owned, Adopted: r.adopted}
 	for _, k := range r.kinds {
 		version, name := k.ToAPIVersionAndKind()
 		f.Kinds = append(f.Kinds, kind{version, name})
@@ -607,7 +639,7 @@ func readRecord(o *unstructured.Unstructured) (Record, error) {
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", o.GetName(), err)
 	}
-	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
+	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, Online: f.Online, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
 	for _, k := range f.Kinds {
 		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
 	}

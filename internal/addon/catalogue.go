@@ -34,6 +34,11 @@ type Addon struct {
 	// Alias names the addon that this one is another, deprecated, name of.
 	Alias string `json:"alias"`
 
+	// Images are those that are not in the snap but in a pack, by full name; Online, by the names of the
+	// containers that use them, are the images of registries that do the same.
+	Images []string          `json:"images"`
+	Online map[string]string `json:"online"`
+
 	dir string
 }
 
@@ -112,7 +117,7 @@ func readRepository(name, dir string) (metadata, error) {
 		a := &file.Top.Addons[i]
 		a.Repository, a.dir = name, filepath.Join(dir, "addons", a.Name)
 		if name != CoreRepository {
-			a.Builtin, a.Alias = "", "" // keys of ours, which may mean something else there
+			a.Builtin, a.Alias, a.Images, a.Online = "", "", nil, nil // keys of ours, which may mean something else there
 		}
 	}
 	return file.Top, nil
@@ -174,7 +179,6 @@ var notOffered = map[string]string{
 	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",
 	"linkerd":       "install its Helm chart with microk8s helm",
 	"mayastor":      "install its Helm chart with microk8s helm",
-	"metallb":       "install its Helm chart with microk8s helm",
 	"minio":         "install its Helm chart with microk8s helm",
 	"nvidia":        "install NVIDIA's GPU operator with microk8s helm",
 	"observability": "install the Helm chart kube-prometheus-stack with microk8s helm",

@@ -52,7 +52,7 @@ func TestFind(t *testing.T) {
 	}{
 		{name: "twice", ambiguous: true},
 		{name: "mine/twice", want: "mine/twice"},
-		{name: "metallb", why: true},
+		{name: "minio", why: true},
 		{name: "mine/metallb"},
 		{name: "dns", want: "core/dns", inferred: true},
 		{name: "core/dns", want: "core/dns"},
@@ -85,7 +85,7 @@ func TestFind(t *testing.T) {
 			t.Errorf("%q: %v, want an unknown name", tc.name, err)
 		case (unknown.Why != "") != tc.why:
 			t.Errorf("%q: the reason is %q", tc.name, unknown.Why)
-		case tc.name != "mine/dns" && tc.name != "metallb" && unknown.Nearest != tc.nearest:
+		case tc.name != "mine/dns" && tc.name != "minio" && unknown.Nearest != tc.nearest:
 			t.Errorf("%q: nearest is %q, want %q", tc.name, unknown.Nearest, tc.nearest)
 		}
 	}

@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -26,6 +27,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/discovery/cached/memory"
@@ -297,8 +299,33 @@ func (c *cluster) mapping(gvk schema.GroupVersionKind) (*meta.RESTMapping, error
 	return mapping, err
 }
 
+// establishing bounds the wait for a kind that was defined just now: the API server takes about a second.
+const establishing = 20 * time.Second
+
+// established is mapping, and waits for a kind that the set itself defines.
+func (c *cluster) established(ctx context.Context, gvk schema.GroupVersionKind, set Set) (*meta.RESTMapping, error) {
+	mapping, err := c.mapping(gvk)
+	if !meta.IsNoMatchError(err) || !set.defines(gvk.GroupKind()) {
+		return mapping, err
+	}
+	end := wait.PollUntilContextTimeout(ctx, 100*time.Millisecond, establishing, false, func(context.Context) (bool, error) {
+		mapping, err = c.mapping(gvk)
+		return !meta.IsNoMatchError(err), nil
+	})
+	return mapping, errors.Join(err, end)
+}
+
+// defines reports whether a set brings the definition of a kind.
+func (s Set) defines(kind schema.GroupKind) bool {
+	return slices.ContainsFunc(s.Objects, func(o *unstructured.Unstructured) bool {
+		group, _, _ := unstructured.NestedString(o.Object, "spec", "group")
+		name, _, _ := unstructured.NestedString(o.Object, "spec", "names", "kind")
+		return o.GetKind() == "CustomResourceDefinition" && group == kind.Group && name == kind.Kind
+	})
+}
+
 func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, set Set, result *Result) error {
-	mapping, err := c.mapping(o.GroupVersionKind())
+	mapping, err := c.established(ctx, o.GroupVersionKind(), set)
 	if err != nil {
 		return err
 	}

@@ -15,9 +15,10 @@ import (
 func (a *App) newAddons() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "addons",
-		Short: "Manage the repositories that addons come from",
-		Long: `Manage addon repositories: git repositories with an addons.yaml and, for each addon, the
-programs enable and disable. Those that come with the product are in the repository core.`,
+		Short: "Manage packs of addons, and the repositories that addons come from",
+		Long: `Bring packs to the cluster, the files in which images of larger addons travel, and manage addon
+repositories: git repositories with an addons.yaml and, for each addon, the programs enable and
+disable. Addons that come with the product are in the repository core.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -27,7 +28,7 @@ programs enable and disable. Those that come with the product are in the reposit
 		Args:  noArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.AddCommand(repo)
+	root.AddCommand(repo, a.newAddonsImport(), a.newAddonsBundle())
 
 	var reference string
 	var force bool

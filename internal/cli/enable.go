@@ -80,6 +80,10 @@ An addon that needs objects which others have made, Helm or a person for instanc
 --adopt it takes them over, and disable removes them then; IngressClasses and StorageClasses stay
 theirs.
 
+The images of larger addons are in packs: files that are imported once with microk8s addons import.
+Where one is missing, enable names it and changes nothing; with --online the nodes pull the images
+from the registries that the addon names instead.
+
 Arguments of addons:
 `+usages, a.enable)
 }
@@ -98,7 +102,7 @@ destroy-storage is given or the question is answered with y.`, a.disable)
 
 func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
 	return &cobra.Command{
-		Use:                verb + " [--no-wait]" + map[string]string{"enable": " [--adopt]"}[verb] + " ADDON [ARGS...]",
+		Use:                verb + " [--no-wait]" + map[string]string{"enable": " [--adopt] [--online]"}[verb] + " ADDON [ARGS...]",
 		Short:              short,
 		Long:               long,
 		DisableFlagParsing: true, // options are the addon's
@@ -108,6 +112,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 			}
 			words, wait := takeFlag(words, "--no-wait")
 			words, adopt := takeFlag(words, "--adopt")
+			words, online := takeFlag(words, "--online")
 			if len(words) > 0 && words[0] == "--" {
 				words = words[1:]
 			}
@@ -119,7 +124,7 @@ func (a *App) addonCommand(verb, short, long string, run func(context.Context, *
 				fmt.Fprintln(a.Out, "For more information about it, visit https://microk8s.io/docs/addons")
 				return nil
 			}
-			return a.addons(cmd.Context(), verb, words, !wait, adopt, run)
+			return a.addons(cmd.Context(), verb, words, !wait, adopt, online, run)
 		},
 		ValidArgsFunction: a.addonNames,
 	}
@@ -138,7 +143,7 @@ func takeFlag(words []string, flag string) (rest []string, found bool) {
 
 // addons does enable or disable. Everything that a person can get wrong is checked for all
 // addons before the first is touched.
-func (a *App) addons(ctx context.Context, verb string, words []string, wait, adopt bool, run func(context.Context, *addon.Set, request, bool) error) error {
+func (a *App) addons(ctx context.Context, verb string, words []string, wait, adopt, online bool, run func(context.Context, *addon.Set, request, bool) error) error {
 	catalog, broken, err := addon.Catalogue(a.Env)
 	if err != nil {
 		return failf("the installation is damaged: reinstall it", "%w", err)
@@ -167,6 +172,9 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 			if err := addon.Check(r.addon, r.args); err != nil {
 				return failf("see microk8s enable --help", "cannot enable %s: %w", r.addon.Name, err)
 			}
+			if err := a.checkPack(ctx, r, online); err != nil {
+				return err
+			}
 		}
 	}
 	prober := a.prober()
@@ -191,7 +199,7 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 	if err != nil {
 		return err
 	}
-	set.Adopt = adopt
+	set.Adopt, set.Online = adopt, online
 	set.Left = func(o bootstrap.Foreign) { fmt.Fprintf(a.Err, "left in the cluster, because others made it: %s\n", o) }
 	for _, r := range requests {
 		err := error(nil)
@@ -367,9 +375,18 @@ func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) 
 	if on && len(r.args) == 0 {
 		r.args = had.Args
 	}
-	if on && had.Complete() && slices.Equal(had.Args, r.args) {
+	online := set.Online && len(r.addon.Images) > 0
+	if on && had.Complete() && slices.Equal(had.Args, r.args) && had.Online == online && had.Version == r.addon.Version {
 		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
 		return nil
+	}
+	if question := r.addon.Question(); question != "" && len(r.args) == 0 {
+		if r.args, err = a.askArgument(question); err != nil {
+			return err
+		}
+		if err := addon.Check(r.addon, r.args); err != nil {
+			return err
+		}
 	}
 	if err := a.room(ctx, set, r); err != nil {
 		return err
@@ -549,6 +566,22 @@ func (a *App) askDestroy(on bool, words []string) (bool, error) {
 		fmt.Fprintf(a.Out, "\nStorage removal: the data stays\n")
 	}
 	return destroy, nil
+}
+
+// askArgument asks for the argument of an addon.
+func (a *App) askArgument(question string) ([]string, error) {
+	fmt.Fprint(a.Out, question)
+	line, err := bufio.NewReader(a.In).ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("cannot read the answer: %w", err)
+	}
+	if errors.Is(err, io.EOF) {
+		fmt.Fprintln(a.Out)
+	}
+	if line = strings.TrimSpace(line); line == "" {
+		return nil, nil
+	}
+	return []string{line}, nil
 }
 
 // enableNeeded enables an addon that another one needs, unless it is on.

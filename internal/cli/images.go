@@ -133,8 +133,13 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 	if err != nil {
 		return err
 	}
+	return a.sayImported(results, say, imageImport{documentMeta: documentOf("ImageImport")}, out)
+}
+
+// sayImported reports what the nodes have imported, and fails if one has not.
+func (a *App) sayImported(results []fanout.Result, say io.Writer, doc imageImport, out *output) error {
 	failed := 0
-	doc := imageImport{documentMeta: documentOf("ImageImport"), Nodes: []nodeImport{}}
+	doc.Nodes = []nodeImport{}
 	for _, r := range results {
 		doc.Nodes = append(doc.Nodes, importOn(r))
 		if r.Err != nil {
@@ -160,9 +165,10 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 	return nil
 }
 
-// imageImport is the kind ImageImport.
+// imageImport is the kind ImageImport, and with Pack the kind AddonImport.
 type imageImport struct {
 	documentMeta
+	Pack  string       `json:"pack,omitempty"` // the name under which nodes keep a pack of addons
 	Nodes []nodeImport `json:"nodes"`
 }
 
@@ -185,27 +191,7 @@ func importOn(r fanout.Result) nodeImport {
 
 // checkArchive is images.Check of a file whose disk, or network file system, may stop to answer.
 func checkArchive(path string, stall time.Duration) error {
-	var read atomic.Int64
-	checked := make(chan error, 1)
-	go func() {
-		f, err := os.Open(path)
-		if err == nil {
-			err = errors.Join(images.Check(counted{f, &read}), f.Close())
-		}
-		checked <- err
-	}()
-	for before := int64(0); ; {
-		select {
-		case err := <-checked:
-			return err
-		case <-time.After(stall):
-		}
-		now := read.Load()
-		if now == before {
-			return fmt.Errorf("its disk or network file system brought nothing for %s, after %d bytes; see: dmesg", stall, now)
-		}
-		before = now
-	}
+	return attendFile(path, stall, images.Check)
 }
 
 // counted counts what is read.

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 
+	"microk8s/internal/pack"
 	"microk8s/internal/snapenv"
 )
 
@@ -90,8 +91,8 @@ func wait(ctx context.Context, c *client.Client, log *slog.Logger) error {
 	}
 }
 
-// Load waits for containerd and imports those images of $SNAP/images that it does not have
-// as they are in their archives; all are pinned against the kubelet's garbage collection.
+// Load waits for containerd and imports those images of $SNAP/images, and of the packs of addons that
+// this node keeps, that it does not have as they are in their archives; all are pinned against the kubelet's garbage collection.
 // Images that an earlier version shipped and this one does not are no longer pinned. It is
 // idempotent, cheap when there is nothing to do, and goes on after an archive that failed.
 func Load(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
@@ -120,10 +121,35 @@ func Load(ctx context.Context, env snapenv.Env, log *slog.Logger) error {
 			shipped[n] = true
 		}
 	}
-	if len(errs) == 0 {
+	whole := loadPacks(ctx, env, c, snapshotter, shipped, log)
+	if len(errs) == 0 && whole {
 		errs = append(errs, release(ctx, c, shipped, log))
 	}
 	return errors.Join(errs...)
+}
+
+// loadPacks loads the packs that this node keeps and adds the names of their images. The node works
+// without one that cannot be loaded: it is reported, and whole is false.
+func loadPacks(ctx context.Context, env snapenv.Env, c *client.Client, snapshotter string, shipped map[string]bool, log *slog.Logger) (whole bool) {
+	if err := pack.Clean(env.Packs()); err != nil {
+		log.Warn("cannot remove old packs of addons", "err", err)
+	}
+	kept, broken := pack.List(env.Packs())
+	for _, err := range broken {
+		log.Error("cannot read a pack of addons; remove it, and import it again with: microk8s addons import FILE", "err", err)
+	}
+	whole = len(broken) == 0
+	for _, k := range kept {
+		names, err := load(ctx, c, k.Path, snapshotter, log)
+		if err != nil {
+			whole = false
+			log.Error("cannot load a pack of addons; import it again with: microk8s addons import FILE", "pack", k.Path, "err", err)
+		}
+		for _, n := range names {
+			shipped[n] = true
+		}
+	}
+	return whole
 }
 
 // rank orders archives: what every node needs at once comes first, big ones last.

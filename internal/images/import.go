@@ -1,10 +1,12 @@
 package images
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"microk8s/internal/pack"
 	"microk8s/internal/snapenv"
 )
 
@@ -27,15 +30,24 @@ type Imported struct {
 	Names []string
 	// Skipped says of each other image of the archive why it is of no use here.
 	Skipped []string
+	// Pack is the digest of the pack of addons that the archive is, which is kept on this node; ""
+	// for other archives.
+	Pack string
 }
 
 // Import reads an archive of images, of OCI's or docker's form, plain or compressed with gzip or
 // zstd, into this node's containerd and unpacks those that this machine can run. Their names
 // are made full ones, as pods ask for them. An archive of which nothing can be used is an error
 // that says why. Import needs nothing but the stream: it is read once.
+// A pack of addons is checked as a whole before containerd gets any of it, and kept in the node's folder
+// of packs, so that [Load] loads it at each start.
 // A containerd that stops to answer ends it with a [SilentError].
 func Import(ctx context.Context, env snapenv.Env, r io.Reader) (Imported, error) {
-	plain, err := decompress(r)
+	buffered := bufio.NewReader(r)
+	if start, err := buffered.Peek(512); err == nil && pack.Is(start) {
+		return importPack(ctx, env, buffered)
+	}
+	plain, err := decompress(buffered)
 	if err != nil {
 		return Imported{}, err
 	}
@@ -47,6 +59,35 @@ func Import(ctx context.Context, env snapenv.Env, r io.Reader) (Imported, error)
 	defer end()
 	out, err := importInto(ctx, env, c, plain)
 	return out, explain(err)
+}
+
+// importPack keeps a pack and loads its images.
+func importPack(ctx context.Context, env snapenv.Env, r io.Reader) (Imported, error) {
+	if err := Answers(ctx, env, silence); err != nil {
+		return Imported{}, err
+	}
+	in, err := pack.Receive(env.Packs(), r)
+	if err != nil {
+		return Imported{}, err
+	}
+	defer in.Discard()
+	ctx, c, explain, end, err := attended(ctx, env, silence)
+	if err != nil {
+		return Imported{}, err
+	}
+	defer end()
+	if _, err := load(ctx, c, in.Path, configuredSnapshotter(env), slog.New(slog.DiscardHandler)); err != nil {
+		return Imported{}, explain(err)
+	}
+	if err := in.Commit(); err != nil {
+		return Imported{}, fmt.Errorf("cannot keep the pack: %w", err)
+	}
+	out := Imported{Pack: in.Digest()}
+	for _, img := range in.Images {
+		out.Names = append(out.Names, img.Name)
+	}
+	slices.Sort(out.Names)
+	return out, nil
 }
 
 // leaseEnd is how long the end of a lease may take. One that is left ends by itself a day later.

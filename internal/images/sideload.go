@@ -13,7 +13,8 @@ import (
 const sideloadEvery = 5 * time.Second
 
 // Sideload imports the archives that are in [snapenv.Env.SideloadDir], or come there, until
-// ctx ends. Each gets .loaded added to its name afterwards. One that cannot be imported is
+// ctx ends. Each gets .loaded added to its name afterwards; a pack of addons goes: it is in the node's
+// folder of packs then. One that cannot be imported is
 // reported, and tried again when it has changed.
 func Sideload(ctx context.Context, env snapenv.Env, log *slog.Logger) {
 	failed := map[string]time.Time{} // when the file was changed last
@@ -51,6 +52,9 @@ func sideload(ctx context.Context, env snapenv.Env, path string) (Imported, erro
 	got, err := Import(ctx, env, f)
 	if err != nil {
 		return got, err
+	}
+	if got.Pack != "" {
+		return got, os.Remove(path)
 	}
 	return got, os.Rename(path, path+".loaded")
 }

@@ -59,6 +59,7 @@ const (
 var Ours = map[string]string{
 	"kube-system":        "hostpath-storage has the folders of volumes, host-access an address of the host",
 	"ingress":            "the ports 80 and 443 of the host",
+	"metallb-system":     "the speakers answer for addresses on the host's network",
 	"container-registry": "the port of the registry on each node is in the host's network",
 }
 

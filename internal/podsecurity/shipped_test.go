@@ -24,6 +24,7 @@ var beyond = map[string]api.Level{
 	"kube-system/hostpath-provisioner":  api.LevelPrivileged,
 	"kube-system/host-access":           api.LevelPrivileged,
 	"ingress/traefik":                   api.LevelPrivileged,
+	"metallb-system/speaker":            api.LevelPrivileged,
 	"container-registry/registry-local": api.LevelPrivileged,
 }
 

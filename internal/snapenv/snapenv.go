@@ -265,6 +265,9 @@ func (e Env) KubeletRoot() string { return filepath.Join(e.Common, "var/lib/kube
 // SideloadDir takes archives of images that containerd is to have.
 func (e Env) SideloadDir() string { return filepath.Join(e.Common, "etc/sideload") }
 
+// Packs is the folder of the packs of addons that this node keeps.
+func (e Env) Packs() string { return filepath.Join(e.Common, "packs") }
+
 // SideloadArchives lists the archives of images in a folder, by their names' endings.
 func SideloadArchives(dir string) []string {
 	var all []string

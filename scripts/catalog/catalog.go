@@ -24,6 +24,7 @@ type Place string
 const (
 	Snap  Place = "snap"  // into the tree of the snap
 	Image Place = "image" // into a container image
+	Pack  Place = "pack"  // into a container image that is in a pack of addons, not in the snap
 	Peer  Place = "peer"  // not shipped: what tests and measurements compare with
 )
 
@@ -134,6 +135,12 @@ var Components = []Component{
 			Module: "github.com/go-acme/lego/v4", Version: "v4.33.0", Sum: "h1:2KrRKieG+VczT4zvVXKAY7Tp/S3XLvh/QImofBALRAM=",
 			Dir: "lego", Files: map[string]string{"nodns.go.txt": "providers/dns/zz_gen_dns_providers.go"},
 		},
+	},
+	{
+		Name: "metallb", Module: "go.universe.tf/metallb", Licence: "Apache-2.0",
+		Source: "https://github.com/metallb/metallb", Place: Pack,
+		// Its source embeds the version.
+		Unset: map[string]string{"gitCommit": commit, "gitBranch": commit},
 	},
 	{
 		Name: "helm", Module: "helm.sh/helm/v3", Licence: "Apache-2.0",

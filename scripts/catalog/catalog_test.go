@@ -6,9 +6,12 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"strings"
 	"testing"
+
+	"sigs.k8s.io/yaml"
 )
 
 const root = "../.."
@@ -143,4 +146,46 @@ func moduleDir(t *testing.T, c Component) string {
 		t.Fatalf("%s %s: %v %s", c.Module, version, err, out)
 	}
 	return got.Dir
+}
+
+// TestKindsOfMetalLB: the kinds that the addon brings are those of the module, with our annotation that keeps them.
+func TestKindsOfMetalLB(t *testing.T) {
+	c, err := Find("metallb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs := definitions(t, filepath.Join(moduleDir(t, c), "config/manifests/metallb-native.yaml"))
+	ours := definitions(t, filepath.Join(root, "addons/core/addons/metallb/crds.yaml"))
+	if len(theirs) == 0 || len(theirs) != len(ours) {
+		t.Errorf("the module has %d kinds, the addon %d", len(theirs), len(ours))
+	}
+	for name, spec := range theirs {
+		if !reflect.DeepEqual(spec, ours[name]) {
+			t.Errorf("%s is another one in the module", name)
+		}
+	}
+}
+
+// definitions returns the spec of each CustomResourceDefinition of a file.
+func definitions(t *testing.T, path string) map[string]any {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]any{}
+	for document := range strings.SplitSeq(string(data), "\n---\n") {
+		var o struct {
+			Kind     string
+			Metadata struct{ Name string }
+			Spec     any
+		}
+		if err := yaml.Unmarshal([]byte(document), &o); err != nil {
+			t.Fatal(err)
+		}
+		if o.Kind == "CustomResourceDefinition" {
+			out[o.Metadata.Name] = o.Spec
+		}
+	}
+	return out
 }

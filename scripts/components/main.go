@@ -3,7 +3,7 @@
 //
 //	go run ./scripts/components                 # everything that is shipped
 //	go run ./scripts/components helm runc etcd  # these
-//	go run ./scripts/components image           # all of a place: snap, image, peer
+//	go run ./scripts/components image           # all of a place: snap, image, pack, peer
 //
 // Programs go to build/components/bin, those that are only compared with to build/peers. What
 // a stamp beside them says is up to date is not built again.

@@ -27,9 +27,10 @@ const (
 	annotationRefName   = "org.opencontainers.image.ref.name"
 )
 
-// pack returns the OCI archive of an image that holds the one program.
-func (img image) pack(program, arch string) ([]byte, error) {
-	layer, err := programLayer(program, img.program)
+// pack returns the OCI archive of an image that holds the programs: files on this machine, of which
+// the first becomes img.program and the others those of img.more.
+func (img image) pack(arch string, programs ...string) ([]byte, error) {
+	layer, err := programLayer(programs, append([]string{img.program}, img.more...))
 	if err != nil {
 		return nil, err
 	}
@@ -83,29 +84,29 @@ func (img image) labels() (map[string]string, error) {
 	return labels, nil
 }
 
-// programLayer is a layer with one executable file that belongs to root, dated 1970.
-func programLayer(source, target string) (v1.Layer, error) {
-	data, err := os.ReadFile(source)
-	if err != nil {
-		return nil, err
+// programLayer is a layer with executable files that belong to root, dated 1970.
+func programLayer(sources, targets []string) (v1.Layer, error) {
+	if len(sources) != len(targets) {
+		return nil, fmt.Errorf("%d programs for %d places", len(sources), len(targets))
 	}
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
-	// /tmp is there for programs that want it: the root file system holds nothing else.
-	entries := []tar.Header{
-		{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(target, "/"), Mode: 0o755, Size: int64(len(data))},
-		{Typeflag: tar.TypeDir, Name: "tmp/", Mode: 0o1777},
-	}
-	for _, h := range entries {
-		h.Format = tar.FormatPAX
+	for i, target := range targets {
+		data, err := os.ReadFile(sources[i])
+		if err != nil {
+			return nil, err
+		}
+		h := tar.Header{Typeflag: tar.TypeReg, Name: strings.TrimPrefix(target, "/"), Mode: 0o755, Size: int64(len(data)), Format: tar.FormatPAX}
 		if err := w.WriteHeader(&h); err != nil {
 			return nil, err
 		}
-		if h.Typeflag == tar.TypeReg {
-			if _, err := w.Write(data); err != nil {
-				return nil, err
-			}
+		if _, err := w.Write(data); err != nil {
+			return nil, err
 		}
+	}
+	// /tmp is there for programs that want it: the root file system holds nothing else.
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: "tmp/", Mode: 0o1777, Format: tar.FormatPAX}); err != nil {
+		return nil, err
 	}
 	if err := w.Close(); err != nil {
 		return nil, err

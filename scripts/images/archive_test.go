@@ -26,13 +26,13 @@ func testImage() image {
 	return image{archive: "x", refs: []string{"example.test/a/x:1", "example.test/a/x:latest"}, program: "/x", user: "1:1", title: "x", note: "n"}
 }
 
-func pack(t *testing.T, content string) []byte {
+func packed(t *testing.T, content string) []byte {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "x")
 	if err := os.WriteFile(program, []byte(content), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	data, err := testImage().pack(program, "amd64")
+	data, err := testImage().pack("amd64", program)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,10 +40,10 @@ func pack(t *testing.T, content string) []byte {
 }
 
 func TestSameProgramGivesTheSameArchive(t *testing.T) {
-	if !bytes.Equal(pack(t, "program"), pack(t, "program")) {
+	if !bytes.Equal(packed(t, "program"), packed(t, "program")) {
 		t.Error("two archives of the same program differ")
 	}
-	if bytes.Equal(pack(t, "program"), pack(t, "another")) {
+	if bytes.Equal(packed(t, "program"), packed(t, "another")) {
 		t.Error("archives of different programs are equal")
 	}
 }
@@ -51,7 +51,7 @@ func TestSameProgramGivesTheSameArchive(t *testing.T) {
 // Everything the archive refers to must be in it, under the digest it is referred to by.
 func TestArchiveIsComplete(t *testing.T) {
 	files := map[string][]byte{}
-	r := tar.NewReader(bytes.NewReader(pack(t, "program")))
+	r := tar.NewReader(bytes.NewReader(packed(t, "program")))
 	for first := true; ; first = false {
 		h, err := r.Next()
 		if errors.Is(err, io.EOF) {
@@ -144,7 +144,7 @@ func TestReferenceNeedsATag(t *testing.T) {
 	if err := os.WriteFile(program, nil, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := img.pack(program, "amd64"); err == nil {
+	if _, err := img.pack("amd64", program); err == nil {
 		t.Error("a reference without a tag was accepted")
 	}
 }
@@ -241,7 +241,7 @@ func TestBuiltInTwoFolders(t *testing.T) {
 			if err := img.build(builder{runtime.GOARCH}, out); err != nil {
 				t.Fatal(err)
 			}
-			if made[i][img.archive], err = img.pack(out, runtime.GOARCH); err != nil {
+			if made[i][img.archive], err = img.pack(runtime.GOARCH, out); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -1,8 +1,9 @@
 // Command images builds the container images of the product, and the one the tests use, into
-// OCI archives. There is no registry behind any of them: each holds one static program that
+// OCI archives, and packs of the addons whose images are not in the snap. There is no registry behind any of them: each holds one static program that
 // this build made from source.
 //
 //	go run ./scripts/images --out build/snap/images --test-out build/test-images
+//	go run ./scripts/images --packs build/packs
 //
 // The result depends on the sources and the compiler only: times in the archives are zero,
 // and an archive whose content would not change is not touched, so that what depends on it
@@ -35,6 +36,8 @@ type image struct {
 	note    string   // org.opencontainers.image.description
 	licence string   // org.opencontainers.image.licenses; "" is that of the component, or the product's
 	test    bool     // for the tests only: goes to --test-out
+	packed  bool     // for packs of addons: which ones, addons.yaml says
+	more    []string // paths of further programs of the component
 	// component is the program of scripts/components that the image holds; where there is none,
 	// build makes the program.
 	component string
@@ -120,6 +123,17 @@ var images = []image{
 		component: "traefik",
 	},
 	{
+		archive:   "metallb",
+		refs:      []string{"microk8s.io/metallb:0.15.2"},
+		program:   "/controller",
+		more:      []string{"/speaker"},
+		user:      "65534:65534",
+		title:     "metallb",
+		note:      "MetalLB's controller and speaker, with layer 2 and native BGP, built from its module.",
+		component: "metallb",
+		packed:    true,
+	},
+	{
 		archive: "web",
 		refs:    []string{"microk8s.test/web:1"},
 		program: "/web",
@@ -134,17 +148,18 @@ var images = []image{
 func main() {
 	out := flag.String("out", "", "directory for the images of the product")
 	testOut := flag.String("test-out", "", "directory for the images of the tests; empty builds none")
+	packs := flag.String("packs", "", "directory for the packs of addons; empty builds none")
 	arch := flag.String("arch", runtime.GOARCH, "architecture, in Go's spelling; a foreign one needs CC")
 	flag.Parse()
-	if err := run(*out, *testOut, *arch); err != nil {
+	if err := run(*out, *testOut, *packs, *arch); err != nil {
 		fmt.Fprintln(os.Stderr, "images:", err)
 		os.Exit(1)
 	}
 }
 
-func run(out, testOut, arch string) error {
-	if out == "" && testOut == "" {
-		return errors.New("nothing to build: give --out DIR, --test-out DIR or both")
+func run(out, testOut, packs, arch string) error {
+	if out == "" && testOut == "" && packs == "" {
+		return errors.New("nothing to build: give --out DIR, --test-out DIR or --packs DIR")
 	}
 	tmp, err := os.MkdirTemp("", "images-")
 	if err != nil {
@@ -154,27 +169,27 @@ func run(out, testOut, arch string) error {
 	b := builder{arch: arch}
 	for _, img := range images {
 		dir := out
-		if img.test {
+		switch {
+		case img.test:
 			dir = testOut
+		case img.packed && packs != "":
+			dir = filepath.Join(packs, "images")
+		case img.packed:
+			dir = ""
 		}
 		if dir == "" {
 			continue
 		}
 		path := filepath.Join(dir, img.archive+".tar")
-		var program string
-		if img.component != "" {
-			program, err = b.component(img.component)
-		} else {
-			program, err = b.own(img, tmp)
-		}
+		programs, err := b.programs(img, tmp)
 		if err != nil {
 			return fmt.Errorf("cannot build the program of image %s: %w", img.archive, err)
 		}
-		if newer(path, program) {
+		if newer(path, programs...) {
 			fmt.Printf("%s: up to date\n", path)
 			continue
 		}
-		data, err := img.pack(program, arch)
+		data, err := img.pack(arch, programs...)
 		if err != nil {
 			return fmt.Errorf("cannot make image %s: %w", img.archive, err)
 		}
@@ -192,7 +207,31 @@ func run(out, testOut, arch string) error {
 		}
 		fmt.Printf("%s: %s (%s, %d KiB)\n", path, state, strings.Join(img.refs, ", "), len(data)/1024)
 	}
+	if packs != "" {
+		return makePacks(packs, arch)
+	}
 	return nil
+}
+
+// programs returns the programs of an image, built.
+func (b builder) programs(img image, tmp string) ([]string, error) {
+	if img.component == "" {
+		program, err := b.own(img, tmp)
+		return []string{program}, err
+	}
+	if len(img.more) == 0 {
+		program, err := b.component(img.component)
+		return []string{program}, err
+	}
+	var out []string
+	for _, target := range append([]string{img.program}, img.more...) {
+		program, err := b.component(filepath.Base(target))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, program)
+	}
+	return out, nil
 }
 
 // writeChanged replaces the file at path unless it already has this content.
@@ -255,9 +294,9 @@ func (b builder) own(img image, tmp string) (string, error) {
 	return kept, err
 }
 
-// newer says that an archive was written after its program and after the sources of this one:
+// newer says that an archive was written after its programs and after the sources of this one:
 // compressing a big program takes longer than building all the rest.
-func newer(archive, program string) bool {
+func newer(archive string, programs ...string) bool {
 	made, err := os.Stat(archive)
 	if err != nil {
 		return false
@@ -267,7 +306,7 @@ func newer(archive, program string) bool {
 		return false
 	}
 	sources = slices.DeleteFunc(sources, func(path string) bool { return strings.HasSuffix(path, "_test.go") })
-	for _, path := range append(sources, program) {
+	for _, path := range append(sources, programs...) {
 		if fi, err := os.Stat(path); err != nil || !made.ModTime().After(fi.ModTime()) {
 			return false
 		}

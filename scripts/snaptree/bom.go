@@ -31,7 +31,7 @@ func BOM(root string) ([]byte, error) {
 		out.Components = append(out.Components, Component{p.Row, version, p.Module})
 	}
 	for _, c := range catalog.Components {
-		if c.Place == catalog.Peer {
+		if c.Place == catalog.Peer || c.Place == catalog.Pack {
 			continue
 		}
 		version, err := c.Version(root)

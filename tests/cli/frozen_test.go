@@ -14,16 +14,21 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/cli"
 	"microk8s/internal/encryption"
+	"microk8s/internal/pack"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
 	"microk8s/internal/service"
@@ -56,6 +61,9 @@ var frozenRows = []frozenRow{
 	{command: "add-node", run: "add-node --list", says: silentAPI},
 	{command: "add-node", run: "add-node --revoke 12345678", says: silentAPI},
 	{command: "addons", asks: "help"},
+	{command: "addons import", run: "addons import --stall 1s WORK/fifo", says: `its disk or network file system brought nothing for 1s.*dmesg`},
+	{command: "addons import", run: "addons import WORK/pack.tar", says: silentAPI},
+	{command: "addons bundle", run: "addons bundle --images docker.io/library/a:1 -o WORK/bundle.tar", says: silentContainerd},
 	{command: "addons repo", asks: "help"},
 	{command: "addons repo add", run: "addons repo add x http://FROZEN/x", says: `http://127.0.0.1:\d+/x brought nothing for .*; check the address`},
 	{command: "addons repo list", asks: "files of this node"},
@@ -250,6 +258,7 @@ func freeze(t *testing.T, dir string, alone bool) (*cli.App, *safe) {
 	}
 	write(filepath.Join(dir, "web.tar"), "")
 	mkArchive(t, filepath.Join(dir, "web.tar"))
+	mkPack(t, filepath.Join(dir, "pack.tar"))
 	if err := mkfifo(filepath.Join(dir, "fifo")); err != nil {
 		t.Fatal(err)
 	}
@@ -334,6 +343,28 @@ func makeCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	caCert, caKey = string(pki.EncodeCert(der)), string(pki.EncodeKey(key))
+}
+
+// mkPack makes a pack of one image without layers.
+func mkPack(t *testing.T, path string) {
+	t.Helper()
+	cfg, err := empty.Image.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg = cfg.DeepCopy()
+	cfg.Architecture = runtime.GOARCH
+	img, err := mutate.ConfigFile(empty.Image, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf bytes.Buffer
+	if _, err := pack.Write(&buf, pack.Manifest{Name: "x", Version: "v1", Architecture: runtime.GOARCH}, map[string]v1.Image{"a.test/a:1": img}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, buf.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func mkfifo(path string) error { return syscall.Mkfifo(path, 0o600) }
