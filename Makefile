@@ -66,8 +66,13 @@ verify: ## Verify those signatures (PUB=FILE)
 .PHONY: programs
 programs: deps ## Build our own programs into build/bin
 	@mkdir -p $(BIN)
+	@scripts/console --changed
 	CGO_ENABLED=0 go build -tags nosqlite3 -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/microk8s ./cmd/cluster-agent ./cmd/apiserver-proxy ./cmd/supervisor ./cmd/lab ./cmd/kubelite
 	scripts/components/dqlite/gobuild $(BIN)/k8s-dqlite ./cmd/k8s-dqlite
+
+.PHONY: console
+console: deps ## Build the page of the console (console/) with npm into internal/console, which embeds it
+	@scripts/console
 
 .PHONY: components
 components: deps ## Build the third-party programs from their pinned modules (scripts/catalog)

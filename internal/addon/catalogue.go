@@ -174,7 +174,7 @@ var notOffered = map[string]string{
 	"cert-manager":  "install its Helm chart with microk8s helm",
 	"cis-hardening": "its settings are arguments of the services, in args/, and RBAC and Node authorization are on already",
 	"community":     "add a repository with microk8s addons repo add community URL",
-	"dashboard":     "use a client of your own with the output of microk8s config",
+	"dashboard":     "see the cluster in a browser with microk8s dashboard-proxy",
 	"gpu":           "install NVIDIA's GPU operator with microk8s helm",
 	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",
 	"linkerd":       "install its Helm chart with microk8s helm",

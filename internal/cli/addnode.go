@@ -145,33 +145,10 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		}
 		tok = given
 	}
-	opts, err := f.options()
+	c, opts, err := a.makeToken(ctx, a.tokens(), tok, f)
 	if err != nil {
 		return err
 	}
-	if f.name != "" {
-		if err := nodeconfig.CheckNodeName(f.name); err != nil {
-			return failf("give the host name of the joining machine, in lower case", "cannot use --name %s: %w", f.name, err)
-		}
-	}
-	check, err := a.fingerprint(tok)
-	if err != nil {
-		return err
-	}
-	all, err := joinAddresses()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, tokenWait)
-	defer cancel()
-	if _, err := a.tokens().Add(ctx, tok, opts.Options); err != nil {
-		return explainTokens(err)
-	}
-	first := "none"
-	if addr := defaultAddress(); addr.IsValid() {
-		first = addr.String()
-	}
-	c := connection{token: tok.Reveal(), check: check, port: strconv.Itoa(nodeconfig.Load(a.Env).AgentPort), first: first, all: all, worker: f.worker, ha: a.state().HA}
 	if f.out.document() {
 		return a.print(f.out, c.document(opts, a.Now()))
 	}
@@ -182,6 +159,37 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		fmt.Fprintln(a.Err, "\n"+opts.describe())
 	}
 	return nil
+}
+
+// makeToken keeps a token, and returns how it is used.
+func (a *App) makeToken(ctx context.Context, store *tokenstore.Store, tok token.Token, f addNodeFlags) (connection, tokenUse, error) {
+	opts, err := f.options()
+	if err != nil {
+		return connection{}, tokenUse{}, err
+	}
+	if f.name != "" {
+		if err := nodeconfig.CheckNodeName(f.name); err != nil {
+			return connection{}, tokenUse{}, failf("give the host name of the joining machine, in lower case", "cannot use --name %s: %w", f.name, err)
+		}
+	}
+	check, err := a.fingerprint(tok)
+	if err != nil {
+		return connection{}, tokenUse{}, err
+	}
+	all, err := joinAddresses()
+	if err != nil {
+		return connection{}, tokenUse{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, tokenWait)
+	defer cancel()
+	if _, err := store.Add(ctx, tok, opts.Options); err != nil {
+		return connection{}, tokenUse{}, explainTokens(err)
+	}
+	first := "none"
+	if addr := defaultAddress(); addr.IsValid() {
+		first = addr.String()
+	}
+	return connection{token: tok.Reveal(), check: check, port: strconv.Itoa(nodeconfig.Load(a.Env).AgentPort), first: first, all: all, worker: f.worker, ha: a.state().HA}, opts, nil
 }
 
 // options returns what the token may be used for.

@@ -40,6 +40,7 @@ var withoutOutput = map[string]string{
 	"backup key":          "the recipient",
 	"completion":          "a script",
 	"ctr":                 "containerd's own client, with its own forms",
+	"dashboard-proxy":     "an address and a token, in upstream's words",
 	"dbctl":               "progress; its -o is a file",
 	"disable":             "progress; status lists the addons",
 	"enable":              "progress; status lists the addons",

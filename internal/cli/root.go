@@ -53,6 +53,7 @@ func (a *App) commands() []command {
 		{name: "completion", group: groupTools, usage: ExitUsage, build: a.newCompletion},
 		{name: "config", group: groupTools, usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, exits: exitsPassed, build: a.newCtr},
+		{name: "dashboard-proxy", group: groupCluster, usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s dashboard-proxy on the master.", ExitOK), perm}, sudo: true, exits: []exitCode{{ExitOK, "interrupted: it has served"}}, build: a.newDashboardProxy},
 		{name: "dbctl", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, exits: exitsDbctl, build: a.newDbctl},
 		{name: "disable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newDisable},
 		{name: "enable", group: groupWorkloads, raw: true, ownHelp: true, usage: ExitUsage, gates: addons, build: a.newEnable},

@@ -82,6 +82,7 @@ var frozenRows = []frozenRow{
 	{command: "config", run: "config --list", says: silentAPI},
 	{command: "config", run: "config --revoke ann", says: silentAPI},
 	{command: "ctr", run: "ctr images ls", says: silentContainerd + `(.|\n)*exec .*ctr .*--timeout 30s images ls`},
+	{command: "dashboard-proxy", skip: "it serves until it is interrupted; internal/console bounds each call"},
 	{command: "dbctl", run: "dbctl backup -o WORK/b", skip: "the far side is that of k8s-dqlite's migrator: internal/datastore/migrator"},
 	{command: "disable", run: "disable dns", says: silentAPI},
 	{command: "enable", run: "enable dns", says: silentAPI},

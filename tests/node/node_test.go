@@ -35,6 +35,7 @@ func TestNode(t *testing.T) {
 	step("deployment", n.deployWeb)
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
+	step("console", n.testConsole)
 	step("host with FORWARD DROP", func(t *testing.T) { n.testForwardDrop(t, "other") })
 	step("faults of the host's network", func(t *testing.T) { n.testHeal(t, "other", 2) })
 	step("power loss", n.testPowerLoss)
