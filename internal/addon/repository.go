@@ -134,7 +134,11 @@ func (r *Repositories) Add(ctx context.Context, name, source, reference string, 
 		args = append(args, "-b", reference)
 	}
 	if err := r.git(ctx, source, "", append(args, "--", source, clone)...); err != nil {
-		return fmt.Errorf("cannot fetch %s: %w", source, err)
+		next := "try: git ls-remote " + source
+		if reference != "" {
+			next += " " + reference
+		}
+		return fmt.Errorf("cannot fetch %s: %w; %s, and then the same command again", source, err, next)
 	}
 	if err := Validate(clone); err != nil {
 		fmt.Fprintf(r.Out, "Removing %s\n", dir)
@@ -162,7 +166,7 @@ func (r *Repositories) Remove(name string) error {
 		return err
 	}
 	if name == CoreRepository {
-		return &RefusedError{Text: "Error: built-in repository 'core' cannot be removed", Hint: "It is part of the product"}
+		return &RefusedError{Text: "Error: built-in repository 'core' cannot be removed", Hint: "It is part of the product; switch its addons off with: microk8s disable ADDON"}
 	}
 	fmt.Fprintf(r.Out, "Removing %s\n", dir)
 	// Out of sight first: an interrupted removal leaves nothing that looks like a repository.
@@ -183,7 +187,7 @@ func (r *Repositories) Update(ctx context.Context, name string) error {
 		return err
 	}
 	if name == CoreRepository || !isCheckout(dir) {
-		return &RefusedError{Text: fmt.Sprintf("Error: built-in repository '%s' cannot be updated", name)}
+		return &RefusedError{Text: fmt.Sprintf("Error: built-in repository '%s' cannot be updated", name), Hint: "It comes with the product: update that, or add a git repository with: microk8s addons repo add NAME URL"}
 	}
 	fmt.Fprintf(r.Out, "Updating repository %s\n", name)
 	before, err := r.ask(ctx, dir, "rev-parse", "HEAD")
@@ -214,7 +218,7 @@ func (r *Repositories) existing(name string) (string, error) {
 	}
 	dir := r.Env.AddonRepository(name)
 	if fi, err := os.Stat(dir); err != nil || !fi.IsDir() || !repositoryName.MatchString(name) {
-		return "", &RefusedError{Text: fmt.Sprintf("Error: repository '%s' does not exist", name)}
+		return "", &RefusedError{Text: fmt.Sprintf("Error: repository '%s' does not exist", name), Hint: "See those that do with: microk8s addons repo list"}
 	}
 	return dir, nil
 }
@@ -339,6 +343,9 @@ func (r *Repositories) command(ctx context.Context, dir string, args []string) (
 	return cmd, nil
 }
 
+// repositoryForm says where to read what a repository must look like.
+const repositoryForm = "What a repository must have in it: docs/addons.md, \"Addons of others\""
+
 // architectures are those that an addons.yaml may name.
 var architectures = []string{"amd64", "arm64", "s390x", "ppc64le"}
 
@@ -346,27 +353,27 @@ var architectures = []string{"amd64", "arm64", "s390x", "ppc64le"}
 func Validate(dir string) error {
 	data, err := os.ReadFile(filepath.Join(dir, "addons.yaml"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return &RefusedError{Text: fmt.Sprintf("Error: repository %s does not contain an addons.yaml file", filepath.Base(dir))}
+		return &RefusedError{Text: fmt.Sprintf("Error: repository %s does not contain an addons.yaml file", filepath.Base(dir)), Hint: repositoryForm}
 	}
 	if err != nil {
 		return err
 	}
 	var file map[string]any
 	if err := yaml.Unmarshal(data, &file); err != nil {
-		return &RefusedError{Text: fmt.Sprintf("Yaml format error in addons.yaml file: %v", err)}
+		return &RefusedError{Text: fmt.Sprintf("Yaml format error in addons.yaml file: %v", err), Hint: repositoryForm}
 	}
 	names, err := checkForm(file)
 	if err != nil {
-		return &RefusedError{Text: fmt.Sprintf("Invalid addons.yaml file: %v", err)}
+		return &RefusedError{Text: fmt.Sprintf("Invalid addons.yaml file: %v", err), Hint: repositoryForm}
 	}
 	for _, name := range names {
 		for _, verb := range []string{"enable", "disable"} {
 			fi, err := os.Stat(filepath.Join(dir, "addons", name, verb))
 			switch {
 			case err != nil || !fi.Mode().IsRegular():
-				return &RefusedError{Text: fmt.Sprintf("Missing %s hook for %s addon", verb, name)}
+				return &RefusedError{Text: fmt.Sprintf("Missing %s hook for %s addon", verb, name), Hint: repositoryForm}
 			case fi.Mode()&0o100 == 0:
-				return &RefusedError{Text: fmt.Sprintf("%s hook for %s addon needs execute permissions", verb, name)}
+				return &RefusedError{Text: fmt.Sprintf("%s hook for %s addon needs execute permissions", verb, name), Hint: fmt.Sprintf("In the repository run: git update-index --chmod=+x addons/%s/%s; git commit -m 'hooks can be run'; then add it again", name, verb)}
 			}
 		}
 	}

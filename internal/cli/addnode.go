@@ -135,6 +135,7 @@ func (a *App) addNode(ctx context.Context, f addNodeFlags) error {
 		given, err := token.Parse(f.token)
 		if errors.Is(err, token.ErrLength) {
 			fmt.Fprintln(a.Out, "Invalid token size.  It must be 32 characters long.")
+			fmt.Fprintln(a.Err, "  make one with: openssl rand -hex 16")
 			return exitError(ExitError)
 		}
 		if err != nil {

@@ -138,7 +138,7 @@ func (a *App) Main(ctx context.Context, argv []string) int {
 
 // nextStep is what a message has that says how to go on: a command, a page, or a thing to do and to run
 // the same command again.
-var nextStep = regexp.MustCompile(`(?i)microk8s[. ][a-z-]+|\b(sudo|systemctl|sysctl|sh|rm|chmod|ip|snap) |docs/|--[a-z]|\bagain\b`)
+var nextStep = regexp.MustCompile(`(?i)microk8s[. ][a-z-]+|\b(sudo|systemctl|sysctl|sh|rm|chmod|ip|snap|openssl|git) |docs/|--[a-z]|\bagain\b`)
 
 // services are the commands that service managers run. The last line that they write is shown as why they
 // ended, so nothing follows it.
@@ -149,7 +149,26 @@ func (a *App) sayNextStep(argv []string, text string) {
 	if w := words(argv); nextStep.MatchString(text) || len(w) == 0 || slices.Contains(services, w[0]) {
 		return
 	}
-	fmt.Fprintln(a.Err, "  see what is wrong with: microk8s status, and more with: microk8s inspect")
+	step, known := nextSteps[words(argv)[0]]
+	if !known {
+		step = "see what is wrong with: microk8s status, and more with: microk8s inspect"
+	}
+	fmt.Fprintln(a.Err, "  "+step)
+}
+
+// nextSteps are the lines of commands whose errors have more often to do with what was given to them than
+// with the state of the node.
+var nextSteps = map[string]string{
+	"addons":        "see the repositories with: microk8s addons repo list; what is wrong with: microk8s status",
+	"config":        "see what there is with: microk8s config --help; what is wrong with: microk8s status",
+	"dbctl":         "archives are made with: microk8s dbctl backup; see the datastore with: microk8s status",
+	"disable":       "see the addons with: microk8s status; what is wrong with: microk8s inspect",
+	"enable":        "see the addons with: microk8s status, and what each takes with: microk8s enable ADDON --help",
+	"images":        "see the images with: microk8s images list; what is wrong with: microk8s status",
+	"inspect":       "free some space in /var/snap, and see the services with: microk8s logs",
+	"logs":          "see the services with: microk8s status; without snapd their logs are files in /var/snap/microk8s/common/var/log, see docs/install.md",
+	"refresh-certs": "see the certificates with: microk8s refresh-certs --check; undo the last change with: microk8s refresh-certs --undo",
+	"version":       "the package is damaged: install it again, with snapd: snap refresh microk8s; without: see docs/install.md",
 }
 
 // exitInterrupted is what a shell reports of a program that SIGINT ended.

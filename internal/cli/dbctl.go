@@ -113,6 +113,7 @@ Backup and restore check what they have written, by number and hash of the keys.
 			_, err := os.Stat(a.Env.DatastoreSocket())
 			if err != nil || !a.state().HA {
 				fmt.Fprintln(a.Out, "Please ensure the kubernetes apiserver is running and HA is enabled.")
+				fmt.Fprintln(a.Err, "  start the node with: microk8s start; see what is wrong with: microk8s status")
 				return exitError(exitNoDatastore)
 			}
 			switch o.verb {

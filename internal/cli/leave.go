@@ -150,6 +150,7 @@ A node that was re-installed may join again after this.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				fmt.Fprintln(a.Out, "Please provide the node you want to remove.")
+				fmt.Fprintln(a.Err, "  the nodes are listed by: microk8s kubectl get nodes -o wide")
 				return exitError(ExitError)
 			}
 			if len(args) > 1 {

@@ -98,9 +98,11 @@ func (a *App) refreshOptionsOK(cmd *cobra.Command, o refreshOptions) error {
 		return &usageError{cmd, errors.New("-o is for --check")}
 	case o.caDir != "" && chosen > 0:
 		fmt.Fprintln(a.Out, "Please do not set any options in combination with the CA_DIR.")
+		fmt.Fprintln(a.Err, "Try 'microk8s refresh-certs --help' for help.")
 		return exitError(ExitError)
 	case chosen > 1:
 		fmt.Fprintln(a.Out, "Please select only one of the options -c, -u or -e.")
+		fmt.Fprintln(a.Err, "Try 'microk8s refresh-certs --help' for help.")
 		return exitError(ExitUsage)
 	case o.cert != "" && !slices.ContainsFunc(refreshable, func(r struct{ file, title string }) bool { return r.file == o.cert }):
 		return &usageError{cmd, fmt.Errorf("Invalid value for '-e' / '--cert': '%s' is not one of 'server.crt', 'front-proxy-client.crt', 'ca.crt'.", o.cert)}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -113,6 +114,9 @@ func (a *App) dispatch(ctx context.Context, args []string) error {
 		return a.Exec(plugin, append([]string{plugin}, rest...), a.commandEnviron())
 	}
 	fmt.Fprintf(a.Err, "'%s' is not a valid MicroK8s subcommand.\n", name)
+	if like := a.root().SuggestionsFor(name); len(like) > 0 {
+		fmt.Fprintf(a.Err, "Did you mean: microk8s %s\n", strings.Join(like, ", or microk8s "))
+	}
 	a.list(a.Err)
 	return exitError(ExitError)
 }
@@ -181,7 +185,7 @@ func (a *App) gated(c command, args []string) error {
 func (a *App) execute(ctx context.Context, args []string) error {
 	root := a.root()
 	root.SetArgs(args)
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return &usageError{cmd, err} })
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return &usageError{cmd, plain(err)} })
 	return root.ExecuteContext(ctx)
 }
 
@@ -210,6 +214,27 @@ func (a *App) help(c command, words ...string) error {
 	return cmd.Help()
 }
 
+// parsing is what Go's own parsers say about a value that is none, at the end of an error of flags.
+var parsing = regexp.MustCompile(`: (strconv\.Parse(Int|Uint|Float|Bool)|time): [^:]*(: .*)?$`)
+
+// plain says what a value of a flag should have been, instead of which function did not take it.
+func plain(err error) error {
+	found := parsing.FindStringSubmatch(err.Error())
+	if found == nil {
+		return err
+	}
+	want := "a whole number such as 60"
+	switch {
+	case found[1] == "time":
+		want = "a duration such as 90s, 30m or 8h"
+	case found[2] == "Bool":
+		want = "true or false"
+	case found[2] == "Float":
+		want = "a number"
+	}
+	return errors.New(strings.TrimSuffix(err.Error(), found[0]) + ": want " + want)
+}
+
 // usageError is a wrong option or argument.
 type usageError struct {
 	cmd *cobra.Command
@@ -223,7 +248,12 @@ func (e *usageError) Unwrap() error { return e.err }
 // `invalid option`, the Python commands print their usage.
 func (a *App) wrongUsage(c command, wrong *usageError) error {
 	if c.usage == ExitError {
+		defer fmt.Fprintf(a.Err, "Try 'microk8s %s --help' for help.\n", c.name)
 		option := wrong.err.Error()
+		if unknown := []string{"unknown ", "unexpected argument: ", "invalid option: "}; !slices.ContainsFunc(unknown, func(s string) bool { return strings.HasPrefix(option, s) }) {
+			fmt.Fprintf(a.Err, "microk8s %s: %s\n", c.name, option)
+			return exitError(ExitError)
+		}
 		if i := strings.LastIndex(option, ": "); i >= 0 {
 			option = option[i+2:]
 		}

@@ -1,0 +1,167 @@
+package cli
+
+import (
+	"context"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"microk8s/internal/service"
+)
+
+// TestMistakes: whoever makes a mistake is told what to type instead, in words that are not a Go
+// function's, and fails with an exit code.
+func TestMistakes(t *testing.T) {
+	said := regexp.MustCompile(nextStep.String() + `|Usage: microk8s|choose from|is not one of`)
+	for _, line := range strings.Split(strings.TrimSpace(mistakes), "\n") {
+		t.Run(line, func(t *testing.T) {
+			a := newApp(t)
+			a.services.Phase = service.Running
+			a.write(t, a.Env.AdminKubeconfig(), fakeAPI(t))
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			code := a.run(ctx, strings.Fields(line)...)
+			text := a.out.String() + a.err.String()
+			if code == ExitOK {
+				t.Errorf("exit code 0: %s", text)
+			}
+			if !said.MatchString(text) || strings.Contains(text, "more with: microk8s inspect") {
+				t.Errorf("no next step of its own: %s", text)
+			}
+			for _, word := range []string{"strconv", "time: invalid", "nil pointer", "%!"} {
+				if strings.Contains(text, word) {
+					t.Errorf("%q is no word for a person: %s", word, text)
+				}
+			}
+		})
+	}
+}
+
+const mistakes = `
+stauts
+nothing-like-it
+status --format xml
+status -o xml
+status --timeout soon
+status --timeout 99999999999999999999
+status --wait-ready=perhaps
+status extra
+enable
+enable dsn
+enable nothing-like-it
+enable a/b/c
+enable metallb
+disable
+disable nothing-like-it
+add-node --token abc
+add-node --token-ttl -5
+add-node --token-ttl soon
+add-node --expires tomorrow
+add-node --format xml
+add-node extra
+join
+join somewhere
+join 10.0.0.1:25000/abcd
+join 10.0.0.1:port/0123456789abcdef0123456789abcdef
+join a b
+remove-node
+remove-node a b
+leave extra
+config --user
+config --user Ann_1
+config --user ann --role king
+config --user ann --ttl forever
+config --user ann --ttl 1s
+config --ttl 5h
+config --user ann --list
+config --frob
+images import /there/is/nothing
+images import a b
+images frob
+dbctl frob
+dbctl backup name
+dbctl backup --keep many
+dbctl backup --keep -3
+dbctl restore
+dbctl restore /there/is/nothing
+dbctl restore a b
+logs nginx
+logs -n x
+logs -n -5
+logs --since yesterday
+refresh-certs
+refresh-certs -e own.crt
+refresh-certs /there/is/nothing
+refresh-certs -c -u
+encryption frob
+pod-security frob
+pod-security enforce frob
+network frob
+network why
+network why a b
+network why a b:http
+network why a b:80/icmp
+network check extra
+addons frob
+addons repo frob
+addons repo add
+addons repo add x/y /there/is/nothing
+addons repo add x
+addons repo remove core
+addons repo remove nothing
+addons repo update core
+addons repo update nothing
+addons repo list --format xml
+inspect --frob
+inspect extra
+version --short
+version -o xml
+reset extra
+reset --destroy-storage=perhaps
+start --frob
+start now
+stop --force
+completion
+completion tcsh
+`
+
+// TestFailuresHaveHints: no command fails with a failure whose next step is left empty.
+func TestFailuresHaveHints(t *testing.T) {
+	paths, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := token.NewFileSet()
+	calls := 0
+	for _, path := range paths {
+		if strings.HasSuffix(path, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(files, path, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			if name, ok := call.Fun.(*ast.Ident); !ok || name.Name != "failf" || len(call.Args) == 0 {
+				return true
+			}
+			calls++
+			if hint, ok := call.Args[0].(*ast.BasicLit); ok && strings.Trim(hint.Value, "\"` ") == "" {
+				t.Errorf("%s: say what to do next", files.Position(call.Pos()))
+			}
+			return true
+		})
+	}
+	if calls < 20 {
+		t.Fatalf("only %d calls were found: the test looks in the wrong place", calls)
+	}
+}
