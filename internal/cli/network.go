@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"microk8s/internal/kube"
 	"microk8s/internal/netpolicy"
@@ -141,10 +143,14 @@ func (a *App) printFlow(d flowDocument) {
 
 func sideText(s netpolicy.Side) string {
 	switch {
-	case !s.Isolated:
-		return "allowed, no policy isolates the pod"
 	case s.OwnNode:
 		return "allowed, it comes from the pod itself or its node"
+	case s.Rule != "" && s.Allowed:
+		return fmt.Sprintf("allowed by the cluster's policy %s (tier %s)", s.Rule, s.Tier)
+	case s.Rule != "":
+		return fmt.Sprintf("stopped by the cluster's policy %s (tier %s)", s.Rule, s.Tier)
+	case !s.Isolated:
+		return "allowed, no policy isolates the pod"
 	case s.Allowed:
 		return "allowed by " + strings.Join(s.AllowedBy, ", ")
 	}
@@ -189,6 +195,22 @@ func clusterInput(ctx context.Context, core *kube.Core) (in netpolicy.Input, err
 	list("/api/v1/nodes", &nodes)
 	list("/api/v1/namespaces", &namespaces)
 	list("/apis/networking.k8s.io/v1/networkpolicies", &policies)
+	if err != nil {
+		return in, err
+	}
+	var cluster unstructured.UnstructuredList
+	resource := netpolicy.ClusterPolicies
+	list("/apis/"+resource.GroupVersion().String()+"/"+resource.Resource, &cluster)
+	if apierrors.IsNotFound(err) { // the cluster is without this kind
+		err = nil
+	}
+	for i := range cluster.Items {
+		p, wrong := netpolicy.ClusterPolicyOf(&cluster.Items[i])
+		if wrong != nil {
+			return in, wrong
+		}
+		in.Cluster = append(in.Cluster, p)
+	}
 	in.Namespaces = map[string]map[string]string{}
 	for i := range namespaces.Items {
 		in.Namespaces[namespaces.Items[i].Name] = namespaces.Items[i].Labels

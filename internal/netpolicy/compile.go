@@ -21,6 +21,7 @@ type Compiler struct {
 	classes  map[string]*class   // by their key
 	podClass map[*Pod]*class     // as far as the namespace's labels are the same
 	policies map[*Policy]*policy // compiled
+	cluster  map[*ClusterPolicy]*clusterPolicy
 	peers    map[string]*peer
 	sets     map[string]*PortSet
 	unions   map[[2]*PortSet]*PortSet
@@ -104,8 +105,9 @@ func (c *Compiler) Compile(in Input) *Model {
 		byNamespace[p.Namespace] = append(byNamespace[p.Namespace], p)
 	}
 	owner := owners(in.Pods)
-	c.compileSide(m, Egress, local, byNamespace, owner, in)
-	c.compileSide(m, Ingress, local, byNamespace, owner, in)
+	cluster := c.clusterPolicies(in)
+	c.compileSide(m, Egress, local, byNamespace, cluster, owner, in)
+	c.compileSide(m, Ingress, local, byNamespace, cluster, owner, in)
 	return m
 }
 
@@ -126,13 +128,14 @@ func owners(pods []*Pod) map[netip.Addr]*Pod {
 	return owner
 }
 
-// compileSide groups the node's pods by the policies that isolate them on one side, and makes
+// compileSide groups the node's pods by the policies that judge them on one side, and makes
 // the groups.
-func (c *Compiler) compileSide(m *Model, d Direction, local []*Pod, byNamespace map[string][]*policy, owner map[netip.Addr]*Pod, in Input) {
+func (c *Compiler) compileSide(m *Model, d Direction, local []*Pod, byNamespace map[string][]*policy, cluster []*clusterPolicy, owner map[netip.Addr]*Pod, in Input) {
 	type draft struct {
 		first    *Pod
 		pods     []*Pod
 		policies []*policy
+		tiers    []*tierRule
 	}
 	drafts := map[string]*draft{}
 	var order []*draft
@@ -158,7 +161,14 @@ func (c *Compiler) compileSide(m *Model, d Direction, local []*Pod, byNamespace 
 				named = named || len(r.named) > 0
 			}
 		}
-		if len(selecting) == 0 {
+		var tiers []*tierRule
+		for _, p := range cluster {
+			if rules := p.side(d); len(rules) > 0 && p.subject.matches(c.podClass[pod]) {
+				tiers = append(tiers, rules...)
+				key.WriteString("cluster " + p.Name + "\n") // no name of a policy has a blank
+			}
+		}
+		if len(selecting)+len(tiers) == 0 {
 			for _, ip := range pod.IPs {
 				if owner[ip] == pod {
 					addresses[ip] = ""
@@ -173,7 +183,7 @@ func (c *Compiler) compileSide(m *Model, d Direction, local []*Pod, byNamespace 
 		}
 		g := drafts[key.String()]
 		if g == nil {
-			g = &draft{first: pod, policies: selecting}
+			g = &draft{first: pod, policies: selecting, tiers: tiers}
 			drafts[key.String()] = g
 			order = append(order, g)
 		}
@@ -181,6 +191,9 @@ func (c *Compiler) compileSide(m *Model, d Direction, local []*Pod, byNamespace 
 	}
 	for _, draft := range order {
 		g := c.group(d, draft.first, draft.policies, in, owner)
+		if len(draft.tiers) > 0 {
+			c.applyTiers(g, draft.tiers, owner)
+		}
 		for _, p := range draft.pods {
 			g.Pods = append(g.Pods, p.Key())
 			for _, ip := range p.IPs {
@@ -326,7 +339,7 @@ func (c *Compiler) union(a, b *PortSet) *PortSet {
 	if u := c.unions[key]; u != nil {
 		return u
 	}
-	u := c.intern(newPortSet(false, slices.Concat(a.Ranges, b.Ranges)))
+	u := c.intern(newPortSet(a.Others || b.Others, slices.Concat(a.Ranges, b.Ranges)))
 	c.unions[key] = u
 	return u
 }
@@ -336,8 +349,8 @@ func (c *Compiler) begin(in Input) {
 	const remembered = 1 << 16 // of each kind; more are of times long past
 	if c.classes == nil || len(c.sets) > remembered || len(c.unions) > remembered || len(c.peers) > remembered {
 		*c = Compiler{
-			classes: map[string]*class{}, podClass: map[*Pod]*class{}, policies: map[*Policy]*policy{}, peers: map[string]*peer{},
-			sets: map[string]*PortSet{}, unions: map[[2]*PortSet]*PortSet{}, gen: c.gen + 1,
+			classes: map[string]*class{}, podClass: map[*Pod]*class{}, policies: map[*Policy]*policy{}, cluster: map[*ClusterPolicy]*clusterPolicy{},
+			peers: map[string]*peer{}, sets: map[string]*PortSet{}, unions: map[[2]*PortSet]*PortSet{}, gen: c.gen + 1,
 		}
 	}
 	namespaces := map[string]string{} // name → key of its labels
@@ -498,7 +511,11 @@ func (c *Compiler) peer(namespace string, p networkingv1.NetworkPolicyPeer) *pee
 	if p.NamespaceSelector != nil {
 		namespace = ""
 	}
-	data, err := json.Marshal([]any{namespace, p.NamespaceSelector, p.PodSelector})
+	return c.selectors(namespace, p.NamespaceSelector, p.PodSelector)
+}
+
+func (c *Compiler) selectors(namespace string, namespaces, pods *metav1.LabelSelector) *peer {
+	data, err := json.Marshal([]any{namespace, namespaces, pods})
 	if err != nil {
 		return nil
 	}
@@ -507,13 +524,13 @@ func (c *Compiler) peer(namespace string, p networkingv1.NetworkPolicyPeer) *pee
 		return q
 	}
 	q := &peer{namespace: namespace, pods: labels.Everything(), known: map[*class]bool{}, gen: -1}
-	if p.NamespaceSelector != nil {
-		if q.namespaces, err = metav1.LabelSelectorAsSelector(p.NamespaceSelector); err != nil {
+	if namespaces != nil {
+		if q.namespaces, err = metav1.LabelSelectorAsSelector(namespaces); err != nil {
 			return nil
 		}
 	}
-	if p.PodSelector != nil {
-		if q.pods, err = metav1.LabelSelectorAsSelector(p.PodSelector); err != nil {
+	if pods != nil {
+		if q.pods, err = metav1.LabelSelectorAsSelector(pods); err != nil {
 			return nil
 		}
 	}

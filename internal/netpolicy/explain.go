@@ -11,13 +11,18 @@ type Side struct {
 	Pod       string    `json:"pod"`  // "namespace/name"
 	Node      string    `json:"node"` // where it is judged
 	Allowed   bool      `json:"allowed"`
-	// Isolated is whether any policy selects the pod for this direction; else everything is allowed.
+	// Isolated is whether a policy of its namespace selects the pod for this direction; else everything
+	// is allowed that no policy of the whole cluster denies.
 	Isolated bool `json:"isolated"`
 	// OwnNode is whether the sender is the pod's own node, or the pod itself, which nothing stops.
 	OwnNode bool `json:"ownNode,omitempty"`
 	// AllowedBy are the policies that allow it, Policies all that isolate the pod: "namespace/name".
 	AllowedBy []string `json:"allowedBy"`
 	Policies  []string `json:"policies"`
+	// Tier is that of the policy of the whole cluster which decides, empty where none does; Rule is
+	// its rule: "NAME, rule N (NAME OF THE RULE)".
+	Tier Tier   `json:"tier,omitempty"`
+	Rule string `json:"rule,omitempty"`
 }
 
 // Explain says what each end that is a pod says to a flow. Its answers are those of the models
@@ -42,9 +47,9 @@ func (c *Compiler) Explain(in Input, f Flow) []Side {
 			name = m.Ingress[end.pod]
 		}
 		g := m.Groups[name]
-		s := Side{Direction: end.direction, Pod: pod.Key(), Node: pod.Node, Allowed: true, Isolated: g != nil, AllowedBy: []string{}, Policies: []string{}}
+		s := Side{Direction: end.direction, Pod: pod.Key(), Node: pod.Node, Allowed: true, AllowedBy: []string{}, Policies: []string{}}
 		if g != nil {
-			s.Policies = g.Policies
+			s.Policies, s.Isolated = append(s.Policies, g.Policies...), len(g.Policies) > 0
 			for _, p := range in.Policies {
 				if !slices.Contains(g.Policies, p.Key()) {
 					continue
@@ -55,6 +60,9 @@ func (c *Compiler) Explain(in Input, f Flow) []Side {
 			}
 			slices.Sort(s.AllowedBy)
 			s.OwnNode = f.Src == f.Dst || slices.Contains(m.Own, f.Src)
+			if r := g.decider(c.podClass[owner[end.peer]], end.peer, f.Protocol, f.Port); r != nil && !s.OwnNode {
+				s.Tier, s.Rule = r.policy.Spec.Tier, r.String()
+			}
 			s.Allowed = s.OwnNode || g.Allows(end.peer, f.Protocol, f.Port)
 		}
 		sides = append(sides, s)

@@ -6,7 +6,8 @@
 //
 // The rules are those of networking.k8s.io/v1 as its documentation states them: policies only add
 // what is allowed; a connection is allowed when the sender's side and the receiver's side both
-// allow it, each judged on its own node; pods of the host's network are not pods here but the
+// allow it, each judged on its own node; policies of the whole cluster (policy.networking.k8s.io/v1beta1)
+// judge before them in the Admin tier, and in the Baseline tier where no policy isolates a pod; pods of the host's network are not pods here but the
 // node; what a pod's own node sends to it is always allowed, and what a pod sends to itself.
 package netpolicy
 
@@ -76,6 +77,7 @@ type Input struct {
 	Namespaces map[string]map[string]string
 	Pods       []*Pod // of all nodes; those that have ended are left out
 	Policies   []*Policy
+	Cluster    []*ClusterPolicy
 	Nodes      []*Node
 	// Closed are this node's ranges of pod addresses. An address in them that no pod of the input
 	// has belongs to a pod that is not known yet: nothing is allowed to or from it.
@@ -111,6 +113,10 @@ type Group struct {
 	Peers map[netip.Addr]*PortSet
 	// Nets are the ports allowed with everybody else: ranges that do not overlap, in their order.
 	Nets []Net
+	// Tiers are the policies of the whole cluster that judge the pods before or after those of
+	// their namespace, by name, in the order in which they do.
+	Tiers []string
+	rules []*tierRule
 }
 
 // Net is a range of addresses of one family, both ends included.

@@ -171,11 +171,13 @@ func (c *Compiler) unionOf(sets map[*PortSet]int) *PortSet {
 		}
 	}
 	var all []PortRange
+	others := false
 	for s := range sets {
 		if s.All {
 			return everything
 		}
 		all = append(all, s.Ranges...)
+		others = others || s.Others
 	}
-	return c.intern(newPortSet(false, all))
+	return c.intern(newPortSet(others, all))
 }

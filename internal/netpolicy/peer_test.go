@@ -19,13 +19,15 @@ import (
 
 // TestAgainstAnotherImplementation compares random policies in random clusters with what the matcher of
 // cyclonus says, from which network-policy-api's policy assistant descends: an evaluator that goes through
-// policies rule by rule, written by others from the same documentation.
+// policies rule by rule, written by others from the same documentation. What policies of the whole cluster
+// do before and after is walked through rule by rule (walk).
 func TestAgainstAnotherImplementation(t *testing.T) {
 	var c Compiler // one for all: what it remembers must not show
 	flows, stopped := 0, 0
 	for seed := range longtest.Of(20000, 2000) {
 		r := rand.New(rand.NewPCG(uint64(seed), 7))
 		in, policies := randomCluster(r)
+		in.Cluster = randomTiers(r)
 		theirs := matcher.BuildNetworkPolicies(false, policies)
 		models := map[string]*Model{}
 		for _, node := range []string{"n1", "n2"} {
@@ -58,13 +60,15 @@ func TestAgainstAnotherImplementation(t *testing.T) {
 					}
 				}
 			}
-			want := theirs.IsTrafficAllowed(traffic).IsAllowed()
+			said := theirs.IsTrafficAllowed(traffic)
+			want := (src == nil || walk(in, Egress, src, dst, to, f, theirSide(said.Egress))) &&
+				(dst == nil || walk(in, Ingress, dst, src, from, f, theirSide(said.Ingress)))
 			flows++
 			if !want {
 				stopped++
 			}
 			if got != want {
-				data, _ := yaml.Marshal(policies)
+				data, _ := yaml.Marshal([]any{in.Cluster, policies})
 				t.Fatalf("seed %d: %v → %v %s %d (%s): allowed %v, and the other says %v\nfrom %+v\nto %+v\n%s",
 					seed, from, to, f.Protocol, f.Port, traffic.ResolvedPortName, got, want, src, dst, data)
 			}

@@ -57,6 +57,11 @@ type Component struct {
 	Libraries []string
 	// Vendored is a module of which a changed copy is built.
 	Vendored *Vendored
+	// Objects are files of Kubernetes objects in the module that every cluster has (internal/bootstrap): path in
+	// the module by the name of the manifest. A component with some may have no program.
+	Objects map[string]string
+	// Annotations are added to each of those objects.
+	Annotations map[string]string
 }
 
 // Variable is a string variable of a program that the linker sets. In Value, {version} is the
@@ -160,6 +165,15 @@ var Components = []Component{
 		},
 	},
 	{
+		Name: "network-policy-api", Module: "sigs.k8s.io/network-policy-api", Licence: "Apache-2.0",
+		Source: "https://github.com/kubernetes-sigs/network-policy-api", Place: Snap, Dir: "manifests",
+		Objects: map[string]string{"cluster-network-policies.yaml": "config/crd/standard/policy.networking.k8s.io_clusternetworkpolicies.yaml"},
+		Annotations: map[string]string{
+			"microk8s.io/feature": "builtin-network",
+			"microk8s.io/keep":    "the policies of the whole cluster that people made",
+		},
+	},
+	{
 		Name: "etcd", Module: "go.etcd.io/etcd/server/v3", Licence: "Apache-2.0",
 		Source: "https://github.com/etcd-io/etcd", Place: Peer, Cgo: true,
 	},
@@ -257,7 +271,8 @@ func (c Component) Version(root string) (string, error) {
 	return Required(filepath.Join(root, Folder, c.Name, "go.mod"), c.Module)
 }
 
-// Mains returns the main packages: those of the tool lines, or the folder itself.
+// Mains returns the main packages: those of the tool lines, or the folder itself. A component
+// with objects and no such lines has none.
 func (c Component) Mains(root string) ([]string, error) {
 	mod, err := parse(filepath.Join(root, Folder, c.Name, "go.mod"))
 	if err != nil {
@@ -267,7 +282,7 @@ func (c Component) Mains(root string) ([]string, error) {
 	for _, t := range mod.Tool {
 		mains = append(mains, t.Path)
 	}
-	if len(mains) == 0 {
+	if len(mains) == 0 && len(c.Objects) == 0 {
 		mains = []string{"."}
 	}
 	return mains, nil

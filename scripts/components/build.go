@@ -9,6 +9,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -16,6 +17,9 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/atomicfile"
 	"microk8s/scripts/catalog"
@@ -65,10 +69,10 @@ func (b *build) bring() error {
 	if err != nil {
 		return err
 	}
-	if have, err := os.ReadFile(b.stamp); err == nil && string(have) == want && b.have(programs) {
+	if have, err := os.ReadFile(b.stamp); err == nil && string(have) == want && b.have(b.out, programs) && b.have(b.manifests(), slices.Collect(maps.Keys(b.Objects))) {
 		return nil
 	}
-	fmt.Printf("building %s: %s\n", b.Name, strings.Join(programs, " "))
+	fmt.Printf("building %s: %s\n", b.Name, strings.Join(append(programs, slices.Sorted(maps.Keys(b.Objects))...), " "))
 	if b.Vendored != nil {
 		if err := b.vendor(); err != nil {
 			return err
@@ -80,19 +84,73 @@ func (b *build) bring() error {
 	if err := os.MkdirAll(b.out, 0o755); err != nil {
 		return err
 	}
+	if err := b.objects(); err != nil {
+		return err
+	}
 	argv := append([]string{"build", "-trimpath", "-buildvcs=false"}, b.tags()...)
 	argv = append(argv, "-ldflags", b.linker, "-o", b.out+"/")
-	if _, err := b.golang(append(argv, b.mains...)...); err != nil {
-		return err
+	if len(b.mains) > 0 {
+		if _, err := b.golang(append(argv, b.mains...)...); err != nil {
+			return err
+		}
 	}
 	return atomicfile.Write(b.stamp, []byte(want), 0o644, nil)
 }
 
-func (b *build) have(programs []string) bool {
-	return !slices.ContainsFunc(programs, func(name string) bool {
-		fi, err := os.Stat(filepath.Join(b.out, name))
+func (b *build) have(folder string, files []string) bool {
+	return !slices.ContainsFunc(files, func(name string) bool {
+		fi, err := os.Stat(filepath.Join(folder, name))
 		return err != nil || !fi.Mode().IsRegular()
 	})
+}
+
+// manifests is the folder of the objects.
+func (b *build) manifests() string { return filepath.Join(b.root, "build/components/manifests") }
+
+// objects takes the component's objects out of its module.
+func (b *build) objects() error {
+	if len(b.Objects) == 0 {
+		return nil
+	}
+	version, err := b.Version(b.root)
+	if err != nil {
+		return err
+	}
+	out, err := b.golang("mod", "download", "-json", b.Module+"@"+version)
+	if err != nil {
+		return err
+	}
+	var module struct{ Dir string }
+	if err := json.Unmarshal(out, &module); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(b.manifests(), 0o755); err != nil {
+		return err
+	}
+	for name, file := range b.Objects {
+		data, err := os.ReadFile(filepath.Join(module.Dir, filepath.FromSlash(file)))
+		if err != nil {
+			return err
+		}
+		var object unstructured.Unstructured
+		if err := yaml.Unmarshal(data, &object.Object); err != nil {
+			return fmt.Errorf("%s of %s %s: %w", file, b.Module, version, err)
+		}
+		annotations := object.GetAnnotations()
+		if annotations == nil {
+			annotations = map[string]string{}
+		}
+		maps.Copy(annotations, b.Annotations)
+		object.SetAnnotations(annotations)
+		delete(object.Object, "status")
+		if data, err = yaml.Marshal(object.Object); err != nil {
+			return err
+		}
+		if err := atomicfile.Write(filepath.Join(b.manifests(), name), data, 0o644, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (b *build) tags() []string {

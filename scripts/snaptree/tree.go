@@ -69,6 +69,9 @@ func Assemble(root, out, arch string) (changed int, err error) {
 		for _, p := range programs {
 			t.add(filepath.Join(c.Dir, p), in(filepath.Join("build/components/bin", c.Subfolder(), p)), 0o755)
 		}
+		for name := range c.Objects {
+			t.add(filepath.Join("manifests", name), in(filepath.Join("build/components/manifests", name)), 0o644)
+		}
 	}
 	t.add("bin/nft", in("build/components/nft/bin/nft"), 0o755)
 	t.files["bin/dqlite"] = file{link: "k8s-dqlite"}

@@ -79,6 +79,17 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	create("allow-node", allow(networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: c.ip(t, control) + "/32"}}))
 	want("a node allowed", map[string]bool{pod: true, control: true})
 
+	// A policy of the whole cluster comes before those of the namespace.
+	c.runIn(t, control, `{"apiVersion": "policy.networking.k8s.io/v1beta1", "kind": "ClusterNetworkPolicy", "metadata": {"name": "apart"}, "spec": {
+		"tier": "Admin", "priority": 1, "subject": {"namespaces": {}}, "ingress": [{"action": "Deny", "from": [{"pods": {"namespaceSelector": {}, "podSelector": {"matchLabels": {"on": "`+control+`"}}}}]}]}}`,
+		"microk8s", "kubectl", "apply", "-f", "-")
+	want("denied by the cluster", map[string]bool{pod: false, control: true})
+	if r := c.try(t, control, "microk8s", "network", "why", "asker-"+control, "asker-"+worker+":8080"); r.code != 1 || !strings.Contains(r.out, "stopped by the cluster's policy apart, rule 1 (tier Admin)") {
+		t.Errorf("network why: %s", r)
+	}
+	c.run(t, control, "microk8s", "kubectl", "delete", "clusternetworkpolicies", "apart")
+	want("allowed again", map[string]bool{pod: true})
+
 	// A connection that runs is cut when it is not allowed any more.
 	conn, err := c.dialer(control)(t.Context(), "tcp", address)
 	if err != nil {

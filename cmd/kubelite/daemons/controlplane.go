@@ -9,8 +9,11 @@ import (
 	"github.com/spf13/pflag"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
 	"k8s.io/apiserver/pkg/endpoints/request"
+	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/util/compatibility"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	cliflag "k8s.io/component-base/cli/flag"
@@ -106,7 +109,12 @@ func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) er
 	if err := putInFront(config); err != nil {
 		return err
 	}
-	policies, err := feed.NewServer(config.KubeAPIs.ControlPlane.VersionedInformers)
+	client, err := dynamic.NewForConfig(config.KubeAPIs.ControlPlane.Generic.LoopbackClientConfig)
+	if err != nil {
+		return err
+	}
+	clusterPolicies := dynamicinformer.NewDynamicSharedInformerFactory(client, 0)
+	policies, err := feed.NewServer(config.KubeAPIs.ControlPlane.VersionedInformers, clusterPolicies)
 	if err != nil {
 		return err
 	}
@@ -124,6 +132,13 @@ func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) er
 		return err
 	}
 	server.GenericAPIServer.Handler.NonGoRestfulMux.Handle(feed.Path, policies)
+	err = server.GenericAPIServer.AddPostStartHook("network-policy-feed", func(hook genericapiserver.PostStartHookContext) error {
+		clusterPolicies.Start(hook.Done())
+		return nil
+	})
+	if err != nil {
+		return err
+	}
 	err = server.GenericAPIServer.AddPreShutdownHook("network-policy-feed", func() error {
 		policies.Close()
 		return nil

@@ -21,7 +21,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic/dynamicinformer"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/client-go/rest"
@@ -29,6 +33,7 @@ import (
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostwatch"
 	"microk8s/internal/leaktest"
+	"microk8s/internal/netpolicy"
 	"microk8s/internal/netpolicy/feed"
 	"microk8s/internal/snapenv"
 )
@@ -69,12 +74,16 @@ func newHost(t *testing.T) *host {
 	}
 	h := &host{Clientset: fake.NewClientset(), t: t, env: snapenv.Under(t.TempDir())}
 	factory := informers.NewSharedInformerFactory(h, 0)
-	server, err := feed.NewServer(factory)
+	client := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{netpolicy.ClusterPolicies: "ClusterNetworkPolicyList"})
+	clusterFactory := dynamicinformer.NewDynamicSharedInformerFactory(client, 0)
+	server, err := feed.NewServer(factory, clusterFactory)
 	if err != nil {
 		t.Fatal(err)
 	}
 	factory.Start(t.Context().Done())
+	clusterFactory.Start(t.Context().Done())
 	factory.WaitForCacheSync(t.Context().Done())
+	clusterFactory.WaitForCacheSync(t.Context().Done())
 	mux := http.NewServeMux()
 	mux.Handle(feed.Path, server)
 	h.serve(mux)

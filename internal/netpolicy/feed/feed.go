@@ -16,9 +16,13 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
 
@@ -35,6 +39,7 @@ const (
 	kindNamespace = "namespace"
 	kindNode      = "node"
 	kindPolicy    = "policy"
+	kindCluster   = "clusterPolicy"
 	kindSynced    = "synced"
 )
 
@@ -64,10 +69,23 @@ type reader struct {
 	wake    chan struct{} // holds at most one value
 }
 
-// NewServer follows the informers of a factory that is not started yet.
-func NewServer(factory informers.SharedInformerFactory) (*Server, error) {
+// NewServer follows the informers of factories that are not started yet. The kind of the second one,
+// ClusterNetworkPolicy, is one that a cluster may be without.
+func NewServer(factory informers.SharedInformerFactory, dynamic dynamicinformer.DynamicSharedInformerFactory) (*Server, error) {
 	s := &Server{done: make(chan struct{}), objects: map[id]json.RawMessage{}, readers: map[*reader]struct{}{}}
+	cluster := dynamic.ForResource(netpolicy.ClusterPolicies).Informer()
+	var without atomic.Bool
+	err := cluster.SetWatchErrorHandlerWithContext(func(ctx context.Context, r *cache.Reflector, err error) {
+		without.Store(apierrors.IsNotFound(err))
+		if !without.Load() {
+			cache.DefaultWatchErrorHandler(ctx, r, err)
+		}
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot follow the network policies of the whole cluster: %w", err)
+	}
 	for kind, informer := range map[string]cache.SharedIndexInformer{
+		kindCluster:   cluster,
 		kindPod:       factory.Core().V1().Pods().Informer(),
 		kindNamespace: factory.Core().V1().Namespaces().Informer(),
 		kindNode:      factory.Core().V1().Nodes().Informer(),
@@ -81,7 +99,11 @@ func NewServer(factory informers.SharedInformerFactory) (*Server, error) {
 		if err != nil {
 			return nil, fmt.Errorf("cannot follow the %ss of the cluster: %w", kind, err)
 		}
-		s.synced = append(s.synced, registration.HasSynced)
+		synced := registration.HasSynced
+		if kind == kindCluster {
+			synced = func() bool { return without.Load() || registration.HasSynced() }
+		}
+		s.synced = append(s.synced, synced)
 	}
 	return s, nil
 }
@@ -102,6 +124,10 @@ func reduce(o any) any {
 		return netpolicy.NodeOf(o)
 	case *networkingv1.NetworkPolicy:
 		return netpolicy.PolicyOf(o)
+	case *unstructured.Unstructured:
+		if p, err := netpolicy.ClusterPolicyOf(o); err == nil {
+			return p
+		}
 	}
 	return nil
 }

@@ -15,10 +15,18 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/dynamic/dynamicinformer"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/client-go/rest"
+	k8stesting "k8s.io/client-go/testing"
 
 	"microk8s/internal/netpolicy"
 )
@@ -26,21 +34,33 @@ import (
 // cluster is a fake of the API server's informers, behind the real server of the feed.
 type cluster struct {
 	*fake.Clientset
-	server *Server
-	http   *httptest.Server
-	gone   atomic.Bool // the API server is of an earlier version
+	policies dynamic.NamespaceableResourceInterface // of the whole cluster
+	server   *Server
+	http     *httptest.Server
+	gone     atomic.Bool // the API server is of an earlier version
 }
 
-func newCluster(t *testing.T) *cluster {
+// newCluster is one that has the kind ClusterNetworkPolicy, or is without it.
+func newCluster(t *testing.T, without bool) *cluster {
 	t.Helper()
-	c := &cluster{Clientset: fake.NewClientset()}
-	factory := informers.NewSharedInformerFactory(c, 0)
+	client := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{netpolicy.ClusterPolicies: "ClusterNetworkPolicyList"})
+	c := &cluster{Clientset: fake.NewClientset(), policies: client.Resource(netpolicy.ClusterPolicies)}
+	factory, clusterFactory := informers.NewSharedInformerFactory(c, 0), dynamicinformer.NewDynamicSharedInformerFactory(client, 0)
 	var err error
-	if c.server, err = NewServer(factory); err != nil {
+	if c.server, err = NewServer(factory, clusterFactory); err != nil {
 		t.Fatal(err)
 	}
 	factory.Start(t.Context().Done())
 	factory.WaitForCacheSync(t.Context().Done())
+	if without {
+		client.PrependReactor("list", netpolicy.ClusterPolicies.Resource, func(k8stesting.Action) (bool, runtime.Object, error) {
+			return true, nil, apierrors.NewNotFound(netpolicy.ClusterPolicies.GroupResource(), "")
+		})
+	}
+	clusterFactory.Start(t.Context().Done())
+	if !without {
+		clusterFactory.WaitForCacheSync(t.Context().Done())
+	}
 	mux := http.NewServeMux()
 	mux.HandleFunc(Path, func(w http.ResponseWriter, r *http.Request) {
 		if c.gone.Load() {
@@ -119,7 +139,7 @@ func find(in netpolicy.Input, name string) *netpolicy.Pod {
 }
 
 func TestFollow(t *testing.T) {
-	c := newCluster(t)
+	c := newCluster(t, false)
 	ctx := t.Context()
 	must := func(_ any, err error) {
 		t.Helper()
@@ -144,6 +164,14 @@ func TestFollow(t *testing.T) {
 	await("a policy", func(in netpolicy.Input) bool { return len(in.Policies) == 1 && in.Policies[0].Key() == "default/p" })
 	must(nil, c.NetworkingV1().NetworkPolicies("default").Delete(ctx, "p", metav1.DeleteOptions{}))
 	await("no policy", func(in netpolicy.Input) bool { return len(in.Policies) == 0 })
+	tier := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": netpolicy.ClusterPolicies.GroupVersion().String(), "kind": "ClusterNetworkPolicy", "metadata": map[string]any{"name": "c"},
+		"spec": map[string]any{"tier": "Admin", "priority": int64(7), "subject": map[string]any{"namespaces": map[string]any{}}},
+	}}
+	must(c.policies.Create(ctx, tier, metav1.CreateOptions{}))
+	await("a policy of the whole cluster", func(in netpolicy.Input) bool { return len(in.Cluster) == 1 && in.Cluster[0].Spec.Priority == 7 })
+	must(nil, c.policies.Delete(ctx, "c", metav1.DeleteOptions{}))
+	await("no such policy", func(in netpolicy.Input) bool { return len(in.Cluster) == 0 })
 	must(c.CoreV1().Pods("default").Create(ctx, pod("b", "10.1.0.3"), metav1.CreateOptions{}))
 	await("another pod", func(in netpolicy.Input) bool { return find(in, "b") != nil })
 	ended := pod("b", "10.1.0.3")
@@ -168,8 +196,18 @@ func TestFollow(t *testing.T) {
 }
 
 // What nodes may not know does not leave the API server, and what has not changed is not sent again.
+// A cluster may be without policies of the whole cluster; the others are served all the same.
+func TestWithoutTheKind(t *testing.T) {
+	c := newCluster(t, true)
+	if _, err := c.CoreV1().Pods("default").Create(t.Context(), pod("a", "10.1.0.2"), metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	await, _ := c.follow(t)
+	await("a pod", func(in netpolicy.Input) bool { return find(in, "a") != nil })
+}
+
 func TestWire(t *testing.T) {
-	c := newCluster(t)
+	c := newCluster(t, false)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	if _, err := c.CoreV1().Pods("default").Create(ctx, pod("a", "10.1.0.2"), metav1.CreateOptions{}); err != nil {
@@ -248,7 +286,7 @@ func TestSlowReader(t *testing.T) {
 
 func TestMethod(t *testing.T) {
 	w := httptest.NewRecorder()
-	newCluster(t).server.ServeHTTP(w, httptest.NewRequest(http.MethodPost, Path, nil))
+	newCluster(t, false).server.ServeHTTP(w, httptest.NewRequest(http.MethodPost, Path, nil))
 	if w.Code != http.StatusMethodNotAllowed {
 		t.Errorf("POST: %d", w.Code)
 	}

@@ -28,6 +28,7 @@ type State struct {
 	pods       map[string]*netpolicy.Pod
 	nodes      map[string]*netpolicy.Node
 	policies   map[string]*netpolicy.Policy
+	cluster    map[string]*netpolicy.ClusterPolicy
 	lines      map[id][]byte
 }
 
@@ -38,6 +39,7 @@ func (s *State) Input(node string) netpolicy.Input {
 	return netpolicy.Input{
 		Node: node, Namespaces: maps.Clone(s.namespaces), Pods: slices.Collect(maps.Values(s.pods)),
 		Nodes: slices.Collect(maps.Values(s.nodes)), Policies: slices.Collect(maps.Values(s.policies)),
+		Cluster: slices.Collect(maps.Values(s.cluster)),
 	}
 }
 
@@ -81,7 +83,7 @@ func Follow(ctx context.Context, cfg *rest.Config, changed func(*State), failed 
 func newState() *State {
 	return &State{
 		namespaces: map[string]map[string]string{}, pods: map[string]*netpolicy.Pod{}, nodes: map[string]*netpolicy.Node{},
-		policies: map[string]*netpolicy.Policy{}, lines: map[id][]byte{},
+		policies: map[string]*netpolicy.Policy{}, cluster: map[string]*netpolicy.ClusterPolicy{}, lines: map[id][]byte{},
 	}
 }
 
@@ -167,6 +169,8 @@ func (s *State) set(i id, data []byte) error {
 		err = decode(s.nodes, i.key, data)
 	case kindPolicy:
 		err = decode(s.policies, i.key, data)
+	case kindCluster:
+		err = decode(s.cluster, i.key, data)
 	case kindNamespace:
 		var labels map[string]string
 		if err = json.Unmarshal(data, &labels); err == nil {
@@ -199,6 +203,8 @@ func (s *State) remove(i id) {
 		delete(s.nodes, i.key)
 	case kindPolicy:
 		delete(s.policies, i.key)
+	case kindCluster:
+		delete(s.cluster, i.key)
 	case kindNamespace:
 		delete(s.namespaces, i.key)
 	}

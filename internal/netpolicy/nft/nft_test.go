@@ -19,6 +19,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/net/icmp"
+	"golang.org/x/net/ipv4"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -371,6 +373,55 @@ func TestPackets(t *testing.T) {
 }
 
 // The address of a Service is judged by the pod behind it, whoever translates it.
+// ping reports whether an end answers an ICMP echo within a second.
+func (w *world) ping(from, to string) (ok bool) {
+	w.t.Helper()
+	w.in(w.ends[from], func() {
+		c, err := icmp.ListenPacket("ip4:icmp", addresses[from][0])
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		defer c.Close()
+		ask := icmp.Message{Type: ipv4.ICMPTypeEcho, Body: &icmp.Echo{ID: 7, Seq: 1}}
+		data, err := ask.Marshal(nil)
+		if err == nil {
+			_, err = c.WriteTo(data, &net.IPAddr{IP: net.ParseIP(addresses[to][0])})
+		}
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		c.SetReadDeadline(time.Now().Add(time.Second))
+		buf := make([]byte, 128)
+		n, _, err := c.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		answer, err := icmp.ParseMessage(1, buf[:n])
+		ok = err == nil && answer.Type == ipv4.ICMPTypeEchoReply
+	})
+	return ok
+}
+
+// Policies of the whole cluster deny some ports and leave the others, those of other protocols too.
+func TestTiers(t *testing.T) {
+	w := newWorld(t)
+	in := input(policy(t, "other", `{podSelector: {}, policyTypes: [Ingress]}`))
+	deny := &netpolicy.ClusterPolicy{Name: "deny"}
+	if err := yaml.UnmarshalStrict([]byte(`{tier: Admin, priority: 1, subject: {namespaces: {}}, ingress: [
+		{action: Deny, from: [{namespaces: {matchLabels: {name: shop}}}], protocols: [{udp: {destinationPort: {number: 7}}}]},
+		{action: Accept, from: [{pods: {podSelector: {matchLabels: {app: a}}, namespaceSelector: {}}}], protocols: [{udp: {}}]}]}`), &deny.Spec); err != nil {
+		t.Fatal(err)
+	}
+	in.Cluster = append(in.Cluster, deny)
+	m := w.apply(in)
+	w.check(m, every())
+	if !w.ping("b", "a") || w.ping("b", "c") {
+		t.Errorf("echo from b: a answers %v, c %v; the policy is about UDP, and that of c's namespace about everything", w.ping("b", "a"), w.ping("b", "c"))
+	}
+	deny.Spec.Tier = netpolicy.Baseline
+	w.check(w.apply(in), every())
+}
+
 func TestServiceAddressesAreTranslatedFirst(t *testing.T) {
 	w := newWorld(t)
 	sh(t, `nft 'table ip kube-proxy { chain p { type nat hook prerouting priority dstnat; ip daddr 10.152.183.7 udp dport 53 dnat to 10.1.0.3:7; }; }'`)

@@ -202,6 +202,9 @@ func (r ruleset) ports(p *netpolicy.PortSet) string {
 		if len(elements) > 0 {
 			rules = append(rules, "meta l4proto . th dport { "+strings.Join(elements, ", ")+" } return")
 		}
+		if p.Others {
+			rules = append(rules, "meta l4proto != { tcp, udp, sctp } return")
+		}
 		r.chains[name] = chain{rules: append(rules, deny)}
 	}
 	return "goto " + name
