@@ -9,7 +9,8 @@ SHELL := bash
 
 # Release builds carry no path of the machine, no state of the checkout, and one time: the
 # commit's (docs/supply-chain.md).
-export GOFLAGS := -trimpath -buildvcs=false
+# With VERBOSE=-v the go command names each package that it compiles; scripts/build counts them.
+export GOFLAGS := $(strip -trimpath -buildvcs=false $(VERBOSE))
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 
 BIN  := build/bin
@@ -27,8 +28,8 @@ help: ## List the targets
 	@awk 'BEGIN{FS=":.*## "} /^##@/{printf "\n%s\n", substr($$0,5)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 .PHONY: run
-run: build ## Start a cluster in the lab (NODES=1 WORKERS=0) and say what to type next
-	scripts/run up $(or $(NODES),1) $(or $(WORKERS),0)
+run: ## Start a cluster in the lab (NODES=1 WORKERS=0) and say what to type next
+	@scripts/build run $(or $(NODES),1) $(or $(WORKERS),0)
 
 .PHONY: stop
 stop: ## Remove the nodes that `make run` started, with every trace
@@ -41,8 +42,8 @@ deps: ## Install missing Debian or Ubuntu packages; build libdqlite
 	@scripts/deps
 
 .PHONY: build
-build: deps programs components images ## Build everything: build/bin and the tree of the snap in build/snap
-	@go run ./scripts/snaptree --out $(SNAP)
+build: ## Build everything: build/bin and the tree of the snap in build/snap
+	@scripts/build all
 
 .PHONY: snap
 snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap, with its bill of materials
@@ -76,7 +77,7 @@ console: deps ## Build the page of the console (console/) with npm into internal
 
 .PHONY: components
 components: deps ## Build the third-party programs from their pinned modules (scripts/catalog)
-	@go run ./scripts/components
+	@go run ./scripts/components $(WHICH)
 	@scripts/components/nft/build build/components/nft
 
 .PHONY: peers
@@ -94,8 +95,12 @@ always:
 
 .PHONY: images
 images: deps ## Build the container images that travel with the product, and those of the tests
-	@go run ./scripts/components image
-	@go run ./scripts/images --out build/images --test-out build/test-images
+	@$(if $(BUILT),,go run ./scripts/components image)
+	@go run ./scripts/images --out build/images --test-out build/test-images $(if $(BUILT),--built)
+
+.PHONY: tree
+tree: ## Make build/snap of what is built already
+	@go run ./scripts/snaptree --out $(SNAP) $(if $(BUILT),--built)
 
 .PHONY: addons
 addons: deps ## Build the packs of the larger addons into build/packs

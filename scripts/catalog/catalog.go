@@ -62,6 +62,9 @@ type Component struct {
 	Objects map[string]string
 	// Annotations are added to each of those objects.
 	Annotations map[string]string
+	// Later says that a node is Ready without it: `make run` builds it when the node runs. It is
+	// no part of what makes a component up to date.
+	Later bool `json:"-"`
 }
 
 // Variable is a string variable of a program that the linker sets. In Value, {version} is the
@@ -114,13 +117,13 @@ var Components = []Component{
 	},
 	{
 		Name: "metrics-server", Module: "sigs.k8s.io/metrics-server", Licence: "Apache-2.0",
-		Source: "https://github.com/kubernetes-sigs/metrics-server", Place: Image,
+		Source: "https://github.com/kubernetes-sigs/metrics-server", Place: Image, Later: true,
 		Variables: []Variable{{"k8s.io/client-go/pkg/version.gitVersion", "{version}"}},
 		Unset:     map[string]string{"gitCommit": commit, "buildDate": "a build has no date, so that it can be repeated"},
 	},
 	{
 		Name: "registry", Module: "github.com/distribution/distribution/v3", Licence: "Apache-2.0",
-		Source: "https://github.com/distribution/distribution", Place: Image,
+		Source: "https://github.com/distribution/distribution", Place: Image, Later: true,
 		Variables: []Variable{{"github.com/distribution/distribution/v3/version.version", "{version}"}},
 		Unset: map[string]string{
 			"revision": commit,
@@ -129,7 +132,7 @@ var Components = []Component{
 	},
 	{
 		Name: "traefik", Module: "github.com/traefik/traefik/v3", Licence: "MIT",
-		Source: "https://github.com/traefik/traefik", Place: Image,
+		Source: "https://github.com/traefik/traefik", Place: Image, Later: true,
 		Variables: []Variable{{"github.com/traefik/traefik/v3/pkg/version.Version", "{number}"}},
 		Unset: map[string]string{
 			"Codename":  "a name for the release's announcement",
@@ -149,7 +152,7 @@ var Components = []Component{
 	},
 	{
 		Name: "helm", Module: "helm.sh/helm/v3", Licence: "Apache-2.0",
-		Source: "https://github.com/helm/helm", Place: Snap, Dir: "bin",
+		Source: "https://github.com/helm/helm", Place: Snap, Dir: "bin", Later: true,
 		// Where it has no cluster, helm acts as the Kubernetes of these four, and of 1.20 without them.
 		Variables: []Variable{
 			{"helm.sh/helm/v3/internal/version.version", "{version}"},

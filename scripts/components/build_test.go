@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -121,5 +122,34 @@ func TestVendoredModuleMustBeWhatItWas(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(root, "build/components/src/sync")); err == nil {
 		t.Error("it was copied all the same")
+	}
+}
+
+// TestReadyAndLater holds that what is built before a node runs and what is built afterwards is all that is
+// shipped, and that a node gets its runtime, its network and the addon that a first start enables before.
+func TestReadyAndLater(t *testing.T) {
+	names := func(of ...string) []string {
+		chosen, err := choose(of)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, c := range chosen {
+			out = append(out, c.Name)
+		}
+		slices.Sort(out)
+		return out
+	}
+	if both, all := names("ready", "later"), names(); !slices.Equal(both, all) {
+		t.Errorf("both are %v, all is %v", both, all)
+	}
+	ready := names("ready")
+	for _, needed := range []string{"cni", "containerd", "coredns", "runc"} {
+		if !slices.Contains(ready, needed) {
+			t.Errorf("a node does not become Ready without %s", needed)
+		}
+	}
+	if _, err := choose([]string{"nothing"}); err == nil {
+		t.Error("chose a component that there is not")
 	}
 }

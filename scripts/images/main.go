@@ -5,6 +5,8 @@
 //	go run ./scripts/images --out build/snap/images --test-out build/test-images
 //	go run ./scripts/images --packs build/packs
 //
+// With --built those are left out whose program scripts/components has not built yet.
+//
 // The result depends on the sources and the compiler only: times in the archives are zero,
 // and an archive whose content would not change is not touched, so that what depends on it
 // is not built again.
@@ -15,6 +17,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -149,15 +152,16 @@ func main() {
 	out := flag.String("out", "", "directory for the images of the product")
 	testOut := flag.String("test-out", "", "directory for the images of the tests; empty builds none")
 	packs := flag.String("packs", "", "directory for the packs of addons; empty builds none")
+	built := flag.Bool("built", false, "leave out images whose program scripts/components has not built yet")
 	arch := flag.String("arch", runtime.GOARCH, "architecture, in Go's spelling; a foreign one needs CC")
 	flag.Parse()
-	if err := run(*out, *testOut, *packs, *arch); err != nil {
+	if err := run(*out, *testOut, *packs, *arch, *built); err != nil {
 		fmt.Fprintln(os.Stderr, "images:", err)
 		os.Exit(1)
 	}
 }
 
-func run(out, testOut, packs, arch string) error {
+func run(out, testOut, packs, arch string, built bool) error {
 	if out == "" && testOut == "" && packs == "" {
 		return errors.New("nothing to build: give --out DIR, --test-out DIR or --packs DIR")
 	}
@@ -182,6 +186,10 @@ func run(out, testOut, packs, arch string) error {
 		}
 		path := filepath.Join(dir, img.archive+".tar")
 		programs, err := b.programs(img, tmp)
+		if built && errors.Is(err, fs.ErrNotExist) {
+			fmt.Printf("%s: later, its program is not built yet\n", path)
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("cannot build the program of image %s: %w", img.archive, err)
 		}
@@ -189,6 +197,7 @@ func run(out, testOut, packs, arch string) error {
 			fmt.Printf("%s: up to date\n", path)
 			continue
 		}
+		fmt.Printf("%s: compressing it\n", path)
 		data, err := img.pack(arch, programs...)
 		if err != nil {
 			return fmt.Errorf("cannot make image %s: %w", img.archive, err)

@@ -53,8 +53,9 @@ func (t *tree) addDir(dst, src string) error {
 }
 
 // Assemble writes the tree of the snap for arch below out from the repository at root and
-// says how many files it wrote or removed.
-func Assemble(root, out, arch string) (changed int, err error) {
+// says how many files it wrote or removed. With built it leaves out components that are not built
+// yet and that a node is Ready without.
+func Assemble(root, out, arch string, built bool) (changed int, err error) {
 	t := &tree{files: map[string]file{}}
 	in := func(p string) string { return filepath.Join(root, p) }
 
@@ -67,6 +68,9 @@ func Assemble(root, out, arch string) (changed int, err error) {
 			return 0, err
 		}
 		for _, p := range programs {
+			if _, err := os.Stat(in(filepath.Join("build/components/bin", c.Subfolder(), p))); built && c.Later && errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
 			t.add(filepath.Join(c.Dir, p), in(filepath.Join("build/components/bin", c.Subfolder(), p)), 0o755)
 		}
 		for name := range c.Objects {
@@ -92,7 +96,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 			return 0, err
 		}
 	}
-	if err := t.addCompletions(root); err != nil {
+	if err := t.addCompletions(root, built); err != nil {
 		return 0, err
 	}
 	craft, err := os.ReadFile(in("snapcraft.yaml"))
@@ -123,7 +127,7 @@ func Assemble(root, out, arch string) (changed int, err error) {
 
 // addCompletions makes the scripts that complete command lines in bash, those of kubectl and
 // helm for the names under which the snap has them.
-func (t *tree) addCompletions(root string) error {
+func (t *tree) addCompletions(root string, built bool) error {
 	for _, c := range []struct {
 		file, program string
 		argv          []string
@@ -136,6 +140,9 @@ func (t *tree) addCompletions(root string) error {
 		var errOut bytes.Buffer
 		cmd := exec.Cmd{Path: filepath.Join(root, c.program), Args: c.argv, Stderr: &errOut}
 		script, err := cmd.Output()
+		if built && c.program == "build/components/bin/helm" && errors.Is(err, fs.ErrNotExist) {
+			script, err = nil, nil // an empty script completes nothing
+		}
 		if err != nil {
 			return fmt.Errorf("cannot make %s: %w: %s", c.file, err, &errOut)
 		}
