@@ -39,6 +39,7 @@ import (
 	"microk8s/internal/kubelitestate"
 	"microk8s/internal/netpolicy/enforcer"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/workingset"
 )
@@ -158,6 +159,9 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 			if ctx.Err() != nil { // asked to stop before it was up
 				return group.Wait(unreadyGrace)
 			}
+			return err
+		}
+		if err := ranges.MarkStarted(env); err != nil {
 			return err
 		}
 		releaseOwnLeases(ctx, admin, log)

@@ -12,15 +12,15 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/ranges"
 	"microk8s/internal/snapenv"
 )
-
-// dnsOffset is where in the Service range the DNS service is: 10.152.183.10.
-const dnsOffset = 10
 
 // dnsValues fill the manifest of dns.
 type dnsValues struct {
 	ClusterIP netip.Addr
+	// Second is the address of the other family, where Services have both; the zero value otherwise.
+	Second    netip.Addr
 	Domain    string
 	Upstreams []string // name servers for names outside; empty: those of the host
 }
@@ -99,18 +99,18 @@ func renderDNS(ctx context.Context, s *Set, words []string) (any, error) {
 		v.ClusterIP = given.ip
 		return v, s.freeAddress(ctx, given.ip)
 	}
-	v.ClusterIP, err = s.dnsAddress(ctx)
+	v.ClusterIP, v.Second, err = s.dnsAddress(ctx)
 	return v, err
 }
 
 // freeAddress checks that the DNS service can have an address.
 func (s *Set) freeAddress(ctx context.Context, ip netip.Addr) error {
-	ranges, err := serviceRanges(s.Env)
+	networks, err := serviceRanges(s.Env)
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(ip) }) {
-		return &ArgumentError{fmt.Sprintf("%s is not in the range of Services, %v", ip, ranges)}
+	if !slices.ContainsFunc(networks, func(p netip.Prefix) bool { return p.Contains(ip) }) {
+		return &ArgumentError{fmt.Sprintf("%s is not in the range of Services, %v", ip, networks)}
 	}
 	list, err := s.client.Resource(services).List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -132,37 +132,53 @@ func serviceRanges(env snapenv.Env) ([]netip.Prefix, error) {
 }
 
 // dnsAddress is the address of the DNS service: the one it has, else the one at the fixed place
-// in the Service range.
-func (s *Set) dnsAddress(ctx context.Context) (netip.Addr, error) {
+// in the Service range. second is the same in the range of the other family; it is not made for a service whose first address
+// somebody has chosen.
+func (s *Set) dnsAddress(ctx context.Context) (first, second netip.Addr, err error) {
 	svc, err := s.client.Resource(services).Namespace(metav1.NamespaceSystem).Get(ctx, "kube-dns", metav1.GetOptions{})
 	if err != nil && !apierrors.IsNotFound(err) {
-		return netip.Addr{}, fmt.Errorf("cannot get the DNS service: %w", err)
+		return first, second, fmt.Errorf("cannot get the DNS service: %w", err)
+	}
+	usual, err2 := dnsAddresses(s.Env)
+	if err2 != nil {
+		return first, second, err2
 	}
 	if err == nil {
-		text, _, _ := unstructured.NestedString(svc.Object, "spec", "clusterIP")
-		if addr, err := netip.ParseAddr(text); err == nil {
-			return addr, nil
+		has, _, _ := unstructured.NestedStringSlice(svc.Object, "spec", "clusterIPs")
+		if len(has) == 0 {
+			text, _, _ := unstructured.NestedString(svc.Object, "spec", "clusterIP")
+			has = []string{text}
+		}
+		if addr, err := netip.ParseAddr(has[0]); err == nil {
+			switch {
+			case len(has) > 1:
+				second, _ = netip.ParseAddr(has[1])
+			case addr == usual[0] && len(usual) > 1:
+				second = usual[1]
+			}
+			return addr, second, nil
 		}
 	}
-	return DNSAddress(s.Env)
+	if len(usual) > 1 {
+		second = usual[1]
+	}
+	return usual[0], second, nil
 }
 
-// DNSAddress returns the address that the DNS service gets on this installation, from the
-// Service range of the API server.
-func DNSAddress(env snapenv.Env) (netip.Addr, error) {
-	ranges, err := serviceRanges(env)
+// dnsAddresses are those that the DNS service gets on this installation: one in each range of Services of the API server.
+func dnsAddresses(env snapenv.Env) (out []netip.Addr, err error) {
+	all, err := serviceRanges(env)
 	if err != nil {
-		return netip.Addr{}, err
+		return nil, err
 	}
-	prefix := ranges[0]
-	addr := prefix.Masked().Addr()
-	for range dnsOffset {
-		addr = addr.Next()
+	for _, prefix := range all {
+		addr := ranges.DNS(prefix)
+		if !prefix.Contains(addr) {
+			return nil, fmt.Errorf("--service-cluster-ip-range=%s in %s has no room for the DNS service at its tenth address", prefix, env.Args("kube-apiserver"))
+		}
+		out = append(out, addr)
 	}
-	if !prefix.Contains(addr) {
-		return netip.Addr{}, fmt.Errorf("--service-cluster-ip-range=%s in %s has no room for the DNS service at its address %d", prefix, env.Args("kube-apiserver"), dnsOffset)
-	}
-	return addr, nil
+	return out, nil
 }
 
 // validDomain keeps what could change the meaning of the Corefile out of it.

@@ -1,6 +1,8 @@
 package addon
 
 import (
+	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,7 +49,7 @@ func TestDNSAddress(t *testing.T) {
 	for text, want := range map[string]string{
 		"":                           "10.152.183.10",
 		"10.50.0.0/16":               "10.50.0.10",
-		"10.152.183.0/24,fd98::/108": "10.152.183.10",
+		"10.152.183.0/24,fd98::/108": "[10.152.183.10 fd98::a]",
 		"fd98::/108":                 "fd98::a",
 		"10.152.183.0/30":            "no room",
 		"ten":                        "cannot use",
@@ -61,8 +63,8 @@ func TestDNSAddress(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		addr, err := DNSAddress(env)
-		got := addr.String()
+		addr, err := dnsAddresses(env)
+		got := fmt.Sprint(addr)
 		if err != nil {
 			got = err.Error()
 		}
@@ -86,7 +88,7 @@ func TestValidDomain(t *testing.T) {
 // What is written to the Corefile follows from whether servers were given.
 func TestDNSManifest(t *testing.T) {
 	env := snapenv.Env{Snap: "../.."}
-	addr, err := DNSAddress(snapenv.Under(t.TempDir()))
+	usual, err := dnsAddresses(snapenv.Under(t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +99,7 @@ func TestDNSManifest(t *testing.T) {
 		{nil, "    import upstream-{$MICROK8S_UPSTREAM}.conf\n", "forward . "},
 		{[]string{"192.0.2.1", "2001:db8::1"}, "    forward . 192.0.2.1 2001:db8::1\n", "import upstream"},
 	} {
-		objects, err := render(filepath.Join(env.CoreAddons(), "addons/dns"), dnsValues{ClusterIP: addr, Domain: "example.test", Upstreams: tc.upstreams})
+		objects, err := render(filepath.Join(env.CoreAddons(), "addons/dns"), dnsValues{ClusterIP: usual[0], Second: netip.MustParseAddr("fd98::a"), Domain: "example.test", Upstreams: tc.upstreams})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -111,6 +113,9 @@ func TestDNSManifest(t *testing.T) {
 		}
 		if ip := byKind["Service"]["spec"].(map[string]any)["clusterIP"]; ip != "10.152.183.10" {
 			t.Errorf("the Service has the address %v", ip)
+		}
+		if all := fmt.Sprint(byKind["Service"]["spec"].(map[string]any)["clusterIPs"]); all != "[10.152.183.10 fd98::a]" {
+			t.Errorf("the Service has the addresses %s", all)
 		}
 	}
 }

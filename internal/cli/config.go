@@ -23,6 +23,7 @@ import (
 
 	"microk8s/apiserver-proxy/endpoints"
 	"microk8s/internal/hostinfo"
+	"microk8s/internal/hostprobe"
 	"microk8s/internal/kube"
 )
 
@@ -185,7 +186,7 @@ func (a *App) otherServers(ctx context.Context) (map[string]string, error) {
 
 // defaultAddress returns the address of the interface that has the default route, IPv4 before
 // IPv6; where there is no such route the first address that is neither loopback nor
-// link-local nor on a bridge of containers; the zero Addr where there is none.
+// link-local nor on a bridge of containers, again IPv4 before IPv6; the zero Addr where there is none.
 func defaultAddress() netip.Addr {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := netlink.RouteList(nil, family)
@@ -200,8 +201,11 @@ func defaultAddress() netip.Addr {
 			if ones != 0 || r.LinkIndex == 0 {
 				continue
 			}
+			if family == netlink.FAMILY_V6 {
+				return steadyAddress()
+			}
 			if link, err := net.InterfaceByIndex(r.LinkIndex); err == nil {
-				if addr := firstAddress(link, family == netlink.FAMILY_V4); addr.IsValid() {
+				if addr := firstAddress(link); addr.IsValid() {
 					return addr
 				}
 			}
@@ -215,11 +219,17 @@ func defaultAddress() netip.Addr {
 		if ours(links[i].Name) || links[i].Flags&net.FlagUp == 0 {
 			continue
 		}
-		if addr := firstAddress(&links[i], true); addr.IsValid() {
+		if addr := firstAddress(&links[i]); addr.IsValid() {
 			return addr
 		}
 	}
-	return netip.Addr{}
+	return steadyAddress()
+}
+
+// steadyAddress is the IPv6 address by which a node is known: not one that the host changes by itself.
+func steadyAddress() netip.Addr {
+	addr, _ := netip.ParseAddr(hostprobe.Probe("/").Address6)
+	return addr
 }
 
 // ours reports whether an interface belongs to containers.
@@ -232,7 +242,8 @@ func ours(name string) bool {
 	return false
 }
 
-func firstAddress(link *net.Interface, v4 bool) netip.Addr {
+// firstAddress is the first address of IPv4 on an interface.
+func firstAddress(link *net.Interface) netip.Addr {
 	addrs, err := link.Addrs()
 	if err != nil {
 		return netip.Addr{}
@@ -243,7 +254,7 @@ func firstAddress(link *net.Interface, v4 bool) netip.Addr {
 			continue
 		}
 		ip := p.Addr().Unmap()
-		if ip.Is4() == v4 && ip.IsGlobalUnicast() {
+		if ip.Is4() && ip.IsGlobalUnicast() {
 			return ip
 		}
 	}

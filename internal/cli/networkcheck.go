@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/internal/kube"
 	"microk8s/internal/netcheck"
@@ -25,7 +26,7 @@ the size of pods' packets, and try the TCP ports that the nodes need of each oth
 
 What does not get through is named, with what to open where: UDP port 4789 that is closed, a smaller MTU
 on the way, packets that get through in one direction only, and two nodes with the same end of the
-tunnel. Each node also looks at its own ways every minute, and microk8s status says what it finds.
+tunnel. Where pods have addresses of both families, each is tried: the tunnels differ. Each node also looks at its own ways every minute, and microk8s status says what it finds.
 
 It takes a few seconds and changes nothing. Run it on each node that is in doubt: the ways of two
 others are not this node's to try.`,
@@ -106,9 +107,9 @@ func (a *App) checkNetwork(ctx context.Context) (doc networkDocument, err error)
 	if err != nil {
 		return doc, failf("see: microk8s status", "the other nodes are not known: %w", err)
 	}
-	var nodes []netcheck.Node
+	var nodes []*corev1.Node
 	for i := range list {
-		nodes = append(nodes, netcheck.FromNode(&list[i]))
+		nodes = append(nodes, &list[i])
 	}
 	check := netcheck.Check{Ports: true}
 	for port, differs := range map[int]bool{
@@ -119,21 +120,25 @@ func (a *App) checkNetwork(ctx context.Context) (doc networkDocument, err error)
 			check.Skip = append(check.Skip, port)
 		}
 	}
-	if check.Self, check.Peers, err = netcheck.Split(nodes, config.NodeName); err != nil {
+	heard := netcheck.ReadRecord(a.Env, a.Now()).Heard
+	check.Heard = func(n netcheck.Node) time.Time { return heard[netcheck.HeardKey(n)] }
+	checks, err := netcheck.Families(nodes, config.NodeName, check)
+	if err != nil {
 		return doc, err
 	}
-	if len(check.Peers) == 0 {
+	if len(checks[0].Peers) == 0 {
 		return doc, nil
 	}
-	if check.Self.Tunnel.IsValid() {
-		if check.MTU, err = netcheck.PodMTU(a.Env); err != nil {
+	for i := range checks {
+		if !checks[i].Self.Tunnel.IsValid() {
+			continue
+		}
+		if checks[i].MTU, err = netcheck.PodMTU(a.Env); err != nil {
 			return doc, failf("see: microk8s logs kubelite", "%w", err)
 		}
+		doc.MTU = checks[i].MTU
 	}
-	heard := netcheck.ReadRecord(a.Env, a.Now()).Heard
-	check.Heard = func(n netcheck.Node) time.Time { return heard[n.Name] }
-	doc.MTU = check.MTU
-	doc.Results, err = check.Run(ctx)
+	doc.Results, err = netcheck.RunAll(ctx, checks)
 	return doc, err
 }
 

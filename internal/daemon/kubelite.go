@@ -72,7 +72,7 @@ func (p *Preparer) kubelite(ctx context.Context, cmd *Command) error {
 	if err := errors.Join(append(errs, config.Err(nodeconfig.PartName, nodeconfig.PartRenamed), certs.Check(p.Env), setup.Ranges(ctx, p.Env, p.Log))...); err != nil {
 		return err
 	}
-	if err := ranges.MarkStarted(p.Env); err != nil {
+	if err := ranges.Begin(p.Env); err != nil {
 		return err
 	}
 	config = nodeconfig.Load(p.Env) // with the ranges that were chosen

@@ -22,8 +22,8 @@ const (
 	attempts = 3
 	// answerWait is how long an answer may take.
 	answerWait = 700 * time.Millisecond
-	// ipHeader is what IPv4 and UDP add to a datagram.
-	ipHeader = 20 + 8
+	// ipHeaders is what IP and UDP add to a datagram: 20 bytes of IPv4, or 40 of IPv6, and 8.
+	ipHeaders = 40 + 8
 	// atOnce is how many nodes are asked side by side.
 	atOnce = 16
 )
@@ -161,6 +161,10 @@ func (c *Check) ask(ctx context.Context, p Node) Result {
 			add("tunnel", openTunnel(c.Self.Address, p.Address), "pod traffic between this node and %s does not get through: UDP port 4789 is closed between %s and %s", p.Name, c.Self.Address, p.Address)
 		}
 	default:
+		ipHeader := ipHeaders
+		if p.Tunnel.Is4() {
+			ipHeader -= 20
+		}
 		if large := c.exchange(ctx, p, c.MTU-ipHeader, 0); large.ok {
 			r.Tunnel = true
 		} else {

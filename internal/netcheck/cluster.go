@@ -1,6 +1,7 @@
 package netcheck
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,31 +24,112 @@ import (
 const (
 	annotationType    = "flannel.alpha.coreos.com/backend-type"
 	annotationData    = "flannel.alpha.coreos.com/backend-data"
+	annotationData6   = "flannel.alpha.coreos.com/backend-v6-data"
 	labelControlPlane = "node.kubernetes.io/microk8s-controlplane"
 )
 
-// FromNode reads a Node object. The tunnel is that of IPv4; a node of a network without one has none.
-func FromNode(n *corev1.Node) Node {
-	out := Node{Name: n.Name}
-	_, out.ControlPlane = n.Labels[labelControlPlane]
+// FromNode reads a Node object as the others see it in each family that its pods have, in their order: the tunnels are different
+// devices, with packets of different families outside. A node of a network without a tunnel is one node without.
+func FromNode(n *corev1.Node) (out []Node) {
+	first := Node{Name: n.Name}
+	_, first.ControlPlane = n.Labels[labelControlPlane]
+	addresses := map[bool]netip.Addr{} // by whether it is of IPv4
 	for _, a := range n.Status.Addresses {
-		if ip, err := netip.ParseAddr(a.Address); err == nil && a.Type == corev1.NodeInternalIP && !out.Address.IsValid() {
-			out.Address = ip
+		ip, err := netip.ParseAddr(a.Address)
+		if err != nil || a.Type != corev1.NodeInternalIP {
+			continue
+		}
+		if !first.Address.IsValid() {
+			first.Address = ip
+		}
+		if !addresses[ip.Is4()].IsValid() {
+			addresses[ip.Is4()] = ip
 		}
 	}
 	if n.Annotations[annotationType] != "vxlan" {
-		return out
+		return []Node{first}
 	}
-	for _, text := range append(slices.Clone(n.Spec.PodCIDRs), n.Spec.PodCIDR) {
-		if p, err := netip.ParsePrefix(text); err == nil && p.Addr().Is4() && !out.Tunnel.IsValid() {
-			out.Tunnel = p.Masked().Addr()
+	all := n.Spec.PodCIDRs
+	if len(all) == 0 {
+		all = []string{n.Spec.PodCIDR}
+	}
+	for _, text := range all {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			continue
+		}
+		node := first
+		node.Address, node.Tunnel = addresses[p.Addr().Is4()], p.Masked().Addr()
+		annotation := annotationData
+		if p.Addr().Is6() {
+			annotation = annotationData6
+		}
+		var data struct{ VtepMAC string }
+		if json.Unmarshal([]byte(n.Annotations[annotation]), &data) == nil {
+			node.MAC = data.VtepMAC
+		}
+		if node.Address.IsValid() {
+			out = append(out, node)
 		}
 	}
-	var data struct{ VtepMAC string }
-	if json.Unmarshal([]byte(n.Annotations[annotationData]), &data) == nil {
-		out.MAC = data.VtepMAC
+	if len(out) == 0 {
+		return []Node{first}
 	}
 	return out
+}
+
+// Families returns a check for each family in which a node of the cluster has pods, that of its first range first; the ports
+// are tried in that one, by which the nodes know each other. The error says that the node is not there.
+func Families(nodes []*corev1.Node, self string, check Check) (out []Check, err error) {
+	byFamily := map[bool][]Node{}
+	var order []bool
+	for _, n := range nodes {
+		for _, f := range FromNode(n) {
+			v4 := f.Address.Is4()
+			byFamily[v4] = append(byFamily[v4], f)
+			if n.Name == self {
+				order = append(order, v4)
+			}
+		}
+	}
+	if len(order) == 0 {
+		_, _, err := Split(nil, self)
+		return nil, err
+	}
+	for i, v4 := range order {
+		one := check
+		if one.Self, one.Peers, err = Split(byFamily[v4], self); err != nil {
+			return nil, err
+		}
+		one.Ports = check.Ports && i == 0
+		out = append(out, one)
+	}
+	return out, nil
+}
+
+// RunAll runs the checks of all families and returns a result for each other node. What is wrong in one family is wrong; a node
+// that does not answer at all is named once.
+func RunAll(ctx context.Context, checks []Check) (results []Result, err error) {
+	for _, c := range checks {
+		more, err := c.Run(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, r := range more {
+			i := slices.IndexFunc(results, func(x Result) bool { return x.Node == r.Node })
+			if i < 0 {
+				results = append(results, r)
+				continue
+			}
+			results[i].Tunnel = results[i].Tunnel && r.Tunnel
+			for _, p := range r.Problems {
+				if !slices.ContainsFunc(results[i].Problems, func(x Problem) bool { return x == p || x.Code == Unreachable && p.Code == Unreachable }) {
+					results[i].Problems = append(results[i].Problems, p)
+				}
+			}
+		}
+	}
+	return results, nil
 }
 
 // Split returns the node of a name, and the others that have an address.
@@ -75,7 +157,7 @@ func PodMTU(env snapenv.Env) (int, error) {
 	}
 	for line := range strings.Lines(string(data)) {
 		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "FLANNEL_MTU="); ok {
-			if mtu, err := strconv.Atoi(v); err == nil && mtu > headerSize+ipHeader {
+			if mtu, err := strconv.Atoi(v); err == nil && mtu > headerSize+ipHeaders {
 				return mtu, nil
 			}
 		}
@@ -87,7 +169,15 @@ func PodMTU(env snapenv.Env) (int, error) {
 type Record struct {
 	Time    time.Time            `json:"time"`
 	Results []Result             `json:"results"`
-	Heard   map[string]time.Time `json:"heard"` // nodes whose questions came, and when
+	Heard   map[string]time.Time `json:"heard"` // nodes whose questions came, by [HeardKey], and when
+}
+
+// HeardKey is how [Record] calls a node in one family.
+func HeardKey(n Node) string {
+	if n.Tunnel.Is6() {
+		return n.Name + " IPv6"
+	}
+	return n.Name
 }
 
 // recordFile is where kubelite keeps the record.

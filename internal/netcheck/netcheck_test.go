@@ -3,6 +3,7 @@ package netcheck
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -165,12 +166,41 @@ func TestFromNode(t *testing.T) {
 	n.Spec.PodCIDRs = []string{"fd00::/64", "10.1.7.0/24"}
 	n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeHostName, Address: "n1"}, {Type: corev1.NodeInternalIP, Address: "192.0.2.1"}}
 	want := Node{"n1", netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("10.1.7.0"), "02:00:00:00:00:01", true}
-	if got := FromNode(n); got != want {
+	if got := FromNode(n); len(got) != 1 || got[0] != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
+	n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: "2001:db8::1"})
+	n.Annotations[annotationData6] = `{"VNI":1,"VtepMAC":"02:00:00:00:00:06"}`
+	six := Node{"n1", netip.MustParseAddr("2001:db8::1"), netip.MustParseAddr("fd00::"), "02:00:00:00:00:06", true}
+	if got := FromNode(n); len(got) != 2 || got[0] != six || got[1] != want {
+		t.Errorf("of both families: got %+v, want %+v and %+v", got, six, want)
+	}
 	n.Annotations[annotationType] = "host-gw"
-	if got := FromNode(n); got.Tunnel.IsValid() {
-		t.Errorf("a node without a tunnel has %v", got.Tunnel)
+	if got := FromNode(n); len(got) != 1 || got[0].Tunnel.IsValid() {
+		t.Errorf("a node without a tunnel has %v", got)
+	}
+}
+
+// TestFamilies holds that each family is checked, in the order of this node's ranges, and the ports in the first only.
+func TestFamilies(t *testing.T) {
+	node := func(name, number string) *corev1.Node {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name, Annotations: map[string]string{annotationType: "vxlan"}}}
+		n.Spec.PodCIDRs = []string{"10.1." + number + ".0/24", "fd01:0:0:" + number + "::/64"}
+		n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2." + number}, {Type: corev1.NodeInternalIP, Address: "2001:db8::" + number}}
+		return n
+	}
+	checks, err := Families([]*corev1.Node{node("n1", "1"), node("n2", "2")}, "n1", Check{Ports: true, MTU: 1430})
+	if err != nil || len(checks) != 2 {
+		t.Fatalf("%d checks, %v", len(checks), err)
+	}
+	for i, want := range []string{"192.0.2.2 10.1.2.0 true", "2001:db8::2 fd01:0:0:2:: false"} {
+		c := checks[i]
+		if got := fmt.Sprint(c.Peers[0].Address, c.Peers[0].Tunnel, c.Ports); got != want || c.MTU != 1430 || c.Self.Name != "n1" {
+			t.Errorf("check %d is of %s, want %s: %+v", i, got, want, c)
+		}
+	}
+	if _, err := Families(nil, "n1", Check{}); err == nil {
+		t.Error("a node that is not in the cluster can be checked")
 	}
 }
 

@@ -59,7 +59,19 @@ func (r record) write(env snapenv.Env) error {
 	return atomicfile.Write(recordFile(env), append(data, '\n'), 0o644, nil)
 }
 
-// MarkStarted notes that this node runs with its ranges: from now on they are the cluster's.
+// Begin notes, before the first start is tried, that there was none: one that fails leaves the choice.
+func Begin(env snapenv.Env) error {
+	if _, err := os.Stat(recordFile(env)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	r, err := readRecord(env)
+	if err != nil {
+		return err
+	}
+	return r.write(env)
+}
+
+// MarkStarted notes that an API server has run with this node's ranges: from now on they are the cluster's.
 func MarkStarted(env snapenv.Env) error {
 	r, err := readRecord(env)
 	if _, missing := os.Stat(recordFile(env)); err != nil || r.Started && missing == nil {
@@ -318,10 +330,13 @@ func hasFamilies(env snapenv.Env, r Ranges, addresses func() ([]net.IP, error)) 
 		if slices.ContainsFunc(own, func(ip net.IP) bool { return (ip.To4() == nil) == p.Addr().Is6() }) {
 			continue
 		}
-		if f.on && len(r.Pods) == 1 {
-			continue // as always: the host may get it later, and IPv4 is nobody's choice
-		}
 		name := strings.TrimSuffix(f.prefix, "_")
+		if f.on && len(r.Pods) == 1 {
+			if len(own) == 0 {
+				continue // the host may get it later, and IPv4 is nobody's choice
+			}
+			return fmt.Errorf("this host has no IPv4 address, and pods are to have some of %s; have them use IPv6 alone:\n  sed -i 's|^IPv4_SUPPORT=.*|IPv4_SUPPORT=false|; s|^IPv6_SUPPORT=.*|IPv6_SUPPORT=true|' %s\n  microk8s start", p, env.Args(FileName))
+		}
 		return inFile(env.Args(FileName), fmt.Errorf("%s%s=true: this host has no address of %s that other machines reach; set one, or %[1]s%[2]s=false", f.prefix, support, name))
 	}
 	return nil

@@ -95,6 +95,35 @@ func both() ([]net.IP, error) {
 	return []net.IP{net.ParseIP("192.0.2.1"), net.ParseIP("2001:db8::1")}, nil
 }
 
+// TestHostOfIPv6 has a host without IPv4, whose next start goes on after the line of the error was typed; a start that was tried and failed
+// has not chosen anything.
+func TestHostOfIPv6(t *testing.T) {
+	env := node(t)
+	only6 := func() ([]net.IP, error) { return []net.IP{net.ParseIP("2001:db8::1")}, nil }
+	_, err := prepare(env, only6)
+	if err == nil || !strings.Contains(err.Error(), "no IPv4 address") {
+		t.Fatalf("got %v", err)
+	}
+	if err := Begin(env); err != nil {
+		t.Fatal(err)
+	}
+	if err := nodeconfig.KeepName(env, "n1"); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("sh", "-c", strings.Split(err.Error(), "\n")[1]).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	if _, err := prepare(env, only6); err != nil || !strings.HasPrefix(flags(t, env), "fd98::/108 fd98::/108 fd01::/64") {
+		t.Errorf("%v, flags %s", err, flags(t, env))
+	}
+	if _, err := prepare(env, func() ([]net.IP, error) { return nil, nil }); err == nil {
+		t.Error("IPv6 was chosen, and there is none")
+	}
+	if _, err := prepare(node(t), func() ([]net.IP, error) { return nil, nil }); err != nil {
+		t.Errorf("a host that has no address yet: %v", err)
+	}
+}
+
 func only4() ([]net.IP, error) { return []net.IP{net.ParseIP("192.0.2.1")}, nil }
 
 // flags are the arguments about ranges that the daemons have.
