@@ -229,30 +229,6 @@ func (s *Set) Lasting(least time.Duration) *Set {
 	return &out
 }
 
-// Without writes a copy of the backup to dir, which must be empty or not exist, without the pairs whose
-// keys omit chooses. It returns how many were left out.
-func (s *Set) Without(dir string, omit func(key string) bool) (copied *Manifest, omitted int, err error) {
-	w, err := Create(dir)
-	if err != nil {
-		return nil, 0, err
-	}
-	for n := range s.Manifest.Keys {
-		p, err := s.Pair(n)
-		if err != nil {
-			return nil, 0, err
-		}
-		if omit(string(p.Key)) {
-			omitted++
-			continue
-		}
-		if err := w.Add(p); err != nil {
-			return nil, 0, err
-		}
-	}
-	copied, err = w.Close(s.Manifest.Revision, s.Manifest.Created)
-	return copied, omitted, err
-}
-
 // Pair returns the pair of a number.
 func (s *Set) Pair(n int) (Pair, error) {
 	p, err := readPair(s.dir, n)

@@ -32,7 +32,7 @@ var modes = map[string]bool{ // → whether it is a restore
 // NewCommand returns the subcommand.
 func NewCommand() *cobra.Command {
 	var mode, endpoint, dir string
-	var debug, prune bool
+	var debug, prune, cluster bool
 	cmd := &cobra.Command{
 		Use:   "migrator --mode MODE --db-dir DIR",
 		Short: "Copy the datastore to a directory, or a directory back to the datastore",
@@ -48,8 +48,8 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 			if dir == "" {
 				return fmt.Errorf("--db-dir is missing: the directory of the backup")
 			}
-			if prune && !restore {
-				return fmt.Errorf("--prune is for restores")
+			if (prune || cluster) && !restore {
+				return fmt.Errorf("--prune and --cluster are for restores")
 			}
 			level := slog.LevelInfo
 			if debug {
@@ -76,7 +76,12 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 				log.Info("backed up", "keys", m.Keys, "revision", m.Revision, "sha256", m.SHA256)
 				return nil
 			}
-			r, err := Restore(cmd.Context(), c, set, prune, log)
+			var r *Result
+			if cluster {
+				r, err = RestoreCluster(cmd.Context(), c, set, log)
+			} else {
+				r, err = Restore(cmd.Context(), c, set, prune, log)
+			}
 			if err != nil {
 				return err
 			}
@@ -88,6 +93,7 @@ restore-to-dqlite, restore-dqlite, restore-to-etcd, restore-etcd.`,
 	cmd.Flags().StringVar(&endpoint, "endpoint", DefaultEndpoint, "where the datastore listens")
 	cmd.Flags().StringVar(&dir, "db-dir", "", "directory of the backup")
 	cmd.Flags().BoolVar(&prune, "prune", false, "delete the keys that are not in the backup")
+	cmd.Flags().BoolVar(&cluster, "cluster", false, "restore a whole cluster: delete what is not in the backup, and leave nodes, their admission and tokens as they are")
 	cmd.Flags().BoolVar(&debug, "debug", false, "say more")
 	return cmd
 }

@@ -37,3 +37,17 @@ func TestKept(t *testing.T) {
 		}
 	}
 }
+
+// TestElsewhere: an archive that becomes a cluster brings back neither tokens nor nodes, and everything else.
+func TestElsewhere(t *testing.T) {
+	for key, left := range map[string]bool{
+		backup.TokensKey: true, backup.SaltKey: true, backup.RoleKey: true, backup.RecordKey + "w1": true,
+		"/registry/minions/n1": true, "/registry/leases/kube-node-lease/n1": true, "/registry/csinodes/n1": true, "/registry/masterleases/10.0.0.1": true,
+		"/registry/secrets/default/x": false, "/registry/leases/shop/x": false, "/registry/clusterrolebindings/microk8s:nodes": false,
+		"/registry/configmaps/kube-system/microk8s-backup": false, "/registry/persistentvolumes/pvc-1": false,
+	} {
+		if got := backup.Elsewhere(key); got != left {
+			t.Errorf("%s is left out: %v", key, got)
+		}
+	}
+}

@@ -162,6 +162,13 @@ func Copy(ctx context.Context, c *clientv3.Client, set *backup.Set, log *slog.Lo
 	return fill(ctx, c, set, true, none, log)
 }
 
+// RestoreCluster is Restore with prune for an archive that becomes this cluster, or a running cluster's past:
+// what belongs to machines and their admission stays as it is now, too (backup.Elsewhere).
+func RestoreCluster(ctx context.Context, c *clientv3.Client, set *backup.Set, log *slog.Logger) (*Result, error) {
+	rule := func(map[string]current) func(string) bool { return backup.Elsewhere }
+	return fill(ctx, c, set, true, rule, log)
+}
+
 // fill is Restore with the rule that says, from what the datastore has, which keys stay as they are.
 func fill(ctx context.Context, c *clientv3.Client, set *backup.Set, prune bool, rule func(map[string]current) func(string) bool, log *slog.Logger) (*Result, error) {
 	have, _, err := inventory(ctx, c)
