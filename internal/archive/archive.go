@@ -317,7 +317,7 @@ func unpackNode(r io.Reader, file string, want File) error {
 	if hash(data) != want.SHA256 {
 		return fmt.Errorf("%w: the hash of %s differs", ErrDamaged, filepath.Base(file))
 	}
-	return nil
+	return os.Chmod(file, want.Mode.Perm()) // below a folder that only the owner enters
 }
 
 // Encode returns the note as it is written beside the archive.

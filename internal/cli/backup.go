@@ -70,7 +70,8 @@ secret half is best kept away from the cluster, or with a passphrase.
     sudo microk8s backup key /root/backup.key
     sudo microk8s backup schedule --every 12h --keep 14 --to nfs:/mnt/backups --recipient age1...
 
-microk8s dbctl backup archives the datastore alone, without encryption.`,
+microk8s restore brings an archive back, on this machine or a new one. microk8s dbctl backup
+archives the datastore alone, without encryption.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.backupCreate(cmd.Context(), o) },
 	}
@@ -311,8 +312,16 @@ func (a *App) backupCreate(ctx context.Context, o backupOptions) error {
 	if o.out.document() {
 		return a.print(o.out, noteDocument{documentOf("ClusterBackup"), itemOf(job.Stored{Name: note.Name, Cluster: note.Cluster, Created: note.Created, Size: note.Size, Note: note}), word})
 	}
-	fmt.Fprintf(a.Out, "%s: %d keys at revision %d, %s, proven\n", note.Name, note.Keys, note.Revision, size(note.Size))
+	fmt.Fprintf(a.Out, "%s: %d keys at revision %d, %s, proven\nbring it back with: microk8s restore %s --from %s\n", note.Name, note.Keys, note.Revision, size(note.Size), note.Name, quoted(word))
 	return nil
+}
+
+// quoted is a word for a shell.
+func quoted(word string) string {
+	if strings.ContainsAny(word, "?&;* ") {
+		return "'" + word + "'"
+	}
+	return word
 }
 
 // size is a number of bytes for people.

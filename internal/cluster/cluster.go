@@ -41,6 +41,9 @@ type Node struct {
 	Install func(ctx context.Context) error
 	// StopContainers ends every container; the kubelet has been stopped before.
 	StopContainers func(ctx context.Context) error
+	// Fill waits until this node's datastore, which was started just now, answers, and restores the
+	// directory of a backup into it. It may be called again.
+	Fill func(ctx context.Context, keys string) error
 	// ResetNetwork takes the pod network off the host, when no pod is left.
 	ResetNetwork func(ctx context.Context) error
 
@@ -163,7 +166,7 @@ func plans() []journal.Plan {
 	n := &Node{}
 	n.defaults()
 	return []journal.Plan{
-		n.joinPlan(&joinParams{}), n.joinPlan(&joinParams{Worker: true}), n.leavePlan(&leaveParams{}), n.removePlan(&removeParams{}),
+		n.joinPlan(&joinParams{}), n.joinPlan(&joinParams{Worker: true}), n.leavePlan(&leaveParams{}), n.removePlan(&removeParams{}), n.restorePlan(&restoreParams{}),
 	}
 }
 
@@ -173,6 +176,7 @@ const (
 	opJoinWorker = "join-worker"
 	opLeave      = "leave"
 	opRemove     = "remove-node"
+	opRestore    = "restore"
 )
 
 func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }

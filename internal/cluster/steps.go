@@ -26,6 +26,9 @@ const (
 	StepUnregister     = "unregister"
 	StepRevoke         = "revoke"
 	StepDelete         = "delete"
+	StepSetAside       = "set-aside"
+	StepFill           = "fill-datastore"
+	StepRemaining      = "remaining-files"
 )
 
 // titles are what people read while a step runs.
@@ -47,6 +50,9 @@ var titles = map[string]string{
 	StepUnregister:     "Remove the node from the datastore",
 	StepRevoke:         "Replace the secrets that the node knew",
 	StepDelete:         "Delete the Node object",
+	StepSetAside:       "Set the datastore aside",
+	StepFill:           "Fill the datastore from the archive",
+	StepRemaining:      "Install addons and launch configurations",
 }
 
 // renamed is for journals of earlier versions, which stored the titles that steps had then.
