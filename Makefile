@@ -130,8 +130,8 @@ fuzz: deps ## Fuzz every decoder, each for TIME (10s)
 	scripts/fuzz $(or $(TIME),10s)
 
 .PHONY: bench
-bench: build peers ## Measure against the budgets; prints a table
-	scripts/bench
+bench: build addons $(if $(filter addons,$(MAKECMDGOALS)),,peers) ## Measure against the budgets; prints tables; make bench addons: the addons only
+	scripts/bench $(filter addons,$(MAKECMDGOALS))
 
 .PHONY: lint
 lint: deps ## Linters for Go and shell; snapcraft.yaml

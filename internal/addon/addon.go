@@ -31,6 +31,7 @@ import (
 	"strings"
 	"text/template"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -635,11 +636,20 @@ func (s *Set) write(ctx context.Context, r Record) error {
 
 func readRecord(o *unstructured.Unstructured) (Record, error) {
 	text, _, _ := unstructured.NestedString(o.Object, "data", "record")
+	return parseRecord(o.GetName(), o.GetLabels()[RecordLabel], text)
+}
+
+// RecordOf reads what a ConfigMap with RecordLabel says about an addon.
+func RecordOf(cm *corev1.ConfigMap) (Record, error) {
+	return parseRecord(cm.Name, cm.Labels[RecordLabel], cm.Data["record"])
+}
+
+func parseRecord(object, name, text string) (Record, error) {
 	var f form
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
-		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", o.GetName(), err)
+		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", object, err)
 	}
-	r := Record{Name: o.GetLabels()[RecordLabel], Version: f.Version, Args: f.Args, Online: f.Online, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
+	r := Record{Name: name, Version: f.Version, Args: f.Args, Online: f.Online, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
 	for _, k := range f.Kinds {
 		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
 	}

@@ -137,6 +137,13 @@ func (a *App) checkPack(ctx context.Context, r request, online bool) error {
 		return nil
 	}
 	missing := addon.Missing(a.Env, r.addon)
+	for end := time.Now().Add(addonAPIWait); len(missing) > 0 && a.sideloads(missing) && time.Now().Before(end); missing = addon.Missing(a.Env, r.addon) {
+		select { // kubelite takes it from there within seconds, and at a node's start after the images of the snap
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	if len(missing) > 0 { // they may have come in another way
 		if have, err := images.List(ctx, a.Env); err == nil {
 			missing = slices.DeleteFunc(missing, func(name string) bool {
@@ -154,6 +161,12 @@ func (a *App) checkPack(ctx context.Context, r request, online bool) error {
 		f.Hints = append(f.Hints, "with internet: microk8s enable "+strings.Join(append([]string{r.addon.Name}, r.args...), " ")+" --online")
 	}
 	return f
+}
+
+// sideloads reports whether a pack with one of the images waits in the sideload folder.
+func (a *App) sideloads(names []string) bool {
+	waiting, _ := pack.List(a.Env.SideloadDir())
+	return slices.ContainsFunc(waiting, func(k pack.Kept) bool { return slices.ContainsFunc(names, k.Has) })
 }
 
 func (a *App) newAddonsBundle() *cobra.Command {

@@ -34,6 +34,22 @@ func (c *apiClient) foreign(ctx context.Context, env snapenv.Env) (map[string]bo
 	}, addon.Foreign(all))
 }
 
+// packs adds addons that are of another version than this package's, because their pack is missing.
+func (r *Report) packs(env snapenv.Env, all []addon.Addon, records []corev1.ConfigMap) {
+	for i := range records {
+		record, err := addon.RecordOf(&records[i])
+		if err != nil {
+			continue // the API server's start says so
+		}
+		x, _, err := addon.Find(all, addon.CoreRepository+"/"+record.Name)
+		if err != nil || record.Online || record.Version == x.Version || len(addon.Missing(env, x)) == 0 {
+			continue
+		}
+		r.add("addons.pack", "addon %s stays at version %s: the pack with its version %s is not on this node", x.Name, record.Version, x.Version)(
+			"get the pack of this package's version and run: microk8s addons import FILE; microk8s enable " + x.Name)
+	}
+}
+
 // addons adds the addons with their states, as far as they could be found out.
 func (r *Report) addons(env snapenv.Env, s apiState) {
 	all, broken, err := addon.Catalogue(env)
@@ -51,6 +67,7 @@ func (r *Report) addons(env snapenv.Env, s apiState) {
 		r.add("addons.state", "cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a moment")
 	}
 	r.AddonsKnown = s.err == nil && s.recordErr == nil && s.foreignErr == nil
+	r.packs(env, all, s.records)
 	on := enabledAddons(s.records)
 	for _, x := range all {
 		r.Addons = append(r.Addons, Addon{

@@ -48,6 +48,7 @@ var Looks = func() map[string]string {
 		"addons.catalogue":   "the addons of the package",
 		"addons.repository":  "addon repositories",
 		"addons.state":       "records of addons in the API",
+		"addons.pack":        "packs of addons on this node",
 		"addons.pods":        "workloads of addons in the API, and their pods",
 		"disk.full":          "free space of the product's file systems",
 		"clock.before":       "the clock, and the day on which the CA was made",

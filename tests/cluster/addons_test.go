@@ -32,6 +32,8 @@ func TestAddonsCluster(t *testing.T) {
 	const dnsIP, domain, otherDomain = "10.152.183.20", "corp.test", "other.test"
 	c.run(t, "n1", "microk8s", "disable", "dns")
 	c.run(t, "n1", "microk8s", "enable", "--no-wait", "dns", resolver, dnsIP, domain)
+	// The controller is on n1 then, and its certificate not on the worker.
+	step("a pack, before there is a second node", func(t *testing.T) { c.testPack(t, "n1") })
 	c.join(t, "n1", "w1", "--worker")
 	c.waitReady(t, "n1", "w1")
 
@@ -85,10 +87,23 @@ func TestAddonsCluster(t *testing.T) {
 		}
 	})
 	step("network policies", func(t *testing.T) { c.testPolicies(t, "n1", "w1") })
+	var moves string // address of a Service for which w1 answers
+	step("addresses of load balancers, also by the node that joined after the pack", func(t *testing.T) {
+		c.run(t, "n1", "microk8s", "kubectl", "label", "pod", "asker-n1", "asker-w1", "lb=web")
+		eventually(t, 3*time.Minute, func() error {
+			out := c.run(t, "n1", "microk8s", "kubectl", "get", "daemonset", "-n", "metallb-system", "speaker", "-o", "jsonpath={.status.numberAvailable}")
+			if strings.TrimSpace(out) != "2" {
+				return fmt.Errorf("speakers on %s of 2 nodes", out)
+			}
+			return nil
+		})
+		moves = c.testBalancer(t, "n1", "w1", "resolver")
+	})
 	step("enable while a node is down", func(t *testing.T) {
 		if err := c.lab.Kill(t.Context(), "w1"); err != nil {
 			t.Fatal(err)
 		}
+		c.testMoves(t, moves, "resolver")
 		eventually(t, 5*time.Minute, func() error {
 			n, err := c.node(t, "n1", "w1")
 			if err == nil && isReady(n) {
