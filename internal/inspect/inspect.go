@@ -212,7 +212,7 @@ func ourFile(rel string) bool {
 // argsFiles are the files of args/; each may have one beside it with -env behind its name.
 var argsFiles = words(`kubelet kube-apiserver kube-proxy kube-scheduler kube-controller-manager kubelite kubectl containerd
 	containerd.toml containerd-template.toml k8s-dqlite cluster-agent apiserver-proxy pod-network ctr ha-conf tuning.yaml
-	eventconfig.yaml admission-control-config-file.yaml cni fips traefik/traefik.yaml traefik/traefik-template.yaml
+	eventconfig.yaml admission-control-config-file.yaml audit-policy.yaml authentication-config.yaml pod-security.yaml cni fips traefik/traefik.yaml traefik/traefik-template.yaml
 	traefik/provider.yaml etcd flanneld`)
 
 // listing adds the names and sizes of the files of a folder.

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -283,5 +284,29 @@ func TestInterruptedInspectionLeavesNothing(t *testing.T) {
 	}
 	if entries, _ := os.ReadDir(env.Data); len(entries) > 0 {
 		t.Errorf("left: %v", entries)
+	}
+}
+
+// TestSilentAPIServer: what the API server does not answer is asked for once, and the report says so.
+func TestSilentAPIServer(t *testing.T) {
+	env := snapenv.Under(t.TempDir())
+	if err := errors.Join(os.MkdirAll(env.Data, 0o755), os.MkdirAll(env.CredentialsDir(), 0o755), os.WriteFile(env.AdminKubeconfig(), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	var asked []string
+	in := &Inspector{Env: env, Manager: &servicetest.Manager{}, Out: io.Discard, Now: time.Now, Run: func(_ context.Context, argv ...string) ([]byte, error) {
+		if filepath.Base(argv[0]) == "kubectl" {
+			asked = append(asked, argv[len(argv)-1])
+			return []byte("net/http: request canceled"), errors.New("exit status 1")
+		}
+		return nil, fs.ErrNotExist
+	}}
+	path, err := in.Inspect(t.Context())
+	if err != nil && !errors.Is(err, ErrDown) {
+		t.Fatal(err)
+	}
+	files := unpack(t, path)
+	if len(asked) != 1 || !strings.Contains(files["inspection-report/k8s/left-out"], "net/http: request canceled\nthe API server did not answer") {
+		t.Errorf("asked for %q; the report says %q", asked, files["inspection-report/k8s/left-out"])
 	}
 }

@@ -112,6 +112,9 @@ func (in *Inspector) kubernetes(ctx context.Context) {
 	if _, err := os.Stat(in.Env.AdminKubeconfig()); err != nil {
 		return
 	}
+	if !in.answers(ctx, kubectl("get", "--raw=/api/v1/namespaces?limit=1", "--request-timeout=5s")) {
+		return // each of the others would wait as long
+	}
 	in.command(ctx, "k8s/version", kubectl("version")...)
 	in.command(ctx, "k8s/cluster-info", kubectl("cluster-info")...)
 	in.command(ctx, "k8s/get-all", kubectl("get", "all", "--all-namespaces", "-o", "wide")...)
@@ -124,6 +127,18 @@ func (in *Inspector) kubernetes(ctx context.Context) {
 	if err == nil {
 		in.put("k8s/cluster-info-dump", in.redact.RedactJSON(out))
 	}
+}
+
+// answers reports whether one read of the API, which goes as far as the datastore, is answered.
+func (in *Inspector) answers(ctx context.Context, argv []string) bool {
+	ctx, cancel := context.WithTimeout(ctx, maxRuntime)
+	defer cancel()
+	out, err := in.Run(ctx, argv...)
+	if err != nil {
+		in.say(" FAIL:  the API server does not answer, so the report has none of the cluster's objects")
+		in.add("k8s/left-out", fmt.Sprintf("%s\nthe API server did not answer this, so nothing else was asked for: %v\n", out, err))
+	}
+	return err == nil
 }
 
 // minMemoryKiB is the memory below which a control plane does not fit (cli.md 1.13).

@@ -65,20 +65,41 @@ type Node struct {
 	Date      func(ctx context.Context, host string) (time.Time, error) // the Date that the agent of a host answers with
 }
 
+// checkLimit bounds one check, whatever its caller's context allows: what does not answer may do so for ever.
+const checkLimit = 3 * time.Second
+
+// limit is the time of one check: half of what is left, so that one that waits leaves time for the others.
+func limit(ctx context.Context) time.Duration {
+	if end, ok := ctx.Deadline(); ok {
+		return min(checkLimit, time.Until(end)/2)
+	}
+	return checkLimit
+}
+
 // Run runs the checks one after the other, those for `inspect` only if slow is set. What has not been
 // looked at when ctx ends is reported as unseen.
 func Run(ctx context.Context, n *Node, slow bool) []Result {
+	return run(ctx, n, func(c Check) bool { return slow || !c.Slow })
+}
+
+// RunSlow is Run for those alone that are for `inspect` only.
+func RunSlow(ctx context.Context, n *Node) []Result {
+	return run(ctx, n, func(c Check) bool { return c.Slow })
+}
+
+func run(ctx context.Context, n *Node, wanted func(Check) bool) (out []Result) {
 	n.complete()
-	var out []Result
 	for _, c := range Checks {
-		if c.Slow && !slow {
+		if !wanted(c) {
 			continue
 		}
 		r := Result{Check: c}
 		if err := ctx.Err(); err != nil {
 			r.Unseen = errors.New("there was no time left")
 		} else {
-			r.Findings, r.Unseen = c.run(ctx, n)
+			limited, cancel := context.WithTimeout(ctx, limit(ctx))
+			r.Findings, r.Unseen = c.run(limited, n)
+			cancel()
 		}
 		out = append(out, r)
 	}

@@ -86,6 +86,7 @@ func (s *Supervisor) endOrphans(ctx context.Context) error {
 				target = rec.PID
 			}
 			_ = unix.Kill(target, unix.SIGTERM)
+			_ = unix.Kill(target, unix.SIGCONT)
 			if !await(ctx, s.StopTimeout, func() bool { return !alive() }) {
 				_ = unix.Kill(target, unix.SIGKILL)
 				if !await(ctx, s.StopTimeout, func() bool { return !alive() }) {

@@ -361,6 +361,22 @@ func TestStubbornServiceIsKilled(t *testing.T) {
 	}
 }
 
+// TestFrozenServiceEndsByItself: a process that was stopped by a signal is asked to end as others are, not killed.
+func TestFrozenServiceEndsByItself(t *testing.T) {
+	h := newHarness(t, map[string]string{Kubelite: `trap 'exit 0' TERM; echo ready; while :; do sleep 0.05; done`})
+	h.start()
+	h.eventually("it takes SIGTERM", func() bool { return LastLine(h.env.ServiceLog(Kubelite)) == "ready" })
+	if err := unix.Kill(-h.state(Kubelite).PID, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.client.Stop(context.Background(), Kubelite); err != nil {
+		t.Fatal(err)
+	}
+	if s := h.state(Kubelite); s.Phase != Stopped || s.LastExit == "killed by SIGKILL" {
+		t.Errorf("state: %+v", s)
+	}
+}
+
 // shim leaves a process behind that has left the session, as containerd's shims do.
 const shim = `if [ ! -e $SNAP_COMMON/shim ]; then
 	setsid sh -c 'echo $$ > $SNAP_COMMON/shim.new; mv $SNAP_COMMON/shim.new $SNAP_COMMON/shim; exec sleep 1000' &

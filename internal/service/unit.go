@@ -191,6 +191,7 @@ func (u *unit) watch(ctx context.Context, p *process) (stopped bool) {
 		stopped = true
 		u.set(func(st *State) { st.Phase = Stopping })
 		p.signal(unix.SIGTERM, u.mainOnly)
+		p.signal(unix.SIGCONT, u.mainOnly) // a process that was stopped takes no other signal, as systemd does it
 		select {
 		case <-p.ended:
 		case <-time.After(u.sup.StopTimeout):

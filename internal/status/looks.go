@@ -60,8 +60,8 @@ var Looks = func() map[string]string {
 	return looks
 }()
 
-// checks looks at this node, whose services are in these states.
-func (p *Prober) checks(ctx context.Context, config nodeconfig.Config, services []service.State, slow bool) []nodecheck.Result {
+// node is what is looked at on this node, whose services are in these states.
+func (p *Prober) node(config nodeconfig.Config, services []service.State) *nodecheck.Node {
 	n := &nodecheck.Node{Env: p.Env, Config: config, Now: p.Now, Services: services}
 	own, err := hostinfo.Addresses()
 	if config.Datastore.Own() && err == nil {
@@ -75,14 +75,14 @@ func (p *Prober) checks(ctx context.Context, config nodeconfig.Config, services 
 	if p.Node != nil {
 		p.Node(n)
 	}
-	return nodecheck.Run(ctx, n, slow)
+	return n
 }
 
 // Slow makes the checks that take longer, or whose findings harm only some, besides those of
 // [Prober.Probe]: they are for `inspect`.
 func (p *Prober) Slow(ctx context.Context, services []service.State) (problems []Problem, unseen []Unseen) {
 	var r Report
-	r.checked(slices.DeleteFunc(p.checks(ctx, nodeconfig.Load(p.Env), services, true), func(r nodecheck.Result) bool { return !r.Check.Slow }))
+	r.checked(nodecheck.RunSlow(ctx, p.node(nodeconfig.Load(p.Env), services)))
 	return r.Problems, r.Unseen
 }
 

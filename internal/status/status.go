@@ -169,7 +169,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"node": func() {
 			select {
 			case states := <-known:
-				checks = p.checks(ctx, config, states, false)
+				checks = nodecheck.Run(ctx, p.node(config, states), false)
 			case <-ctx.Done():
 			}
 		},

@@ -33,6 +33,9 @@ var program string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	if filepath.Base(os.Args[0]) == datastoreProgram {
+		return datastoreTool(os.Args[1:])
+	}
 	dir, err := os.MkdirTemp("", "mk8s")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -27,6 +27,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"microk8s/internal/cli"
+	"microk8s/internal/datastore/backup"
+	"microk8s/internal/datastore/migrator"
 	"microk8s/internal/encryption"
 	"microk8s/internal/pack"
 	"microk8s/internal/pki"
@@ -52,6 +54,7 @@ type frozenRow struct {
 const (
 	silentAPI        = `API server.* (did not answer within|does not answer in time)|did not answer within .*API server`
 	silentSupervisor = `the supervisor of the services \(pid \d+\) did not answer within .*microk8s logs supervisor`
+	silentDatastore  = `the datastore at unix://\S+ does not answer: .*see: microk8s status`
 	silentContainerd = `containerd did not answer within .*microk8s logs containerd`
 )
 
@@ -83,7 +86,10 @@ var frozenRows = []frozenRow{
 	{command: "config", run: "config --revoke ann", says: silentAPI},
 	{command: "ctr", run: "ctr images ls", says: silentContainerd + `(.|\n)*exec .*ctr .*--timeout 30s images ls`},
 	{command: "dashboard-proxy", skip: "it serves until it is interrupted; internal/console bounds each call"},
-	{command: "dbctl", run: "dbctl backup -o WORK/b", skip: "the far side is that of k8s-dqlite's migrator: internal/datastore/migrator"},
+	{command: "dbctl", run: "dbctl backup -o WORK/b", says: silentDatastore},
+	{command: "dbctl", run: "dbctl restore WORK/kept.tar.gz", says: `cannot keep a copy(.|\n)*` + silentDatastore},
+	{command: "dbctl", run: "dbctl restore WORK/kept.tar.gz --no-copy", says: `Restore process failed(.|\n)*` + silentDatastore},
+	{command: "dbctl", run: "dbctl disarm", skip: "k8s-dqlite's sub-command alarm needs its C library: TestNode, frozen daemons"},
 	{command: "disable", run: "disable dns", says: silentAPI},
 	{command: "enable", run: "enable dns", says: silentAPI},
 	{command: "encryption", asks: "help"},
@@ -117,7 +123,7 @@ var frozenRows = []frozenRow{
 	{command: "reset", says: silentAPI},
 	{command: "restore", run: "restore NAME --passphrase-file WORK/passphrase", says: silentAPI},
 	{command: "start", says: silentSupervisor},
-	{command: "status", says: `the service manager did not answer within(.|\n)*the API server did not answer within`},
+	{command: "status", says: `the service manager did not answer within(.|\n)*the API server (did not answer within|accepts connections and does not answer)`},
 	{command: "stop", says: silentSupervisor},
 	{command: "version", asks: "files of this node"},
 
@@ -283,6 +289,14 @@ func freeze(t *testing.T, dir string, alone bool) (*cli.App, *safe) {
 			t.Fatal(err)
 		}
 	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(self, env.Bin(datastoreProgram)); err != nil {
+		t.Fatal(err)
+	}
+	mkBackup(t, filepath.Join(dir, "kept.tar.gz"))
 	addons, err := filepath.Abs("../../addons")
 	if err != nil {
 		t.Fatal(err)
@@ -383,3 +397,36 @@ func mkArchive(t *testing.T, path string) {
 }
 
 func second(_ int, err error) error { return err }
+
+// mkBackup writes an archive of a datastore with one key.
+func mkBackup(t *testing.T, archive string) {
+	t.Helper()
+	keys := filepath.Join(t.TempDir(), "keys")
+	w, err := backup.Create(keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Add(backup.Pair{Key: []byte("/registry/x"), Value: []byte("y")}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Close(1, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if err := backup.Pack(t.Context(), keys, archive); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// datastoreProgram is the name under which the test's program is what dbctl runs: its sub-command
+// migrator, the product's own. The rest of k8s-dqlite needs a C library.
+const datastoreProgram = "k8s-dqlite"
+
+func datastoreTool(args []string) int {
+	root := &cobra.Command{Use: datastoreProgram, SilenceUsage: true}
+	root.AddCommand(migrator.NewCommand())
+	root.SetArgs(args)
+	if err := root.ExecuteContext(context.Background()); err != nil {
+		return 1
+	}
+	return 0
+}

@@ -214,19 +214,28 @@ func (n *node) testLiveCertificates(t *testing.T) {
 
 // testDaemonEnds gives one of kubelite's daemons a flag that it can parse and not use.
 func (n *node) testDaemonEnds(t *testing.T) {
-	undo := n.edit(t, n.path("args/kube-scheduler"), func(data []byte) []byte {
+	undoScheduler := n.edit(t, n.path("args/kube-scheduler"), func(data []byte) []byte {
 		return append(data, "--config=/does/not/exist\n"...)
+	})
+	// Somebody changes the pods' range of a cluster that has nodes.
+	undoRange := n.edit(t, n.path("args/kube-controller-manager"), func(data []byte) []byte {
+		return append(data, "--cluster-cidr=10.77.0.0/16\n"...)
 	})
 	n.run(t, "kill", "-TERM", n.pid(t, "kubelite"))
 	eventually(t, time.Minute, func() error {
 		out, err := n.tryAll(t, "", "microk8s", "status")
-		// The API server goes on.
-		if err != nil || !strings.Contains(out, "microk8s is running") || !strings.Contains(out, "kube-scheduler inside kubelite has ended") || !strings.Contains(out, "/does/not/exist") {
-			return fmt.Errorf("status: %v\n%s", fmt.Sprint(err), out)
+		for _, want := range []string{
+			"microk8s is running", "kube-scheduler inside kubelite has ended", "/does/not/exist", // the API server goes on
+			"kube-controller-manager inside kubelite runs, but it goes on without the node-ipam-controller", "is out the range of cluster cidr 10.77.0.0/16", "correct --cluster-cidr in",
+		} {
+			if err != nil || !strings.Contains(out, want) {
+				return fmt.Errorf("status: %v, and nothing of %q\n%s", fmt.Sprint(err), want, out)
+			}
 		}
 		return nil
 	})
-	undo()
+	undoScheduler()
+	undoRange()
 	n.run(t, "microk8s", "stop")
 	n.run(t, "microk8s", "start")
 	n.usable(t)

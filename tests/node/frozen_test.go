@@ -18,6 +18,8 @@ func (n *node) testFrozen(t *testing.T) {
 	for _, frozen := range []struct{ program, command, says string }{
 		{"kubelite", "microk8s status", `the API server did not answer within`},
 		{"k8s-dqlite", "microk8s status", `the datastore does not answer`},
+		{"k8s-dqlite", "microk8s dbctl disarm", `the datastore at \S+ does not answer`},
+		{"cluster-agent", "microk8s inspect", `cluster-agent runs and does not answer on port 25000(.|\n)*Report tarball is at`},
 		{"containerd", "microk8s status", `containerd does not answer`},
 		{"containerd", "microk8s ctr version", `containerd did not answer within .*microk8s logs containerd`},
 	} {
@@ -35,6 +37,18 @@ func (n *node) testFrozen(t *testing.T) {
 		})
 	}
 	n.waitReady(t)
+	// A node whose daemons are frozen is stopped all the same, and comes back.
+	t.Run("stop", func(t *testing.T) {
+		for _, program := range []string{"kubelite", "k8s-dqlite", "containerd", "cluster-agent"} {
+			n.run(t, "kill", "-STOP", strings.Fields(n.run(t, "pidof", program))[0])
+		}
+		n.run(t, "microk8s", "stop")
+		if err := n.nothingRuns(t); err != nil {
+			t.Error(err)
+		}
+		n.run(t, "microk8s", "start")
+		n.waitReady(t)
+	})
 }
 
 // testPodSecurity enforces a standard: a pod beyond it is refused in a new namespace, our addons'
