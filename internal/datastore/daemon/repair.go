@@ -52,7 +52,7 @@ func newRecover() *cobra.Command {
 
 Stop the node everywhere. Copy the storage directories of the other members that are left to
 this one, and name each with --compare. The command says how far each has come, and refuses if
-another one is newer than --storage-dir. With --others-are-gone it saves the directory beside
+another one is newer than --storage-dir, or that one has no data, as a spare has none. With --others-are-gone it saves the directory beside
 itself and makes this member the only one of the cluster. Start it then, and let the others
 leave and join again; never start one of them with its old directory.
 

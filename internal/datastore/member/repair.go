@@ -215,9 +215,12 @@ func roomFor(work, dir string) error {
 // ErrStaler says that another copy is newer than the one that was to be used.
 var ErrStaler = errors.New("another copy is newer")
 
+// ErrNoData says that a member has none of the cluster's data.
+var ErrNoData = errors.New("this member has none of the cluster's data")
+
 // Recover makes a stopped member whose cluster has lost its majority for good the only member
 // of a new cluster with the same data. others are the directories of other members that are
-// left; when one is newer than dir, it is refused with ErrStaler. dir is saved to the
+// left; when one is newer than dir, it is refused with ErrStaler. A member without data is refused with ErrNoData. dir is saved to the
 // directory saved, which must not exist, before anything is changed.
 func Recover(dir string, others []string, saved string) error {
 	if err := notRunning(dir); err != nil {
@@ -234,6 +237,10 @@ func Recover(dir string, others []string, saved string) error {
 	copies, err := Judge(append([]string{dir}, others...)...)
 	if err != nil {
 		return err
+	}
+	if copies[0].Index == 0 {
+		return fmt.Errorf("%w: a spare has none, which the second control-plane node is until there is a third, and neither has one after reseed that was not started since; "+
+			"run the command on a voter, or make this node a cluster of its own and restore a backup there: microk8s leave --force; microk8s dbctl restore FILE", ErrNoData)
 	}
 	for _, c := range copies[1:] {
 		if c.Term > copies[0].Term || c.Term == copies[0].Term && c.Index > copies[0].Index {

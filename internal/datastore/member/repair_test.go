@@ -1,12 +1,36 @@
 package member
 
 import (
+	"errors"
 	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"microk8s/internal/datastore/storedir"
 )
+
+// TestRecoverOfASpare: there is nothing to go on with, and nothing is changed.
+func TestRecoverOfASpare(t *testing.T) {
+	parent := t.TempDir()
+	dir := filepath.Join(parent, "backend")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const info = "Address: 127.0.0.1:1\nID: 7\nRole: 2\n"
+	if err := os.WriteFile(filepath.Join(dir, storedir.InfoFile), []byte(info), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Recover(dir, nil, filepath.Join(parent, "saved")); !errors.Is(err, ErrNoData) || !strings.Contains(err.Error(), "microk8s dbctl restore") {
+		t.Errorf("%v, want %v", err, ErrNoData)
+	}
+	entries, err := os.ReadDir(parent)
+	text, readErr := os.ReadFile(filepath.Join(dir, storedir.InfoFile))
+	if err != nil || readErr != nil || len(entries) != 1 || string(text) != info {
+		t.Errorf("left %v, %q, %v, %v", entries, text, err, readErr)
+	}
+}
 
 // TestMayReseed: a directory that names a member is not enough to take that member out of the cluster.
 func TestMayReseed(t *testing.T) {
