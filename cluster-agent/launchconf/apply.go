@@ -107,7 +107,9 @@ type state struct {
 	Done     []string `json:"done"`
 	Restarts []string `json:"restarts,omitempty"` // still to be made
 	Joining  []string `json:"joining,omitempty"`  // steps that have begun a join
-	path     string
+	// Before is what argument files of Kubernetes' daemons had in them, by name, until the daemons have taken the new ones.
+	Before map[string]string `json:"before,omitempty"`
+	path   string
 }
 
 // StateDir is the folder with what was done of each configuration, by the hash of its text.
@@ -235,6 +237,11 @@ func (a *Applier) steps(docs []Document, st *state) (out []step) {
 	if slices.ContainsFunc(docs, func(d Document) bool { return len(d.CNIEnv) > 0 }) {
 		out = append(out, step{"ranges of pods and Services", false, func(ctx context.Context) error { return setup.Ranges(ctx, a.Env, a.Log) }})
 	}
+	if slices.ContainsFunc(docs, func(d Document) bool {
+		return slices.ContainsFunc(d.files(), func(f file) bool { return len(f.changes) > 0 && f.kubernetes() })
+	}) {
+		out = append(out, step{"arguments that Kubernetes takes", false, func(ctx context.Context) error { return a.accepted(ctx, st) }})
+	}
 	out = append(out, step{"restart of services", true, func(ctx context.Context) error { return a.restart(ctx, st, false) }})
 	microk8s := a.Env.Bin("microk8s")
 	for i, d := range docs {
@@ -336,7 +343,16 @@ func (a *Applier) change(f file, st *state) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if bytes.Equal(before, after) || a.PreInit {
+	if bytes.Equal(before, after) {
+		return nil
+	}
+	if _, kept := st.Before[f.name]; !kept && f.kubernetes() {
+		if st.Before == nil {
+			st.Before = map[string]string{}
+		}
+		st.Before[f.name] = string(before)
+	}
+	if a.PreInit {
 		return nil
 	}
 	for _, s := range f.restarts {
@@ -345,6 +361,35 @@ func (a *Applier) change(f file, st *state) error {
 		}
 	}
 	return nil
+}
+
+// exitArguments is how `kubelite check` ends where a daemon does not take its arguments.
+const exitArguments = 3
+
+// kubernetes reports whether the file has arguments of one of Kubernetes' daemons.
+func (f file) kubernetes() bool { return !f.env && slices.Contains(f.restarts, service.Kubelite) }
+
+// accepted asks kubelite whether Kubernetes' daemons take the arguments that are in the files now. If not, the node
+// would not start with them: the files get back what they had, and the configuration counts as not applied.
+func (a *Applier) accepted(ctx context.Context, st *state) error {
+	program := filepath.Join(a.Env.Snap, "kubelite")
+	if _, err := os.Stat(program); err != nil || len(st.Before) == 0 {
+		return nil
+	}
+	err := a.Run(ctx, nil, program, "check")
+	var exit interface{ ExitCode() int }
+	if !errors.As(err, &exit) || exit.ExitCode() != exitArguments {
+		return nil // or it could not find out, and a start says why
+	}
+	_, why, _ := strings.Cut(err.Error(), ": ")
+	err = fmt.Errorf("%s; the files in %s are as they were: correct the launch configuration, see docs/launch.md", strings.ReplaceAll(why, "\n", "; "), a.Env.ArgsDir())
+	for name, text := range st.Before {
+		err = errors.Join(err, a.write(a.Env.Args(name), []byte(text), 0o660))
+	}
+	if e := os.Remove(st.path); e != nil && !errors.Is(e, fs.ErrNotExist) {
+		err = errors.Join(err, e)
+	}
+	return err
 }
 
 // restart restarts what is noted, except the agent or only it, and strikes it off.

@@ -3,6 +3,7 @@ package launchconf
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -80,6 +81,58 @@ func (h *host) args(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// refusal is how a program ends.
+type refusal struct{ code int }
+
+func (r refusal) Error() string { return "exit status" }
+func (r refusal) ExitCode() int { return r.code }
+
+// TestArgumentsNobodyTakes: what a daemon would not start with is refused, and all files are as they were, before
+// anything is restarted. Where kubelite cannot say, a start does.
+func TestArgumentsNobodyTakes(t *testing.T) {
+	for _, code := range []int{exitArguments, 1} {
+		for _, pre := range []bool{false, true} {
+			h := newHost(t)
+			h.PreInit = pre
+			h.put(t, "kubelet", "--v=1\n")
+			h.put(t, "kube-scheduler", "--v=2\n")
+			program := filepath.Join(h.Env.Snap, "kubelite")
+			if err := os.MkdirAll(h.Env.Snap, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(program, nil, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			run := h.Run
+			h.Run = func(ctx context.Context, stdin io.Reader, argv ...string) error {
+				if argv[0] != program {
+					return run(ctx, stdin, argv...)
+				}
+				if got := h.args(t, "kubelet") + h.args(t, "kube-scheduler"); got != "--v=1\n--nosuch=1\n--v=3\n" {
+					t.Errorf("asked about %q", got)
+				}
+				return fmt.Errorf("%w: kubelet: unknown flag: --nosuch", refusal{code})
+			}
+			config := []byte("version: 0.2.0\nextraKubeletArgs: {--nosuch: 1}\nextraKubeSchedulerArgs: {--v: 3}\n")
+			if code == 1 {
+				if err := h.Apply(t.Context(), config); err != nil || len(h.restarts) == 0 && !pre {
+					t.Errorf("kubelite cannot say: %v, restarts %q", err, h.restarts)
+				}
+				continue
+			}
+			for range 2 { // it is not taken for applied
+				err := h.Apply(t.Context(), config)
+				if err == nil || !strings.Contains(err.Error(), "kubelet: unknown flag: --nosuch; ") || !strings.Contains(err.Error(), "docs/launch.md") {
+					t.Errorf("%v", err)
+				}
+				if got := h.args(t, "kubelet") + h.args(t, "kube-scheduler"); got != "--v=1\n--v=2\n" || len(h.restarts) > 0 {
+					t.Errorf("left %q, restarts %q", got, h.restarts)
+				}
+			}
+		}
+	}
 }
 
 // TestRangesLater holds that a configuration which asks a running node for other ranges is refused before anything is done, and that one

@@ -80,7 +80,7 @@ func parseFlags(argv []string, env snapenv.Env, stderr io.Writer) (*flags, error
 	fs.StringVar(&f.kubeconfig, "kubeconfig-file", env.AdminKubeconfig(), "kubeconfig with which the API server's readiness is checked")
 	fs.BoolVar(&f.startControlPlane, "start-control-plane", true, "run the API server, controller manager and scheduler as well (false on a worker)")
 	fs.Usage = func() {
-		fmt.Fprintf(stderr, "kubelite runs all of Kubernetes that a node needs in one process.\n\nUsage:\n  kubelite [flags]\n  kubelite kubectl [kubectl's arguments]\n  kubelite version\n\nFlags:\n%s", fs.FlagUsages())
+		fmt.Fprintf(stderr, "kubelite runs all of Kubernetes that a node needs in one process.\n\nUsage:\n  kubelite [flags]\n  kubelite check [flags]    read all arguments, and start nothing\n  kubelite kubectl [kubectl's arguments]\n  kubelite version\n\nFlags:\n%s", fs.FlagUsages())
 	}
 	if err := fs.Parse(argv); err != nil {
 		return nil, err
@@ -91,12 +91,42 @@ func parseFlags(argv []string, env snapenv.Env, stderr io.Writer) (*flags, error
 	return f, nil
 }
 
+// exitArguments is how `kubelite check` ends where a daemon does not take its arguments.
+const exitArguments = 3
+
+// check parses the arguments of all daemons as a start would, and starts nothing: for programs that change
+// argument files. It returns the exit code: 0, exitArguments with the reason on stderr, or 1 where it could not find out.
+func check(env snapenv.Env, argv []string, stderr io.Writer) int {
+	f, err := parseFlags(argv, env, stderr)
+	if errors.Is(err, pflag.ErrHelp) {
+		return 0
+	}
+	if err == nil {
+		config := nodeconfig.Load(env)
+		f.startControlPlane = f.startControlPlane && !config.Worker
+		var words map[string][]string
+		words, _, err = readArgs(env, config.NodeName, f, hostprobe.Probe(env.Host), slog.New(slog.DiscardHandler))
+		if err == nil {
+			if _, err = daemons.Parse(words); err != nil {
+				fmt.Fprintln(stderr, err)
+				return exitArguments
+			}
+			return 0
+		}
+	}
+	fmt.Fprintln(stderr, err)
+	return 1
+}
+
 func run(argv []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	if len(argv) == 1 && argv[0] == "version" {
 		fmt.Fprintln(stdout, "Kubernetes", version.Get().GitVersion)
 		return 0
 	}
 	env := snapenv.FromEnviron(getenv)
+	if len(argv) > 0 && argv[0] == "check" {
+		return check(env, argv[1:], stderr)
+	}
 	f, err := parseFlags(argv, env, stderr)
 	if errors.Is(err, pflag.ErrHelp) {
 		return 0
