@@ -3,13 +3,16 @@ package cluster
 import (
 	"crypto/x509/pkix"
 	"fmt"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
-
-	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/longtest"
 	"microk8s/internal/pki"
@@ -80,7 +83,9 @@ func TestAutomation(t *testing.T) {
 		hosts := map[string]string{"microk8s_first": "n1", "microk8s_workers": "w1"}
 		c.ansible(t, hosts)
 		c.waitReady(t, "n1", "w1")
-		c.ansible(t, hosts) // a second run changes nothing
+		if n := c.ansible(t, hosts); n != 0 {
+			t.Errorf("a second run changes %d things", n)
+		}
 		eventually(t, time.Minute, func() error {
 			n, err := c.node(t, "n1", "n1")
 			if err != nil {
@@ -144,10 +149,10 @@ func (c *automated) more(t *testing.T, host string) {
 	c.prepare(t, host)
 }
 
-// here puts the lab's addresses, and what a recipe leaves open, into a text of the page.
+// here puts the lab's address into a text of the page.
 func (c *automated) here(t *testing.T, text string) string {
 	t.Helper()
-	return strings.NewReplacer("10.0.0.11", c.ip(t, "n1"), "{{ first }}", c.ip(t, "n1"), "{{ microk8s_token }}", "5b0d6e2c94f14aa7b9c3d18e07a2f6c1").Replace(text)
+	return strings.ReplaceAll(text, "10.0.0.11", c.ip(t, "n1"))
 }
 
 // runLine runs one line, or more, in a host. As in cloud-init and over ssh there is no HOME.
@@ -168,66 +173,84 @@ func (c *automated) put(t *testing.T, host, path, content, mode string) {
 	c.runIn(t, host, content, "sh", "-c", fmt.Sprintf("mkdir -p $(dirname %[1]s) && cat > %[1]s.new && chmod %[2]s %[1]s.new && mv %[1]s.new %[1]s", path, mode))
 }
 
-// cloudInit does what cloud-init does with user data: files, then commands.
-func (c *automated) cloudInit(t *testing.T, host, name string) {
+// tools is where a host has cloud-init and Ansible.
+const tools = "/opt/automation"
+
+// installTools puts cloud-init and Ansible, from Debian's packages, on a host.
+func (c *automated) installTools(t *testing.T, host string) {
 	t.Helper()
-	var data struct {
-		WriteFiles []struct{ Path, Permissions, Content string } `json:"write_files"`
-		RunCmd     []string                                      `json:"runcmd"`
+	const dir = "../../build/automation"
+	if out, err := exec.CommandContext(t.Context(), "../../scripts/automation").CombinedOutput(); err != nil {
+		t.Fatalf("cannot fetch cloud-init and Ansible: %v\n%s", err, out)
 	}
-	text, found := strings.CutPrefix(c.here(t, c.page[name]), "#cloud-config\n")
-	if !found {
-		t.Fatal("cloud-init takes it for something else: the first line is not #cloud-config")
-	}
-	if err := yaml.UnmarshalStrict([]byte(text), &data); err != nil {
+	if err := os.CopyFS(filepath.Join(c.lab.Root(host), tools), os.DirFS(dir+"/root")); err != nil {
 		t.Fatal(err)
-	}
-	for _, f := range data.WriteFiles {
-		c.put(t, host, f.Path, f.Content, f.Permissions)
-	}
-	for _, line := range data.RunCmd {
-		c.runLine(t, host, line)
 	}
 }
 
-// ansible runs the plays of the page's playbook on the host of each group: the two modules that it
-// uses, and creates. Ansible itself is not among what a test needs.
-func (c *automated) ansible(t *testing.T, groups map[string]string) {
+// tool runs one of them in a host. As at boot and over ssh there is little in the environment.
+func (c *automated) tool(t *testing.T, host, script string) string {
 	t.Helper()
-	var plays []struct {
-		Hosts  string
-		Become bool
-		Tasks  []struct {
-			Name        string
-			Command     string                                `json:"ansible.builtin.command"`
-			Copy        *struct{ Dest, Mode, Content string } `json:"ansible.builtin.copy"`
-			Args        struct{ Creates string }
-			ChangedWhen *bool `json:"changed_when"`
-			NoLog       bool  `json:"no_log"`
-		}
+	return c.run(t, host, "env", "-i", "LC_ALL=C.UTF-8", "PYTHONPATH="+tools+"/usr/lib/python3/dist-packages",
+		"PATH=/root/bin:/snap/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"sh", "-ec", "cloud() { /usr/bin/python3 "+tools+"/usr/bin/cloud-init \"$@\"; }; playbook() { HOME=/root /usr/bin/python3 "+tools+"/usr/bin/ansible-playbook \"$@\"; }\n"+script)
+}
+
+// cloudConfig has cloud-init take the user data from a file, and do nothing else to a host than what it says.
+const cloudConfig = `datasource_list: [NoCloud]
+network: {config: disabled}
+cloud_init_modules: [write-files]
+cloud_config_modules: [runcmd]
+cloud_final_modules: [scripts-user]
+system_info: {distro: debian}
+`
+
+// cloudInit boots a host with the user data, as cloud-init's services do, in their order.
+func (c *automated) cloudInit(t *testing.T, host, name string) {
+	t.Helper()
+	c.installTools(t, host)
+	const seed = "/var/lib/cloud/seed/nocloud/"
+	c.put(t, host, "/etc/cloud/cloud.cfg", cloudConfig, "0644")
+	c.put(t, host, seed+"meta-data", "instance-id: i-"+host+"\nlocal-hostname: "+host+"\n", "0644")
+	c.put(t, host, seed+"user-data", c.here(t, c.page[name]), "0600")
+	out := c.tool(t, host, "cloud schema --config-file "+seed+"user-data; cloud init --local; cloud init; cloud modules --mode=config; cloud modules --mode=final; cloud status --long")
+	if !strings.Contains(out, "status: done") {
+		t.Errorf("cloud-init on %s:\n%s", host, out)
 	}
-	if err := yaml.UnmarshalStrict([]byte(c.page["ansible"]), &plays); err != nil {
-		t.Fatal(err)
-	}
-	for _, play := range plays {
-		host := groups[play.Hosts]
-		if host == "" || !play.Become {
-			t.Fatalf("the play of %q has no host, or is not root's", play.Hosts)
+}
+
+// recap is what ansible-playbook says at its end of one host.
+var recap = regexp.MustCompile(`ok=\d+ +changed=(\d+) +unreachable=0 +failed=0 `)
+
+// ansible runs the page's playbook on each host, as the one of its group, and returns how many tasks have changed something.
+func (c *automated) ansible(t *testing.T, groups map[string]string) (changed int) {
+	t.Helper()
+	for _, group := range slices.Sorted(maps.Keys(groups)) { // the first node is first
+		host := groups[group]
+		if c.try(t, host, "test", "-e", tools).code != 0 {
+			c.installTools(t, host)
 		}
-		for _, task := range play.Tasks {
-			if path := task.Args.Creates; path != "" && c.try(t, host, "test", "-e", path).code == 0 {
-				continue
+		inventory := ""
+		for other := range groups {
+			inventory += "[" + other + "]\n"
+			if other == group {
+				inventory += host + " ansible_connection=local ansible_python_interpreter=/usr/bin/python3 ansible_become_method=su\n"
 			}
-			switch {
-			case task.Copy != nil:
-				c.put(t, host, task.Copy.Dest, task.Copy.Content, task.Copy.Mode)
-			case task.Command != "":
-				c.runLine(t, host, c.here(t, task.Command))
-			default:
-				t.Fatalf("task %q: no module that is known here", task.Name)
-			}
 		}
+		c.put(t, host, "/root/hosts.ini", inventory, "0644")
+		c.put(t, host, "/root/site.yaml", c.page["ansible"], "0644")
+		out := c.tool(t, host, "cd /root; playbook -i hosts.ini -e first="+c.ip(t, "n1")+" -e microk8s_token=5b0d6e2c94f14aa7b9c3d18e07a2f6c1 site.yaml")
+		found := recap.FindStringSubmatch(out)
+		if found == nil {
+			t.Fatalf("ansible-playbook on %s:\n%s", host, out)
+		}
+		n, err := strconv.Atoi(found[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed += n
 	}
+	return changed
 }
 
 // issueCA makes the CA that Cluster API brings.
