@@ -14,10 +14,13 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/authentication/serviceaccount"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 	apirequest "k8s.io/apiserver/pkg/endpoints/request"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	metafake "k8s.io/client-go/metadata/fake"
@@ -212,11 +215,16 @@ func (s *site) ingressCluster(names map[string]string) (readable func() string) 
 		}, metav1.CreateOptions{})
 		must(err)
 	}
+	kinds := map[schema.GroupVersionResource]string{}
+	for _, kind := range ingressrights.Kinds() {
+		kinds[kind] = "List"
+	}
+	objects := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), kinds)
 	running, stop := context.WithCancel(ctx)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		ingressrights.Keep(running, client, meta, slog.New(slog.DiscardHandler))
+		ingressrights.Keep(running, client, meta, objects, slog.New(slog.DiscardHandler))
 	}()
 	t.Cleanup(func() { stop(); <-done })
 	return func() string {

@@ -105,10 +105,15 @@ var parts = map[string]part{
 	},
 	"ingress": {
 		check: check(readIngress), values: values(readIngress), title: "Ingress",
-		usage: `ingress [--default-ssl-certificate ingress/SECRET]
+		usage: `ingress [--default-ssl-certificate ingress/SECRET] [--keep-client-address[=BALANCERS]] [--traefik-arg ARGUMENT]...
                 Traefik on ports 80 and 443 of every node; SECRET has the certificate for
-                hosts without one of their own`,
-		notes: []string{"Annotations of ingress-nginx have no effect: the controller is Traefik, which has its own."},
+                hosts without one of their own; BALANCERS are addresses or networks, with commas
+                between, of load balancers in front that pass on the clients' addresses (PROXY
+                protocol, X-Forwarded-For); ARGUMENT is one of Traefik's own, kept over upgrades`,
+		notes: []string{
+			"The controller is Traefik; the usual annotations of ingress-nginx are translated, and those that are not are answered",
+			"with a warning when an Ingress is created.",
+		},
 	},
 	"metallb": {
 		check: check(readMetallb), values: renderMetallb, admit: admitMetallb, ask: metallbQuestion, title: "MetalLB",

@@ -2,10 +2,13 @@ package addon
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/spf13/pflag"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -112,24 +115,105 @@ func renderRegistry(ctx context.Context, s *Set, words []string) (any, error) {
 // ingressNamespace holds Traefik, and the certificate for hosts without one of their own.
 const ingressNamespace = "ingress"
 
-type ingressValues struct{ Certificate string }
+type ingressValues struct {
+	Certificate string
+	// Balancers are networks whose PROXY protocol and X-Forwarded-For are believed, with commas between.
+	Balancers []string
+	// Args are Traefik's own, as YAML.
+	Args []string
+	// Translated are the annotations of ingress-nginx with an effect, as a list of CEL.
+	Translated string
+}
 
-// readIngress reads `enable ingress [--default-ssl-certificate NAMESPACE/NAME]`.
+// readIngress reads `enable ingress [--default-ssl-certificate NAMESPACE/NAME] [--keep-client-address[=NETWORKS]]
+// [--traefik-arg ARGUMENT]...`.
 func readIngress(words []string) (ingressValues, error) {
-	v, full := ingressValues{}, ""
-	err := parseFlags("ingress", words, func(f *pflag.FlagSet) { f.StringVar(&full, "default-ssl-certificate", "", "") })
-	if err != nil || full == "" {
+	v, full, balancers := ingressValues{Translated: "'" + strings.Join(nginxAnnotations, "', '") + "'"}, "", ""
+	var args []string
+	err := parseFlags("ingress", words, func(f *pflag.FlagSet) {
+		f.StringVar(&full, "default-ssl-certificate", "", "")
+		f.StringVar(&balancers, "keep-client-address", "", "")
+		f.Lookup("keep-client-address").NoOptDefVal = directClients
+		f.StringArrayVar(&args, "traefik-arg", nil, "")
+	})
+	if err != nil {
 		return v, err
 	}
-	namespace, name, ok := strings.Cut(full, "/")
-	if !ok || !objectName.MatchString(name) {
-		return v, &ArgumentError{fmt.Sprintf("--default-ssl-certificate is a Secret as NAMESPACE/NAME, and not %q", full)}
+	if full != "" {
+		namespace, name, ok := strings.Cut(full, "/")
+		if !ok || !objectName.MatchString(name) {
+			return v, &ArgumentError{fmt.Sprintf("--default-ssl-certificate is a Secret as NAMESPACE/NAME, and not %q", full)}
+		}
+		if namespace != ingressNamespace {
+			return v, &ArgumentError{fmt.Sprintf("the Secret of --default-ssl-certificate must be in the namespace %s, and not in %q", ingressNamespace, namespace)}
+		}
+		v.Certificate = name
 	}
-	if namespace != ingressNamespace {
-		return v, &ArgumentError{fmt.Sprintf("the Secret of --default-ssl-certificate must be in the namespace %s, and not in %q", ingressNamespace, namespace)}
+	if balancers != "" && balancers != directClients {
+		for text := range strings.SplitSeq(balancers, ",") {
+			network, err := netip.ParsePrefix(text)
+			if addr, addrErr := netip.ParseAddr(text); addrErr == nil && addr.Zone() == "" {
+				network, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+			}
+			if err != nil {
+				return v, &ArgumentError{fmt.Sprintf("--keep-client-address takes addresses or networks of load balancers with commas between, and %q is neither", text)}
+			}
+			if network.Bits() == 0 {
+				return v, &ArgumentError{fmt.Sprintf("--keep-client-address=%s would believe everybody who names another address as his own; name the load balancers", text)}
+			}
+			v.Balancers = append(v.Balancers, network.String())
+		}
+		v.Balancers = []string{strings.Join(v.Balancers, ",")}
 	}
-	v.Certificate = name
+	for _, arg := range args {
+		name, _, _ := strings.Cut(arg, "=")
+		key := strings.ToLower(strings.TrimLeft(name, "-"))
+		switch {
+		case !strings.HasPrefix(arg, "--") || key == "" || strings.ContainsFunc(arg, unicode.IsControl):
+			return v, &ArgumentError{fmt.Sprintf("--traefik-arg is an argument of Traefik's such as --traefik-arg=--accesslog=true, and not %q", arg)}
+		case slices.Contains(fixedArgs, key) || strings.HasPrefix(key, "configfile"):
+			return v, &ArgumentError{fmt.Sprintf("--traefik-arg cannot set %s, on which the addon depends", name)}
+		}
+		quoted, err := json.Marshal(arg) // JSON is YAML
+		if err != nil {
+			return v, err
+		}
+		v.Args = append(v.Args, string(quoted))
+	}
 	return v, nil
+}
+
+// directClients stands for --keep-client-address without load balancers.
+const directClients = "direct"
+
+// fixedArgs are arguments of Traefik without which the addon's own parts do not find each other.
+var fixedArgs = []string{
+	"entrypoints.web.address", "entrypoints.websecure.address", "entrypoints.traefik.address", "ping", "ping.entrypoint", "ping.manualrouting",
+	"providers.kubernetesingress", "providers.kubernetesingress.endpoint", "providers.kubernetesingress.token", "providers.kubernetesingress.ingressclass",
+	"providers.kubernetesingressnginx", "providers.kubernetesingressnginx.endpoint", "providers.kubernetesingressnginx.token", "providers.kubernetesingressnginx.controllerclass",
+	"providers.kubernetescrd", "providers.kubernetescrd.endpoint", "providers.kubernetescrd.token",
+	"providers.file", "providers.file.filename", "providers.file.directory",
+}
+
+// nginxAnnotations are those of ingress-nginx, without their prefix, that Traefik v3.7.13 reads
+// (pkg/provider/kubernetes/ingress-nginx/annotations.go), less the snippets and ModSecurity, which this build does
+// not take. Others are answered with a warning.
+var nginxAnnotations = []string{
+	"affinity", "affinity-canary-behavior", "allowlist-source-range", "app-root", "auth-method", "auth-realm",
+	"auth-response-headers", "auth-secret", "auth-secret-type", "auth-signin", "auth-tls-pass-certificate-to-upstream",
+	"auth-tls-secret", "auth-tls-verify-client", "auth-type", "auth-url", "backend-protocol", "canary",
+	"canary-by-cookie", "canary-by-header", "canary-by-header-pattern", "canary-by-header-value", "canary-weight",
+	"canary-weight-total", "client-body-buffer-size", "cors-allow-credentials", "cors-allow-headers", "cors-allow-methods",
+	"cors-allow-origin", "cors-expose-headers", "cors-max-age", "custom-headers", "custom-http-errors", "default-backend",
+	"enable-access-log", "enable-cors", "enable-global-auth", "force-ssl-redirect", "from-to-www-redirect",
+	"limit-burst-multiplier", "limit-connections", "limit-rpm", "limit-rps", "permanent-redirect", "permanent-redirect-code",
+	"proxy-body-size", "proxy-buffer-size", "proxy-buffering", "proxy-buffers-number", "proxy-connect-timeout",
+	"proxy-http-version", "proxy-max-temp-file-size", "proxy-next-upstream", "proxy-next-upstream-timeout",
+	"proxy-next-upstream-tries", "proxy-read-timeout", "proxy-request-buffering", "proxy-send-timeout", "proxy-ssl-name",
+	"proxy-ssl-secret", "proxy-ssl-server-name", "proxy-ssl-verify", "rewrite-target", "server-alias", "service-upstream",
+	"session-cookie-domain", "session-cookie-expires", "session-cookie-max-age", "session-cookie-name", "session-cookie-path",
+	"session-cookie-samesite", "session-cookie-secure", "ssl-passthrough", "ssl-redirect", "temporal-redirect",
+	"temporal-redirect-code", "upstream-hash-by", "upstream-vhost", "use-regex", "whitelist-source-range", "x-forwarded-prefix",
 }
 
 type hostAccessValues struct{ IP netip.Addr }

@@ -51,6 +51,10 @@ const (
 	// data of people's; its value says which.
 	KeepAnnotation = "microk8s.io/keep"
 
+	// TheirsAnnotation on an object in a manifest says that one of that name that others made serves as well: it is
+	// neither changed nor refused. Its value says why.
+	TheirsAnnotation = "microk8s.io/theirs"
+
 	// FeatureAnnotation on an object in a manifest names the Feature it belongs to.
 	FeatureAnnotation = "microk8s.io/feature"
 )
@@ -338,6 +342,9 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 	is := mine
 	if exists {
 		if is = set.standing(now); is == foreign {
+			if serves(o) {
+				return nil
+			}
 			if !set.Adopt {
 				return &ForeignError{[]Foreign{{Object: describe(o), Owner: owner(now)}}}
 			}
@@ -369,6 +376,12 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 		return err
 	}
 	return apply(false)
+}
+
+// serves reports whether an object of the same name that others made takes the place of o.
+func serves(o *unstructured.Unstructured) bool {
+	_, ok := o.GetAnnotations()[TheirsAnnotation]
+	return ok
 }
 
 // movedService reports whether o is a Service that is there with another address: it cannot be

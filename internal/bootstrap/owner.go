@@ -123,7 +123,7 @@ func Check(ctx context.Context, cfg *rest.Config, set Set, log *slog.Logger) (st
 			return nil, fmt.Errorf("cannot look for %s: %w", describe(o), err)
 		}
 		switch {
-		case now == nil || set.standing(now) != foreign:
+		case now == nil || set.standing(now) != foreign || serves(o):
 		case !set.Adopt:
 			theirs = append(theirs, Foreign{Object: describe(o), Owner: owner(now)})
 		case replaceable[o.GetKind()]:

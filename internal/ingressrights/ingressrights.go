@@ -1,7 +1,8 @@
-// Package ingressrights keeps the rights of the addon ingress to read Secrets: they follow the
-// Ingresses. In each namespace that has an Ingress with TLS it makes a Role and a RoleBinding for
-// the controller's ServiceAccount, limited to the names of the Secrets with certificates that
-// these Ingresses name; nothing in kube-system. When the last of them goes, so do the rights. What
+// Package ingressrights keeps the rights of the addon ingress to read Secrets and ConfigMaps: they follow the
+// Ingresses and the objects of Traefik's own kinds. In each namespace that has one that names a Secret or
+// ConfigMap it makes a Role and a RoleBinding for
+// the controller's ServiceAccount, limited to the names of the Secrets that are what they are named for
+// (certificates, CAs, users) and of the ConfigMaps; nothing in kube-system. When the last of them goes, so do the rights. What
 // may be read is listed in the ConfigMap [ListName], so that the controller's pods (internal/ingresssecrets)
 // ask for nothing else.
 //
@@ -19,14 +20,16 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	k8sfields "k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/wait"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
@@ -44,9 +47,10 @@ const (
 	RoleName = "microk8s:ingress-tls"
 
 	// ListName is the ConfigMap in Namespace whose key ListKey has one NAMESPACE/NAME on each line,
-	// sorted: the Secrets that may be read.
+	// sorted: the Secrets that may be read. MapsKey has the ConfigMaps.
 	ListName = "microk8s-tls-secrets"
 	ListKey  = "secrets"
+	MapsKey  = "configmaps"
 
 	// label marks what this package made, with the value "true".
 	label = "microk8s.io/ingress-rights"
@@ -57,6 +61,9 @@ const (
 	classAnnotation = "kubernetes.io/ingress.class"
 	annotated       = "traefik"
 )
+
+// kindsWait is how long the objects of Traefik's kinds are waited for before rights follow without them.
+const kindsWait = 15 * time.Second
 
 // notCertificates leaves out the Secrets of which there are many and which hold no certificate.
 const notCertificates = "type!=kubernetes.io/service-account-token,type!=helm.sh/release.v1,type!=kubernetes.io/dockerconfigjson"
@@ -75,22 +82,27 @@ func Run(ctx context.Context, cfg *rest.Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("cannot reach the cluster: %w", err)
 	}
-	Keep(ctx, client, meta, log)
+	objects, err := dynamic.NewForConfig(cfg)
+	if err != nil {
+		return fmt.Errorf("cannot reach the cluster: %w", err)
+	}
+	Keep(ctx, client, meta, objects, log)
 	return nil
 }
 
 // Keep is Run with clients, whose rights are the administrator's.
-func Keep(ctx context.Context, client kubernetes.Interface, meta metadata.Interface, log *slog.Logger) {
-	(&keeper{client: client, meta: meta, log: log, changed: make(chan struct{}, 1)}).run(ctx)
+func Keep(ctx context.Context, client kubernetes.Interface, meta metadata.Interface, objects dynamic.Interface, log *slog.Logger) {
+	(&keeper{client: client, meta: meta, objects: objects, log: log, changed: make(chan struct{}, 1)}).run(ctx)
 }
 
 type keeper struct {
-	client kubernetes.Interface
-	meta   metadata.Interface
-	log    *slog.Logger
+	client  kubernetes.Interface
+	meta    metadata.Interface
+	objects dynamic.Interface // of Traefik's kinds
+	log     *slog.Logger
 
 	changed chan struct{} // holds at most one
-	checked map[string]verdict
+	checked map[reference]verdict
 }
 
 // verdict is what was found out about a Secret, for one version of it.
@@ -116,7 +128,7 @@ func (k *keeper) onChange() cache.ResourceEventHandlerFuncs {
 func (k *keeper) run(ctx context.Context) {
 	accounts := informers.NewSharedInformerFactoryWithOptions(k.client, 0, informers.WithNamespace(Namespace),
 		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, Account).String()
+			o.FieldSelector = k8sfields.OneTermEqualSelector(metav1.ObjectNameField, Account).String()
 		}))
 	lister := accounts.Core().V1().ServiceAccounts().Lister()
 	_, _ = accounts.Core().V1().ServiceAccounts().Informer().AddEventHandler(k.onChange()) // fails on a stopped informer only
@@ -168,7 +180,7 @@ func (k *keeper) untilDone(ctx context.Context, step func(context.Context) error
 func (k *keeper) serve(ctx context.Context, on func() bool) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	k.checked = map[string]verdict{}
+	k.checked = map[reference]verdict{}
 	all := informers.NewSharedInformerFactoryWithOptions(k.client, 0, informers.WithTransform(slim))
 	ours := informers.NewSharedInformerFactoryWithOptions(k.client, 0, informers.WithTweakListOptions(func(o *metav1.ListOptions) {
 		o.LabelSelector = label + "=true"
@@ -191,18 +203,31 @@ func (k *keeper) serve(ctx context.Context, on func() bool) {
 	} {
 		_, _ = i.AddEventHandler(k.onChange()) // fails on a stopped informer only
 	}
+	traefik := dynamicinformer.NewFilteredDynamicSharedInformerFactory(k.objects, 0, metav1.NamespaceAll, nil)
+	for _, kind := range Kinds() {
+		i := traefik.ForResource(kind)
+		_ = i.Informer().SetTransform(slim)               // fails on a started informer only
+		_, _ = i.Informer().AddEventHandler(k.onChange()) // fails on a stopped informer only
+		v.kinds = append(v.kinds, i.Lister())
+	}
 	all.Start(ctx.Done())
 	ours.Start(ctx.Done())
 	secrets.Start(ctx.Done())
+	traefik.Start(ctx.Done())
 	defer func() {
 		cancel()
 		all.Shutdown()
 		ours.Shutdown()
 		secrets.Shutdown()
+		traefik.Shutdown()
 	}()
 	all.WaitForCacheSync(ctx.Done())
 	ours.WaitForCacheSync(ctx.Done())
 	secrets.WaitForCacheSync(ctx.Done())
+	// A kind that the cluster does not have, or not yet, holds up nothing; its objects are seen once there are any.
+	soon, enough := context.WithTimeout(ctx, kindsWait)
+	traefik.WaitForCacheSync(soon.Done())
+	enough()
 	for ctx.Err() == nil && on() {
 		k.untilDone(ctx, func(ctx context.Context) error {
 			if !on() {
@@ -263,28 +288,6 @@ func gone(err error) error {
 	return err
 }
 
-// named returns the Secrets that an Ingress names, unless it is of another controller or in
-// kube-system.
-func named(ing *networkingv1.Ingress, served func(class string) bool) []string {
-	if ing.Namespace == metav1.NamespaceSystem {
-		return nil
-	}
-	if c := ing.Spec.IngressClassName; c != nil {
-		if !served(*c) {
-			return nil
-		}
-	} else if a := ing.Annotations[classAnnotation]; a != "" && a != annotated {
-		return nil
-	}
-	var out []string
-	for _, t := range ing.Spec.TLS {
-		if t.SecretName != "" {
-			out = append(out, t.SecretName)
-		}
-	}
-	return out
-}
-
 // reconcile makes the rights those that the Ingresses need now. Rights are there before the list
 // names them.
 func (k *keeper) reconcile(ctx context.Context, v view) error {
@@ -304,14 +307,14 @@ func (k *keeper) reconcile(ctx context.Context, v view) error {
 	bindings, err := v.bindings.List(labels.Everything())
 	note(err)
 	for _, b := range bindings {
-		if len(want[b.Namespace]) == 0 {
+		if _, ok := want[b.Namespace]; !ok {
 			note(gone(k.client.RbacV1().RoleBindings(b.Namespace).Delete(ctx, b.Name, metav1.DeleteOptions{})))
 		}
 	}
 	roles, err := v.roles.List(labels.Everything())
 	note(err)
 	for _, r := range roles {
-		if len(want[r.Namespace]) == 0 {
+		if _, ok := want[r.Namespace]; !ok {
 			note(gone(k.client.RbacV1().Roles(r.Namespace).Delete(ctx, r.Name, metav1.DeleteOptions{})))
 		}
 	}
@@ -321,8 +324,11 @@ func (k *keeper) reconcile(ctx context.Context, v view) error {
 	return k.publish(ctx, v, want)
 }
 
-// wanted returns the names of the Secrets to be read, sorted, by namespace.
-func (k *keeper) wanted(ctx context.Context, v view) (map[string][]string, error) {
+// readable is what may be read in one namespace: names, sorted.
+type readable struct{ secrets, maps []string }
+
+// wanted returns what is to be read, by namespace.
+func (k *keeper) wanted(ctx context.Context, v view) (map[string]readable, error) {
 	served := func(class string) bool {
 		c, err := v.classes.Get(class)
 		return err == nil && c.Spec.Controller == controllerName
@@ -331,55 +337,78 @@ func (k *keeper) wanted(ctx context.Context, v view) (map[string][]string, error
 	if err != nil {
 		return nil, err
 	}
-	want, checked := map[string][]string{}, map[string]verdict{}
+	var all []reference
 	for _, ing := range ingresses {
-		for _, name := range named(ing, served) {
-			key := ing.Namespace + "/" + name
-			if _, seen := checked[key]; seen {
-				continue
-			}
-			ok, err := k.certificate(ctx, v, ing.Namespace, name, checked)
-			if err != nil {
-				return nil, err
-			}
-			if ok {
-				want[ing.Namespace] = append(want[ing.Namespace], name)
+		all = append(all, named(ing, served)...)
+	}
+	for _, kind := range v.kinds {
+		objects, err := kind.List(labels.Everything())
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range objects {
+			if o, ok := o.(*unstructured.Unstructured); ok {
+				all = append(all, namedByKind(o)...)
 			}
 		}
 	}
+	want, checked := map[string]readable{}, map[reference]verdict{}
+	for _, ref := range all {
+		if _, seen := checked[ref]; seen {
+			continue
+		}
+		ok, err := k.fit(ctx, v, ref, checked)
+		if err != nil {
+			return nil, err
+		}
+		if !ok {
+			continue
+		}
+		r := want[ref.ns]
+		if ref.use == publicMap {
+			r.maps = append(r.maps, ref.name)
+		} else {
+			r.secrets = append(r.secrets, ref.name)
+		}
+		want[ref.ns] = r
+	}
 	k.checked = checked
-	for _, names := range want {
-		slices.Sort(names)
+	for ns, r := range want {
+		slices.Sort(r.secrets)
+		slices.Sort(r.maps)
+		want[ns] = readable{slices.Compact(r.secrets), slices.Compact(r.maps)}
 	}
 	return want, nil
 }
 
-// certificate reports whether a Secret is one of a certificate: whoever writes an Ingress can name
-// any Secret of the namespace.
-func (k *keeper) certificate(ctx context.Context, v view, ns, name string, checked map[string]verdict) (bool, error) {
-	key := ns + "/" + name
-	o, err := v.secrets.ByNamespace(ns).Get(name)
+// fit reports whether a Secret is what it is named for. ConfigMaps are not looked at.
+func (k *keeper) fit(ctx context.Context, v view, ref reference, checked map[reference]verdict) (bool, error) {
+	if ref.use == publicMap {
+		checked[ref] = verdict{ok: true}
+		return true, nil
+	}
+	o, err := v.secrets.ByNamespace(ref.ns).Get(ref.name)
 	if err != nil {
-		checked[key] = verdict{}
+		checked[ref] = verdict{}
 		return false, nil // not there yet; its creation is seen
 	}
 	version := o.(metav1.Object).GetResourceVersion()
-	if old, ok := k.checked[key]; ok && old.version == version {
-		checked[key] = old
+	if old, ok := k.checked[ref]; ok && old.version == version {
+		checked[ref] = old
 		return old.ok, nil
 	}
-	s, err := k.client.CoreV1().Secrets(ns).Get(ctx, name, metav1.GetOptions{})
+	s, err := k.client.CoreV1().Secrets(ref.ns).Get(ctx, ref.name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
-		checked[key] = verdict{}
+		checked[ref] = verdict{}
 		return false, nil
 	}
 	if err != nil {
 		return false, err
 	}
-	ok := s.Type == corev1.SecretTypeTLS || s.Type == corev1.SecretTypeOpaque && len(s.Data[corev1.TLSCertKey]) > 0 && len(s.Data[corev1.TLSPrivateKeyKey]) > 0
-	checked[key] = verdict{version, ok}
+	ok := ref.use.fits(s)
+	checked[ref] = verdict{version, ok}
 	if !ok {
-		k.log.Warn("an Ingress names a Secret that holds no certificate: the ingress controller may not read it", "secret", key, "type", s.Type)
+		k.log.Warn("a Secret is not what it is named for: the ingress controller may not read it", "secret", ref.ns+"/"+ref.name, "named_for", ref.use, "type", s.Type)
 	}
 	return ok, nil
 }
@@ -389,10 +418,15 @@ func objectMeta(ns, name string) metav1.ObjectMeta {
 }
 
 // grant makes the Role and the RoleBinding of one namespace.
-func (k *keeper) grant(ctx context.Context, v view, ns string, names []string) error {
-	role := &rbacv1.Role{ObjectMeta: objectMeta(ns, RoleName), Rules: []rbacv1.PolicyRule{
-		{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: names, Verbs: []string{"get", "list", "watch"}},
-	}}
+func (k *keeper) grant(ctx context.Context, v view, ns string, names readable) error {
+	role := &rbacv1.Role{ObjectMeta: objectMeta(ns, RoleName)}
+	rule := func(resource string, names []string) {
+		if len(names) > 0 { // no names would be all
+			role.Rules = append(role.Rules, rbacv1.PolicyRule{APIGroups: []string{""}, Resources: []string{resource}, ResourceNames: names, Verbs: []string{"get", "list", "watch"}})
+		}
+	}
+	rule("secrets", names.secrets)
+	rule("configmaps", names.maps)
 	if old, err := v.roles.Roles(ns).Get(RoleName); err != nil {
 		if err := k.createRole(ctx, role); err != nil {
 			return err
@@ -440,22 +474,26 @@ func created(err error) error {
 	return err
 }
 
-// publish writes the list of what may be read.
-func (k *keeper) publish(ctx context.Context, v view, want map[string][]string) error {
-	var lines []string
+// publish writes the lists of what may be read.
+func (k *keeper) publish(ctx context.Context, v view, want map[string]readable) error {
+	var secrets, configMaps []string
 	for _, ns := range slices.Sorted(maps.Keys(want)) {
-		for _, name := range want[ns] {
-			lines = append(lines, ns+"/"+name)
+		for _, name := range want[ns].secrets {
+			secrets = append(secrets, ns+"/"+name)
+		}
+		for _, name := range want[ns].maps {
+			configMaps = append(configMaps, ns+"/"+name)
 		}
 	}
-	text := strings.Join(lines, "\n")
-	list := &corev1.ConfigMap{ObjectMeta: objectMeta(Namespace, ListName), Data: map[string]string{ListKey: text}}
+	list := &corev1.ConfigMap{ObjectMeta: objectMeta(Namespace, ListName), Data: map[string]string{
+		ListKey: strings.Join(secrets, "\n"), MapsKey: strings.Join(configMaps, "\n"),
+	}}
 	old, err := v.lists.ConfigMaps(Namespace).Get(ListName)
 	if err != nil {
 		_, err := k.client.CoreV1().ConfigMaps(Namespace).Create(ctx, list, metav1.CreateOptions{})
 		return created(err)
 	}
-	if old.Data[ListKey] == text {
+	if maps.Equal(old.Data, list.Data) {
 		return nil
 	}
 	list.ResourceVersion = old.ResourceVersion

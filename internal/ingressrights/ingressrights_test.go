@@ -10,10 +10,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
 	metafake "k8s.io/client-go/metadata/fake"
 	"k8s.io/utils/ptr"
+	"sigs.k8s.io/yaml"
 )
 
 // The API server here is client-go's fake; that these rights are enough, and no more than they
@@ -56,17 +60,27 @@ func newCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	if err := metav1.AddMetaToScheme(scheme); err != nil {
 		t.Fatal(err)
 	}
-	var partial []runtime.Object
+	var partial, core, own []runtime.Object
 	for _, o := range objects {
+		if u, ok := o.(*unstructured.Unstructured); ok {
+			own = append(own, u)
+			continue
+		}
+		core = append(core, o)
 		if s, ok := o.(*corev1.Secret); ok {
 			partial = append(partial, partialOf(s))
 		}
 	}
-	c := &cluster{t: t, client: fake.NewClientset(objects...), meta: metafake.NewSimpleMetadataClient(scheme, partial...)}
+	c := &cluster{t: t, client: fake.NewClientset(core...), meta: metafake.NewSimpleMetadataClient(scheme, partial...)}
+	listKinds := map[schema.GroupVersionResource]string{}
+	for _, kind := range Kinds() {
+		listKinds[kind] = "List"
+	}
+	dynamic := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), listKinds, own...)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		Keep(t.Context(), c.client, c.meta, slog.New(slog.DiscardHandler))
+		Keep(t.Context(), c.client, c.meta, dynamic, slog.New(slog.DiscardHandler))
 	}()
 	t.Cleanup(func() { <-done }) // the context of a test ends before this
 	return c
@@ -114,20 +128,26 @@ func (c *cluster) rights() (granted, listed string) {
 	}
 	slices.Sort(out)
 	if list, err := c.client.CoreV1().ConfigMaps(Namespace).Get(ctx, ListName, metav1.GetOptions{}); err == nil {
-		listed = strings.ReplaceAll(list.Data[ListKey], "\n", " ")
+		listed = strings.ReplaceAll(strings.TrimSpace(list.Data[ListKey]+"\n"+list.Data[MapsKey]), "\n", " ")
 	}
 	return strings.Join(out, " "), listed
 }
 
 func (c *cluster) await(want string) {
 	c.t.Helper()
+	c.awaitBoth(want, want)
+}
+
+// awaitBoth waits for the rights and for the lists; these have Secrets first.
+func (c *cluster) awaitBoth(rights, lists string) {
+	c.t.Helper()
 	var granted, listed string
 	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
-		if granted, listed = c.rights(); granted == want && listed == want {
+		if granted, listed = c.rights(); granted == rights && listed == lists {
 			return
 		}
 	}
-	c.t.Fatalf("granted %q, listed %q, want %q", granted, listed, want)
+	c.t.Fatalf("granted %q, listed %q, want %q and %q", granted, listed, rights, lists)
 }
 
 var account = &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: Namespace, Name: Account}}
@@ -162,6 +182,78 @@ func TestWhichSecrets(t *testing.T) {
 			t.Parallel()
 			c := newCluster(t, append(tc.objects, account.DeepCopy(), class("public", controllerName), class("traefik", controllerName), class("haproxy", "haproxy.org/ingress"), ingress("last", "i", "public", "cert"), tls("last", "cert"))...)
 			c.await(strings.TrimSpace(tc.want + " last/cert"))
+		})
+	}
+}
+
+// object is one of Traefik's kinds.
+func object(ns, kind, spec string) *unstructured.Unstructured {
+	o := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "traefik.io/v1alpha1", "kind": kind}}
+	o.SetNamespace(ns)
+	o.SetName("o")
+	var fields map[string]any
+	if err := yaml.Unmarshal([]byte(spec), &fields); err != nil {
+		panic(err)
+	}
+	o.Object["spec"] = fields
+	return o
+}
+
+// TestWhatTraefiksKindsName has each field that names a Secret or ConfigMap, and Secrets that are something
+// else than what they are named for.
+func TestWhatTraefiksKindsName(t *testing.T) {
+	tls := secret("a", "cert", corev1.SecretTypeTLS, "tls.crt", "tls.key")
+	ca := secret("a", "ca", corev1.SecretTypeOpaque, "ca.crt")
+	list := secret("a", "list", corev1.SecretTypeOpaque)
+	list.Data["users"] = []byte("# people\nann:$apr1$x\nbob:$apr1$y\n")
+	one := secret("a", "one", corev1.SecretTypeBasicAuth, "username", "password")
+	word := secret("a", "word", corev1.SecretTypeOpaque, "token")
+	nginx := func(annotation, value string) *networkingv1.Ingress {
+		ing := ingress("a", "i", "public")
+		ing.Annotations = map[string]string{nginxPrefix + annotation: value}
+		return ing
+	}
+	for _, tc := range []struct {
+		name   string
+		object runtime.Object
+		want   string
+	}{
+		{"a route's certificate", object("a", "IngressRoute", "{tls: {secretName: cert}}"), "a/cert"},
+		{"a TCP route's", object("a", "IngressRouteTCP", "{tls: {secretName: cert}}"), "a/cert"},
+		{"a store", object("a", "TLSStore", "{defaultCertificate: {secretName: cert}, certificates: [{secretName: word}]}"), "a/cert"},
+		{"clients' CA", object("a", "TLSOption", "{clientAuth: {secretNames: [ca, word]}}"), "a/ca"},
+		{"users", object("a", "Middleware", "{basicAuth: {secret: list}}"), "a/list"},
+		{"one user", object("a", "Middleware", "{digestAuth: {secret: one}}"), "a/one"},
+		{"a word is no user", object("a", "Middleware", "{basicAuth: {secret: word}}"), ""},
+		{"forward", object("a", "Middleware", "{forwardAuth: {tls: {caSecret: ca, certSecret: cert}}}"), "a/ca a/cert"},
+		{"transport", object("a", "ServersTransport", "{rootCAs: [{secret: ca}, {configMap: roots}], certificatesSecrets: [cert]}"), "a/ca a/cert a/roots"},
+		{"transport as before", object("a", "ServersTransport", "{rootCAsSecrets: [ca]}"), "a/ca"},
+		{"TCP transport", object("a", "ServersTransportTCP", "{tls: {rootCAs: [{secret: ca}], certificatesSecrets: [cert]}}"), "a/ca a/cert"},
+		{"in kube-system", object("kube-system", "Middleware", "{basicAuth: {secret: list}}"), ""},
+		{"of another namespace", object("b", "Middleware", "{basicAuth: {secret: list}}"), ""},
+		{"ingress-nginx: users", nginx("auth-secret", "list"), "a/list"},
+		{"with the namespace", nginx("auth-secret", "a/list"), "a/list"},
+		{"of another", nginx("auth-secret", "b/list"), ""},
+		{"no list", nginx("auth-secret", "word"), ""},
+		{"backend's CA", nginx("proxy-ssl-secret", "a/ca"), "a/ca"},
+		{"clients' CA of an Ingress", nginx("auth-tls-secret", "a/ca"), "a/ca"},
+		{"headers", nginx("custom-headers", "a/headers"), "a/headers"},
+		{"a class by annotation", func() runtime.Object {
+			ing := ingress("a", "i", "annotation:public", "cert")
+			return ing
+		}(), "a/cert"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			c := newCluster(t, account.DeepCopy(), class("public", controllerName), tls.DeepCopy(), ca.DeepCopy(), list.DeepCopy(), one.DeepCopy(), word.DeepCopy(), tc.object,
+				ingress("last", "i", "public", "cert"), secret("last", "cert", corev1.SecretTypeTLS, "tls.crt", "tls.key"))
+			var want []string
+			secrets, configMaps := strings.Fields(tc.want), []string(nil)
+			if n := len(secrets); n > 0 && (strings.HasSuffix(tc.want, "roots") || strings.HasSuffix(tc.want, "headers")) {
+				secrets, configMaps = secrets[:n-1], secrets[n-1:]
+			}
+			want = append(append(append(want, secrets...), "last/cert"), configMaps...)
+			c.awaitBoth(strings.Join(slices.Sorted(slices.Values(want)), " "), strings.Join(want, " "))
 		})
 	}
 }

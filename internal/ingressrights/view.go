@@ -15,4 +15,5 @@ type view struct {
 	roles     rbaclisters.RoleLister
 	bindings  rbaclisters.RoleBindingLister
 	lists     corelisters.ConfigMapLister
+	kinds     []cache.GenericLister // of Traefik's
 }

@@ -3,6 +3,7 @@ package ingresssecrets
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -23,13 +24,21 @@ const (
 	longestWatch = 10 * time.Minute
 )
 
-// feed serves list and watch of a set of Secrets as the API server would, with resource versions
+// item is an object of a feed.
+type item interface {
+	metav1.Object
+	runtime.Object
+}
+
+// feed serves list and watch of a set of objects of one kind as the API server would, with resource versions
 // of its own. Its methods may be called from any goroutine.
 type feed struct {
+	kind string // as in v1
+
 	mu      sync.Mutex
 	version int64
 	first   int64 // the version before the oldest event
-	objects map[string]*corev1.Secret
+	objects map[string]item
 	events  []event
 	changed chan struct{} // closed by the next change
 }
@@ -37,34 +46,43 @@ type feed struct {
 type event struct {
 	version int64
 	kind    watch.EventType
-	object  *corev1.Secret // as it is after the event, or was before its deletion
+	object  item // as it is after the event, or was before its deletion
 }
 
 // newFeed starts after start, which must grow from one run of the program to the next: a client
 // that watches on from a version of the run before then has to list again.
-func newFeed(start int64) *feed {
-	return &feed{version: start, first: start, objects: map[string]*corev1.Secret{}, changed: make(chan struct{})}
+func newFeed(kind string, start int64) *feed {
+	return &feed{kind: kind, version: start, first: start, objects: map[string]item{}, changed: make(chan struct{})}
 }
 
-// set stores a Secret, unless it is there as it is.
-func (f *feed) set(s *corev1.Secret) {
+// set stores an object, with no more of its metadata than is needed.
+func (f *feed) set(o item) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	key := s.Namespace + "/" + s.Name
+	key := o.GetNamespace() + "/" + o.GetName()
 	kind := watch.Modified
 	if f.objects[key] == nil {
 		kind = watch.Added
 	}
-	out := &corev1.Secret{
-		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
-		ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Name, UID: s.UID, Labels: s.Labels},
-		Type:       s.Type, Data: s.Data,
+	meta := metav1.ObjectMeta{Namespace: o.GetNamespace(), Name: o.GetName(), UID: o.GetUID(), Labels: o.GetLabels()}
+	var out item
+	switch o := o.(type) {
+	case *corev1.Secret:
+		out = &corev1.Secret{TypeMeta: f.typeMeta(f.kind), ObjectMeta: meta, Type: o.Type, Data: o.Data}
+	case *corev1.ConfigMap:
+		out = &corev1.ConfigMap{TypeMeta: f.typeMeta(f.kind), ObjectMeta: meta, Data: o.Data, BinaryData: o.BinaryData}
+	default:
+		panic(fmt.Sprintf("a feed of %s gets a %T", f.kind, o))
 	}
 	f.record(kind, out)
 	f.objects[key] = out
 }
 
-// remove forgets a Secret.
+func (f *feed) typeMeta(kind string) metav1.TypeMeta {
+	return metav1.TypeMeta{APIVersion: "v1", Kind: kind}
+}
+
+// remove forgets an object.
 func (f *feed) remove(key string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -73,15 +91,14 @@ func (f *feed) remove(key string) {
 		return
 	}
 	delete(f.objects, key)
-	gone := *old
-	f.record(watch.Deleted, &gone)
+	f.record(watch.Deleted, old.DeepCopyObject().(item))
 }
 
 // record numbers an event and wakes the watches; f.mu is held.
-func (f *feed) record(kind watch.EventType, s *corev1.Secret) {
+func (f *feed) record(kind watch.EventType, o item) {
 	f.version++
-	s.ResourceVersion = strconv.FormatInt(f.version, 10)
-	f.events = append(f.events, event{f.version, kind, s})
+	o.SetResourceVersion(strconv.FormatInt(f.version, 10))
+	f.events = append(f.events, event{f.version, kind, o})
 	if over := len(f.events) - keptEvents; over > 0 {
 		f.first = f.events[over-1].version
 		f.events = slices.Delete(f.events, 0, over)
@@ -90,7 +107,7 @@ func (f *feed) record(kind watch.EventType, s *corev1.Secret) {
 	f.changed = make(chan struct{})
 }
 
-// ServeHTTP answers list and watch of Secrets in all namespaces.
+// ServeHTTP answers list and watch of the objects in all namespaces.
 func (f *feed) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	selector, err := labels.Parse(query.Get("labelSelector"))
@@ -103,21 +120,24 @@ func (f *feed) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	objects, version := f.list()
-	list := corev1.SecretList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "SecretList"}, Items: []corev1.Secret{}}
-	list.ResourceVersion = strconv.FormatInt(version, 10)
-	for _, s := range objects {
-		if selector.Matches(labels.Set(s.Labels)) {
-			list.Items = append(list.Items, *s)
+	list := struct {
+		metav1.TypeMeta `json:",inline"`
+		metav1.ListMeta `json:"metadata"`
+		Items           []item `json:"items"`
+	}{f.typeMeta(f.kind + "List"), metav1.ListMeta{ResourceVersion: strconv.FormatInt(version, 10)}, []item{}}
+	for _, o := range objects {
+		if selector.Matches(labels.Set(o.GetLabels())) {
+			list.Items = append(list.Items, o)
 		}
 	}
 	w.Header().Set("Content-Type", runtime.ContentTypeJSON)
 	_ = json.NewEncoder(w).Encode(list) // the client may have gone
 }
 
-func (f *feed) list() ([]*corev1.Secret, int64) {
+func (f *feed) list() ([]item, int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	out := make([]*corev1.Secret, 0, len(f.objects))
+	out := make([]item, 0, len(f.objects))
 	for _, s := range f.objects {
 		out = append(out, s)
 	}
@@ -157,15 +177,15 @@ func (f *feed) watch(w http.ResponseWriter, r *http.Request, selector labels.Sel
 	version, err := strconv.ParseInt(query.Get("resourceVersion"), 10, 64)
 	initial, _ := strconv.ParseBool(query.Get("sendInitialEvents"))
 	if initial || err != nil || version == 0 {
-		var objects []*corev1.Secret
+		var objects []item
 		objects, version = f.list()
 		for _, s := range objects {
-			if selector.Matches(labels.Set(s.Labels)) && !send(watch.Added, s) {
+			if selector.Matches(labels.Set(s.GetLabels())) && !send(watch.Added, s) {
 				return
 			}
 		}
 		if initial {
-			mark := &corev1.Secret{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"}}
+			mark := &metav1.PartialObjectMetadata{TypeMeta: f.typeMeta(f.kind)}
 			mark.ResourceVersion = strconv.FormatInt(version, 10)
 			mark.Annotations = map[string]string{metav1.InitialEventsAnnotationKey: "true"}
 			if !send(watch.Bookmark, mark) {
@@ -184,7 +204,7 @@ func (f *feed) watch(w http.ResponseWriter, r *http.Request, selector labels.Sel
 		}
 		for _, e := range events {
 			kind := e.kind
-			if !selector.Matches(labels.Set(e.object.Labels)) {
+			if !selector.Matches(labels.Set(e.object.GetLabels())) {
 				kind = watch.Deleted // it may have been seen before
 			}
 			if !send(kind, e.object) {

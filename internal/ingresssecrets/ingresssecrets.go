@@ -1,8 +1,12 @@
 // Package ingresssecrets stands between the controller of the addon ingress and the API server, in
-// the same pod. Traefik lists and watches the Secrets of all namespaces and does not start without;
-// its account may read the certificates of its Ingresses only, each by its name (package
-// ingressrights). So Traefik is pointed to this program, which answers list and watch of Secrets
-// from those that may be read, and hands every other request on to the API server unchanged.
+// the same pod. Traefik lists and watches the Secrets and ConfigMaps of all namespaces and does not start
+// without; its account may read those only that its Ingresses and its own kinds name, each by its name (package
+// ingressrights). So Traefik is pointed to this program, which answers list and watch of Secrets and ConfigMaps
+// from those that may be read.
+//
+// Of Traefik's two providers for Ingresses one reads Traefik's annotations and one those of ingress-nginx. Each
+// Ingress is shown to one of them, and a class that is named by an annotation is shown as spec.ingressClassName
+// (view.go). Every other request is handed on to the API server unchanged.
 //
 // It listens on the pod's loopback and takes requests with the pod's own token only: nothing that
 // Traefik might be led to connect to can be asked without it.
@@ -39,6 +43,8 @@ const (
 	Namespace = "ingress"
 	ListName  = "microk8s-tls-secrets"
 	ListKey   = "secrets"
+	// MapsKey of the same ConfigMap lists the ConfigMaps that may be read.
+	MapsKey = "configmaps"
 )
 
 // stopGrace is how long requests may take to end after the program was asked to stop.
@@ -82,7 +88,8 @@ func Run(ctx context.Context, args []string, out io.Writer) error {
 type Server struct {
 	core  *kube.Core
 	log   *slog.Logger
-	feed  *feed
+	feed  *feed // of Secrets
+	maps  *feed // of ConfigMaps
 	proxy *httputil.ReverseProxy
 	token *ownToken
 }
@@ -102,7 +109,7 @@ func New(cfg *rest.Config, log *slog.Logger) (*Server, error) {
 		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
 	}
 	return &Server{
-		core: core, log: log, feed: newFeed(time.Now().UnixMilli()),
+		core: core, log: log, feed: newFeed("Secret", time.Now().UnixMilli()), maps: newFeed("ConfigMap", time.Now().UnixMilli()),
 		token: &ownToken{file: cfg.BearerTokenFile, fixed: cfg.BearerToken},
 		proxy: &httputil.ReverseProxy{
 			FlushInterval: -1, // watches
@@ -110,6 +117,16 @@ func New(cfg *rest.Config, log *slog.Logger) (*Server, error) {
 			Rewrite: func(r *httputil.ProxyRequest) {
 				r.SetURL(&url.URL{Scheme: target.Scheme, Host: target.Host})
 				r.Out.Header.Del("Authorization") // the transport sets the present one
+				if viewOf(r.Out.Context()) != nil {
+					r.Out.Header.Set("Accept", runtime.ContentTypeJSON)
+					r.Out.Header.Del("Accept-Encoding") // the transport decodes its own
+				}
+			},
+			ModifyResponse: func(r *http.Response) error {
+				if v := viewOf(r.Request.Context()); v != nil {
+					return v.rewrite(r)
+				}
+				return nil
 			},
 			ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 				if r.Context().Err() == nil {
@@ -121,15 +138,30 @@ func New(cfg *rest.Config, log *slog.Logger) (*Server, error) {
 	}, nil
 }
 
-// ServeHTTP answers list and watch of all Secrets, and hands everything else on.
+// ServeHTTP answers list and watch of all Secrets and ConfigMaps, shows each provider its Ingresses, and hands
+// everything else on.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !s.token.is(strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")) {
 		refuse(w, http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "this is for the pod's own account")
 		return
 	}
-	if r.URL.Path == "/api/v1/secrets" && r.Method == http.MethodGet {
-		s.feed.ServeHTTP(w, r)
-		return
+	show := ownAnnotations
+	if rest, ok := strings.CutPrefix(r.URL.Path, NginxPath+"/"); ok {
+		show = nginxAnnotations
+		r = r.Clone(r.Context())
+		r.URL.Path, r.URL.RawPath = "/"+rest, ""
+	}
+	if r.Method == http.MethodGet {
+		switch r.URL.Path {
+		case "/api/v1/secrets":
+			s.feed.ServeHTTP(w, r)
+			return
+		case "/api/v1/configmaps":
+			s.maps.ServeHTTP(w, r)
+			return
+		case "/apis/networking.k8s.io/v1/ingresses":
+			r = r.WithContext(show.in(r.Context()))
+		}
 	}
 	s.proxy.ServeHTTP(w, r)
 }
@@ -169,64 +201,72 @@ func (o *ownToken) is(token string) bool {
 	return true
 }
 
-// Follow keeps the Secrets in line with the list until ctx ends.
+// Follow keeps the Secrets and ConfigMaps in line with the list until ctx ends.
 func (s *Server) Follow(ctx context.Context) {
-	type follower struct {
-		stop context.CancelFunc
-		done chan struct{}
-	}
-	following := map[string]follower{}
-	var mu sync.Mutex // handlers of one informer are called one after the other; this is for the end
-	end := func(key string) {
-		f := following[key]
-		delete(following, key)
-		f.stop()
-		<-f.done
-		s.feed.remove(key)
-	}
-	update := func(text string) {
-		mu.Lock()
-		defer mu.Unlock()
-		if ctx.Err() != nil {
-			return
-		}
-		want := map[string]bool{}
-		for key := range strings.FieldsSeq(text) {
-			if strings.Count(key, "/") == 1 {
-				want[key] = true
-			}
-		}
-		for key := range following {
-			if !want[key] {
-				end(key)
-			}
-		}
-		for key := range want {
-			if _, ok := following[key]; ok {
-				continue
-			}
-			ctx, cancel := context.WithCancel(ctx)
-			f := follower{cancel, make(chan struct{})}
-			following[key] = f
-			go func() {
-				defer close(f.done)
-				s.followSecret(ctx, key)
-			}()
-		}
-	}
+	secrets, maps := s.follower("secrets", &corev1.Secret{}, s.feed), s.follower("configmaps", &corev1.ConfigMap{}, s.maps)
+	defer maps.end()
+	defer secrets.end()
 	s.one(ctx, "configmaps", Namespace, ListName, &corev1.ConfigMap{}, func(o any) {
-		update(o.(*corev1.ConfigMap).Data[ListKey])
-	}, func() { update("") })
-	mu.Lock()
-	defer mu.Unlock()
-	for key := range following {
-		end(key)
+		data := o.(*corev1.ConfigMap).Data
+		secrets.update(ctx, data[ListKey])
+		maps.update(ctx, data[MapsKey])
+	}, func() {
+		secrets.update(ctx, "")
+		maps.update(ctx, "")
+	})
+}
+
+// follower watches the listed objects of one kind for a feed. Its methods are called one after the other.
+type follower struct {
+	server    *Server
+	resource  string
+	kind      runtime.Object
+	feed      *feed
+	following map[string]func() // by NAMESPACE/NAME; ends the watch, and waits for that
+}
+
+func (s *Server) follower(resource string, kind runtime.Object, f *feed) *follower {
+	return &follower{server: s, resource: resource, kind: kind, feed: f, following: map[string]func(){}}
+}
+
+// update follows what text lists, and nothing else.
+func (f *follower) update(ctx context.Context, text string) {
+	if ctx.Err() != nil {
+		return
+	}
+	want := map[string]bool{}
+	for key := range strings.FieldsSeq(text) {
+		if strings.Count(key, "/") == 1 {
+			want[key] = true
+		}
+	}
+	for key, stop := range f.following {
+		if !want[key] {
+			delete(f.following, key)
+			stop()
+			f.feed.remove(key)
+		}
+	}
+	for key := range want {
+		if f.following[key] != nil {
+			continue
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		done := make(chan struct{})
+		f.following[key] = func() { cancel(); <-done }
+		ns, name, _ := strings.Cut(key, "/")
+		go func() {
+			defer close(done)
+			f.server.one(ctx, f.resource, ns, name, f.kind, func(o any) { f.feed.set(o.(item)) }, func() { f.feed.remove(key) })
+		}()
 	}
 }
 
-func (s *Server) followSecret(ctx context.Context, key string) {
-	ns, name, _ := strings.Cut(key, "/")
-	s.one(ctx, "secrets", ns, name, &corev1.Secret{}, func(o any) { s.feed.set(o.(*corev1.Secret)) }, func() { s.feed.remove(key) })
+// end ends all watches.
+func (f *follower) end() {
+	for _, stop := range f.following {
+		stop()
+	}
 }
 
 // one watches one object by its name, with no more rights than that, until ctx ends.

@@ -55,8 +55,8 @@ type Component struct {
 	// Cgo says that C code is linked, statically; Libraries are the keys of [Libraries] that are.
 	Cgo       bool
 	Libraries []string
-	// Vendored is a module of which a changed copy is built.
-	Vendored *Vendored
+	// Vendored are modules of which changed copies are built.
+	Vendored []Vendored
 	// Objects are files of Kubernetes objects in the module that every cluster has (internal/bootstrap): path in
 	// the module by the name of the manifest. A component with some may have no program.
 	Objects map[string]string
@@ -77,9 +77,14 @@ type Variable struct{ Name, Value string }
 type Vendored struct {
 	Module, Version, Sum string
 	Dir                  string
-	// Files replace files of the module: path in the component's folder by path in the module.
+	// Files replace files of the module, or are added: path in the component's folder by path in the module.
 	Files map[string]string
+	// Edits are changes of single lines in other files.
+	Edits []Edit
 }
+
+// Edit replaces a text, which the file has exactly once.
+type Edit struct{ File, Old, New string }
 
 const commit = "the commit is not part of a module; the version says the same"
 
@@ -138,10 +143,21 @@ var Components = []Component{
 			"Codename":  "a name for the release's announcement",
 			"BuildDate": "a build has no date, so that it can be repeated",
 		},
-		// Without its DNS providers, which makes Traefik half as big and as long to build.
-		Vendored: &Vendored{
-			Module: "github.com/go-acme/lego/v4", Version: "v4.33.0", Sum: "h1:2KrRKieG+VczT4zvVXKAY7Tp/S3XLvh/QImofBALRAM=",
-			Dir: "lego", Files: map[string]string{"nodns.go.txt": "providers/dns/zz_gen_dns_providers.go"},
+		Vendored: []Vendored{
+			// Without its DNS providers, which makes Traefik half as big and as long to build.
+			{
+				Module: "github.com/go-acme/lego/v5", Version: "v5.4.1", Sum: "h1:Jt6xAP9xQrJ3SLLGgxejfDDd3pzdrmuLCWe4oTqHHQc=",
+				Dir: "lego", Files: map[string]string{"nodns.go.txt": "providers/dns/zz_gen_dns_providers.go"},
+			},
+			// A body may take as long as it flows: readTimeout is a limit of the time without any of it (ADR 49).
+			{
+				Module: "github.com/traefik/traefik/v3", Version: "v3.7.13", Sum: "h1:T8wy9KuaFzCkmXCqAzDy7t73pBDR1DHrJe3pqXpNXTw=",
+				Dir: "traefik", Files: map[string]string{"flowing.go.txt": "pkg/server/flowing.go"},
+				Edits: []Edit{
+					{"pkg/server/server_entrypoint_tcp.go", "\t\tHandler:        handler,\n", "\t\tHandler:        flowing(handler, time.Duration(configuration.Transport.RespondingTimeouts.ReadTimeout)),\n"},
+					{"pkg/server/server_entrypoint_tcp.go", "\t\tReadTimeout:    time.Duration(", "\t\tReadHeaderTimeout: time.Duration("},
+				},
+			},
 		},
 	},
 	{

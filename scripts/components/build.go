@@ -73,8 +73,8 @@ func (b *build) bring() error {
 		return nil
 	}
 	fmt.Printf("building %s: %s\n", b.Name, strings.Join(append(programs, slices.Sorted(maps.Keys(b.Objects))...), " "))
-	if b.Vendored != nil {
-		if err := b.vendor(); err != nil {
+	for _, v := range b.Vendored {
+		if err := b.vendor(v); err != nil {
 			return err
 		}
 	}
@@ -213,8 +213,7 @@ func (b *build) fingerprint() (string, error) {
 
 // vendor makes the changed copy of a module. Its content is checked against its sum here, since
 // go.sum does not have a module that is replaced by a folder.
-func (b *build) vendor() error {
-	v := b.Vendored
+func (b *build) vendor(v catalog.Vendored) error {
 	cmd := exec.Command("go", "mod", "download", "-json", v.Module+"@"+v.Version)
 	cmd.Dir, cmd.Stderr = os.TempDir(), os.Stderr // outside of any module
 	out, err := cmd.Output()
@@ -238,6 +237,19 @@ func (b *build) vendor() error {
 			return err
 		}
 		if err := os.WriteFile(filepath.Join(dest, to), data, 0o644); err != nil {
+			return err
+		}
+	}
+	for _, e := range v.Edits {
+		file := filepath.Join(dest, e.File)
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if n := strings.Count(string(data), e.Old); n != 1 {
+			return fmt.Errorf("%s %s: %s has the text to be replaced %d times, not once: %q", v.Module, v.Version, e.File, n, e.Old)
+		}
+		if err := os.WriteFile(file, []byte(strings.Replace(string(data), e.Old, e.New, 1)), 0o644); err != nil {
 			return err
 		}
 	}

@@ -115,7 +115,7 @@ func TestVendoredModuleMustBeWhatItWas(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Vendored = &catalog.Vendored{Module: "golang.org/x/sync", Version: version, Sum: "h1:of another one", Dir: "sync"}
+	c.Vendored = []catalog.Vendored{{Module: "golang.org/x/sync", Version: version, Sum: "h1:of another one", Dir: "sync"}}
 	root := repository(t)
 	if err := bring(t, root, c); err == nil || !strings.Contains(err.Error(), "has the sum h1:") {
 		t.Errorf("error is %v", err)

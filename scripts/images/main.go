@@ -91,11 +91,11 @@ var images = []image{
 	},
 	{
 		archive: "ingress-secrets",
-		refs:    []string{"microk8s.io/ingress-secrets:1"},
+		refs:    []string{"microk8s.io/ingress-secrets:2"},
 		program: "/ingress-secrets",
 		user:    "65532:65532",
 		title:   "ingress-secrets",
-		note:    "Serves the ingress controller of MicroK8s the certificates that it may read.",
+		note:    "Serves the ingress controller of MicroK8s the Secrets and ConfigMaps that it may read.",
 		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/ingress-secrets", out) },
 	},
 	{
@@ -118,7 +118,7 @@ var images = []image{
 	},
 	{
 		archive:   "traefik",
-		refs:      []string{"microk8s.io/traefik:3.6.12-2"},
+		refs:      []string{"microk8s.io/traefik:3.7.13-1"},
 		program:   "/traefik",
 		user:      "65532:65532",
 		title:     "traefik",

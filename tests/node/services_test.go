@@ -503,7 +503,7 @@ apiVersion: networking.k8s.io/v1
 kind: Ingress
 metadata:
   name: odd
-  annotations: {nginx.ingress.kubernetes.io/rewrite-target: /}
+  annotations: {nginx.ingress.kubernetes.io/mirror-target: /}
 spec:
   ingressClassName: haproxy
   rules:
@@ -511,17 +511,79 @@ spec:
     http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
 `
 
-// annotatedIngress has its class as Ingresses had it before there was spec.ingressClassName.
+// annotatedIngress are Ingresses as charts have them: the class in the annotation, annotations of
+// ingress-nginx, Traefik's kinds, and backends outside of the cluster and with HTTPS.
 const annotatedIngress = `
 apiVersion: networking.k8s.io/v1
 kind: Ingress
+metadata: {name: by-public, annotations: {kubernetes.io/ingress.class: public, nginx.ingress.kubernetes.io/whitelist-source-range: "0.0.0.0/0,::/0"}}
+spec: {rules: [{host: public.example.test, http: {paths: [{path: /client, pathType: ImplementationSpecific, backend: {service: {name: shop, port: {number: 80}}}}]}}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: by-nginx, annotations: {kubernetes.io/ingress.class: nginx}}
+spec: {rules: [{host: nginx.example.test, http: {paths: [{path: /client, pathType: ImplementationSpecific, backend: {service: {name: shop, port: {number: 80}}}}]}}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: by-traefik, annotations: {kubernetes.io/ingress.class: traefik}}
+spec: {rules: [{host: traefik.example.test, http: {paths: [{path: /client, pathType: ImplementationSpecific, backend: {service: {name: shop, port: {number: 80}}}}]}}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
 metadata:
-  name: annotated
-  annotations: {kubernetes.io/ingress.class: public}
-spec:
-  rules:
-  - host: annotated.example.test
-    http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}
+  name: rewritten
+  annotations: {nginx.ingress.kubernetes.io/rewrite-target: /client, nginx.ingress.kubernetes.io/enable-cors: "true"}
+spec: {ingressClassName: nginx, rules: [{host: rewritten.example.test, http: {paths: [{path: /anything, pathType: ImplementationSpecific, backend: {service: {name: shop, port: {number: 80}}}}]}}]}
+---
+apiVersion: v1
+kind: Secret
+metadata: {name: people}
+stringData: {auth: "ann:{SHA}qUqP5cyxm6YcTAhz05Hph5gvu9M=\n"}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata:
+  name: closed
+  annotations: {nginx.ingress.kubernetes.io/auth-type: basic, nginx.ingress.kubernetes.io/auth-secret: people}
+spec: {rules: [{host: closed.example.test, http: {paths: [{path: /client, pathType: Prefix, backend: {service: {name: shop, port: {number: 80}}}}]}}]}
+---
+apiVersion: traefik.io/v1alpha1
+kind: Middleware
+metadata: {name: people}
+spec: {basicAuth: {secret: people}}
+---
+apiVersion: traefik.io/v1alpha1
+kind: IngressRoute
+metadata: {name: route}
+spec: {entryPoints: [web], routes: [{kind: Rule, match: Host("route.example.test"), middlewares: [{name: people}], services: [{name: shop, port: 80}]}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: outside}
+spec: {type: ExternalName, externalName: shop.default.svc.cluster.local, ports: [{port: 80}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: outside}
+spec: {rules: [{host: outside.example.test, http: {paths: [{path: /client, pathType: Prefix, backend: {service: {name: outside, port: {number: 80}}}}]}}]}
+---
+apiVersion: traefik.io/v1alpha1
+kind: ServersTransport
+metadata: {name: any}
+spec: {insecureSkipVerify: true}
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: kubernetes-too
+  annotations: {traefik.ingress.kubernetes.io/service.serversscheme: https, traefik.ingress.kubernetes.io/service.serverstransport: default-any@kubernetescrd}
+spec: {type: ExternalName, externalName: kubernetes.default.svc.cluster.local, ports: [{port: 443}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: tls-backend}
+spec: {rules: [{host: backend.example.test, http: {paths: [{path: /readyz, pathType: Prefix, backend: {service: {name: kubernetes-too, port: {number: 443}}}}]}}]}
 `
 
 // testIngress routes by host name, with TLS and without.
@@ -529,7 +591,7 @@ func (n *node) testIngress(t *testing.T) {
 	if out, err := n.tryAll(t, "", "microk8s", "enable", "ingress", "--default-ssl-certificate", "default/x"); exitCode(err) != 1 || !strings.Contains(out, "must be in the namespace ingress") {
 		t.Errorf("a Secret elsewhere: %v\n%s", err, out)
 	}
-	if out := n.run(t, "microk8s", "enable", "ingress"); !strings.Contains(out, "Annotations of ingress-nginx have no effect") {
+	if out := n.run(t, "microk8s", "enable", "ingress"); !strings.Contains(out, "annotations of ingress-nginx are translated") {
 		t.Errorf("enable ingress printed %q", out)
 	}
 	n.wantAddon(t, "ingress", "enabled")
@@ -540,15 +602,15 @@ func (n *node) testIngress(t *testing.T) {
 	n.runIn(t, ingress, "microk8s", "kubectl", "apply", "-f", "-")
 	eventually(t, time.Minute, func() error { // a policy is in force a moment after it was made
 		out, err := n.tryAll(t, oddIngress, "microk8s", "kubectl", "apply", "--dry-run=server", "-f", "-")
-		for _, want := range []string{"its classes are public, traefik and nginx", "annotations of ingress-nginx have no effect"} {
+		for _, want := range []string{"its classes are public, traefik and nginx", "without effect here: nginx.ingress.kubernetes.io/mirror-target"} {
 			if err != nil || !strings.Contains(out, want) {
 				return fmt.Errorf("an odd Ingress: exit code %d, want %q in\n%s", exitCode(err), want, out)
 			}
 		}
 		return nil
 	})
-	if out, err := n.tryAll(t, annotatedIngress, "microk8s", "kubectl", "apply", "--dry-run=server", "-f", "-"); err != nil || !strings.Contains(out, "use spec.ingressClassName") {
-		t.Errorf("an Ingress with its class in an annotation: %v\n%s", err, out)
+	if out, err := n.tryAll(t, annotatedIngress, "microk8s", "kubectl", "apply", "-f", "-"); err != nil || strings.Contains(out, "this is advice") {
+		t.Errorf("Ingresses as people have them: %v\n%s", err, out)
 	}
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM([]byte(cert))
@@ -582,6 +644,16 @@ func (n *node) testIngress(t *testing.T) {
 	get("https://shop.example.test/", 200, "shop-")
 	get("http://other.example.test/", 404, "")
 	get("http://old.example.test/client", 200, ":") // an address with its port
+	for _, class := range []string{"public", "nginx", "traefik"} {
+		get("http://"+class+".example.test/client", 200, ":")
+	}
+	get("http://rewritten.example.test/anything", 200, ":")
+	get("http://closed.example.test/client", 401, "")
+	get("http://ann:test@closed.example.test/client", 200, ":")
+	get("http://route.example.test/", 401, "")
+	get("http://ann:test@route.example.test/", 200, "shop-")
+	get("http://outside.example.test/client", 200, ":")
+	get("http://backend.example.test/readyz", 200, "ok")
 	n.run(t, "microk8s", "disable", "ingress")
 	eventually(t, time.Minute, func() error {
 		resp, err := client.Get("http://shop.example.test/")
@@ -591,6 +663,8 @@ func (n *node) testIngress(t *testing.T) {
 		resp.Body.Close()
 		return fmt.Errorf("after disable the answer is %s", resp.Status)
 	})
+	n.run(t, "microk8s", "kubectl", "get", "middleware/people", "ingressroute/route") // they are the person's
+	n.runIn(t, annotatedIngress, "microk8s", "kubectl", "delete", "-f", "-")
 	n.run(t, "microk8s", "kubectl", "delete", "ingress/shop", "ingress/old", "service/shop", "deployment/shop", "secret/shop")
 }
 
