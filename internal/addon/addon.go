@@ -144,7 +144,8 @@ func none(context.Context, *Set, []string) (any, error) { return nil, nil }
 
 // Usages says how the arguments of the addons that take any are given.
 func Usages() []string {
-	var out []string
+	out := []string{`community [URL|PATH] [--reference BRANCH]
+                adds the repository of the community's addons, or a clone of it`}
 	for _, name := range slices.Sorted(maps.Keys(parts)) {
 		if u := parts[name].usage; u != "" {
 			out = append(out, u)

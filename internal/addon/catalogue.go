@@ -39,6 +39,9 @@ type Addon struct {
 	Images []string          `json:"images"`
 	Online map[string]string `json:"online"`
 
+	// Source is where the repository is that this addon stands for; "" for all others. Enabling the addon adds it.
+	Source string `json:"source"`
+
 	dir string
 }
 
@@ -117,7 +120,7 @@ func readRepository(name, dir string) (metadata, error) {
 		a := &file.Top.Addons[i]
 		a.Repository, a.dir = name, filepath.Join(dir, "addons", a.Name)
 		if name != CoreRepository {
-			a.Builtin, a.Alias, a.Images, a.Online = "", "", nil, nil // keys of ours, which may mean something else there
+			a.Builtin, a.Alias, a.Source, a.Images, a.Online = "", "", "", nil, nil // keys of ours, which may mean something else there
 		}
 	}
 	return file.Top, nil
@@ -173,7 +176,6 @@ var errInvalidName = errors.New("Invalid addon name") //nolint:staticcheck // up
 var notOffered = map[string]string{
 	"cert-manager":  "install its Helm chart with microk8s helm",
 	"cis-hardening": "its settings are arguments of the services, in args/, and RBAC and Node authorization are on already",
-	"community":     "add a repository with microk8s addons repo add community URL",
 	"dashboard":     "see the cluster in a browser with microk8s dashboard-proxy",
 	"gpu":           "install NVIDIA's GPU operator with microk8s helm",
 	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",

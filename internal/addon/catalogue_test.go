@@ -21,7 +21,7 @@ func TestCatalogueOfTheProduct(t *testing.T) {
 		if a.Description == "" || a.CheckStatus == "" {
 			t.Errorf("%s lacks a description or check_status", a.Name)
 		}
-		if _, ok := parts[a.Name]; ok == (a.Builtin != "" || a.Alias != "") {
+		if _, ok := parts[a.Name]; ok == (a.Builtin != "" || a.Alias != "" || a.Source != "") {
 			t.Errorf("%s: has manifests %v, is builtin %v, alias %q", a.Name, ok, a.Builtin != "", a.Alias)
 		}
 		if target := Target(all, a); target.Alias != "" {

@@ -35,12 +35,12 @@ var rows = map[string]string{
 	"clusterrole.rbac.authorization.k8s.io": "/apis/rbac.authorization.k8s.io/v1/clusterroles",
 }
 
-// Foreign picks those of the addons that have hooks, which tell by their check_status whether
-// they are on: the records in the cluster do not know them.
+// Foreign picks those of the addons that have hooks, or stand for a repository, which tell by their check_status
+// whether they are on: the records in the cluster do not know them.
 func Foreign(all []Addon) []Addon {
 	var out []Addon
 	for _, a := range all {
-		if a.Repository != CoreRepository {
+		if a.Repository != CoreRepository || a.Source != "" {
 			out = append(out, a)
 		}
 	}
@@ -48,7 +48,7 @@ func Foreign(all []Addon) []Addon {
 }
 
 // CheckForeign says which of the addons are on, by full name: those whose file exists, or
-// whose text is part of the kind/name of an object. It asks for the kinds that matter only.
+// whose text is part of the kind/name of an object with a blank behind it. It asks for the kinds that matter only.
 func CheckForeign(ctx context.Context, env snapenv.Env, get Get, addons []Addon) (map[string]bool, error) {
 	on := map[string]bool{}
 	need := map[string]bool{}
@@ -81,7 +81,8 @@ func CheckForeign(ctx context.Context, env snapenv.Env, get Get, addons []Addon)
 				first = err
 			}
 			for _, o := range list.Items {
-				names = append(names, kind+"/"+o.Name)
+				// As in kubectl's table, where a blank follows: a check_status that ends with one means the whole name.
+				names = append(names, kind+"/"+o.Name+" ")
 			}
 		})
 	}

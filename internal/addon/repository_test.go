@@ -1,6 +1,7 @@
 package addon
 
 import (
+	"context"
 	"io"
 	"net"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/snapenv"
 )
@@ -117,9 +120,31 @@ func TestForeignChecks(t *testing.T) {
 		{"apps/x", "deployment.apps", true},
 		{"operator-node-feature-discovery", "service", true},
 		{"", "pod", false},
+		{"deployment.apps/thing ", "deployment.apps", true},
 	} {
 		if got := mayBeIn(tc.check, tc.kind); got != tc.want {
 			t.Errorf("%q in %s: %v", tc.check, tc.kind, got)
+		}
+	}
+}
+
+// TestCheckStatusWithBlank has names that begin with another's: with a blank behind it a check_status means the
+// whole name, as in the table of kubectl that upstream searches.
+func TestCheckStatusWithBlank(t *testing.T) {
+	env := snapenv.Under(t.TempDir())
+	get := func(_ context.Context, path string, into *metav1.PartialObjectMetadataList) error {
+		if path == rows["deployment.apps"] {
+			into.Items = []metav1.PartialObjectMetadata{{ObjectMeta: metav1.ObjectMeta{Name: "thing-agent"}}, {ObjectMeta: metav1.ObjectMeta{Name: "other"}}}
+		}
+		return nil
+	}
+	for check, want := range map[string]bool{
+		"deployment.apps/thing ": false, "deployment.apps/thing": true, "deployment.apps/other ": true, "thing-agent ": true, "deployment.apps/agent": false,
+	} {
+		a := Addon{Repository: "t", Name: "x", CheckStatus: check}
+		on, err := CheckForeign(t.Context(), env, get, []Addon{a})
+		if err != nil || on["t/x"] != want {
+			t.Errorf("check_status %q: %v, %v; want %v", check, on["t/x"], err, want)
 		}
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -162,6 +163,10 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 		}
 		switch {
 		case r.addon.Repository != addon.CoreRepository: // its hooks check
+		case r.addon.Source != "":
+			if _, _, err := readSource(r); err != nil || verb == "disable" && len(r.args) > 0 {
+				return failf("see microk8s "+verb+" --help", "cannot %s %s: it takes [URL or path] [--reference BRANCH] when it is enabled, and got %q", verb, r.addon.Name, r.args)
+			}
 		case verb == "disable" && r.addon.Builtin == "" && len(r.args) > 0:
 			if err := checkDisable(r); err != nil {
 				return failf("see microk8s disable --help", "cannot disable %s: %w", r.addon.Name, err)
@@ -203,7 +208,11 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 	set.Left = func(o bootstrap.Foreign) { fmt.Fprintf(a.Err, "left in the cluster, because others made it: %s\n", o) }
 	for _, r := range requests {
 		err := error(nil)
-		if r.addon.Hook(verb) != "" {
+		if r.addon.Source != "" {
+			if err := a.changeSource(ctx, verb, r); err != nil {
+				return err
+			}
+		} else if r.addon.Hook(verb) != "" {
 			err = a.runHook(ctx, set, verb, r)
 		} else {
 			err = run(ctx, set, r, wait)
@@ -212,6 +221,54 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 			return a.addonFailure(ctx, prober, verb, r, err)
 		}
 	}
+	return nil
+}
+
+// readSource reads the arguments of an addon that stands for a repository: another place of it, and a branch.
+func readSource(r request) (source, reference string, err error) {
+	flags := pflag.NewFlagSet(r.addon.Name, pflag.ContinueOnError)
+	flags.Usage = func() {}
+	flags.StringVar(&reference, "reference", "", "")
+	if err := flags.Parse(r.args); err != nil {
+		return "", "", err
+	}
+	if flags.NArg() > 1 {
+		return "", "", fmt.Errorf("unexpected argument %q", flags.Arg(1))
+	}
+	return cmp.Or(flags.Arg(0), r.addon.Source), reference, nil
+}
+
+// changeSource adds or removes the repository that an addon stands for. The lock is held.
+func (a *App) changeSource(ctx context.Context, verb string, r request) error {
+	source, reference, err := readSource(r)
+	if err != nil {
+		return err
+	}
+	_, err = os.Stat(filepath.Join(a.Env.AddonRepository(r.addon.Name), "addons.yaml"))
+	if (err == nil) == (verb == "enable") {
+		fmt.Fprintf(a.Out, "Addon %s is already %sd\n", r.addon.FullName(), verb)
+		return nil
+	}
+	repositories := &addon.Repositories{Env: a.Env, Out: a.Out, Err: a.Err, Term: a.Term}
+	repositories.Clean()
+	if verb == "disable" {
+		if err := repositories.Remove(r.addon.Name); err != nil {
+			return err
+		}
+		fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
+		return nil
+	}
+	err = repositories.Add(ctx, r.addon.Name, source, reference, true)
+	var refused *addon.RefusedError
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case errors.As(err, &refused):
+		return failf(cmp.Or(refused.Hint, "give another repository: microk8s enable "+r.addon.Name+" URL"), "%s", refused.Text)
+	case err != nil:
+		return failf("where there is no way out, bring a clone of it here, and: microk8s enable "+r.addon.Name+" /path/to/the/clone", "cannot get %s: %w", source, err)
+	}
+	fmt.Fprintf(a.Out, "%s is enabled; see its addons with: microk8s status\n", r.addon.Title())
 	return nil
 }
 
@@ -228,7 +285,8 @@ func (a *App) runHook(ctx context.Context, set *addon.Set, verb string, r reques
 	hook := exec.CommandContext(ctx, r.addon.Hook(verb), r.args...)
 	hook.Cancel = func() error { return hook.Process.Signal(os.Interrupt) }
 	hook.WaitDelay = hookGrace
-	hook.Env = append(a.hookEnviron(), skipLockVar+"=1")
+	// Bash itself reads this file before the hook: hooks without set -e would end well whatever failed in them.
+	hook.Env = append(a.hookEnviron(), skipLockVar+"=1", "BASH_ENV="+a.Env.FirstFailure(), fmt.Sprintf("MICROK8S_HOOK_OF=%d", os.Getpid()))
 	hook.Stdin, hook.Stdout, hook.Stderr = a.In, a.Out, a.Err
 	err = hook.Run()
 	var exit *exec.ExitError

@@ -186,6 +186,24 @@ func (in *Installer) cniPlugins(context.Context) error {
 	return nil
 }
 
+// helmForHooks links helm to where hooks of addons look for it. What somebody else put there stays.
+func (in *Installer) helmForHooks(context.Context) error {
+	path, target := in.Env.HelmForHooks(), filepath.Join(current(in.Env.Snap), "bin/helm")
+	if st, err := os.Lstat(path); err == nil && st.Mode()&fs.ModeSymlink == 0 {
+		return nil
+	}
+	if old, err := os.Readlink(path); err == nil && old == target {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	if err := replaceLink(target, path); err != nil {
+		return err
+	}
+	return in.changed(path)
+}
+
 // lockAccounts takes the lock under which the system's tools change /etc/group, waiting up to
 // 15 s as they do.
 func lockAccounts(ctx context.Context, path string) (unlock func(), err error) {

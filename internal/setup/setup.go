@@ -65,6 +65,7 @@ func (in *Installer) Install(ctx context.Context) error {
 		{"prepare the datastore", in.datastore},
 		{"make certificates and credentials", in.certificates},
 		{"link the CNI plugins", in.cniPlugins},
+		{"link helm for hooks of addons", in.helmForHooks},
 		{"record what the host lacks", in.noteTrees},
 		{"make the links on the host", in.hostLinks},
 		{"set the locks", in.locks},
@@ -122,6 +123,7 @@ func (in *Installer) configureSteps() []step {
 		{"set group and modes", in.modes},
 		{"renew certificates", in.certificates},
 		{"link the CNI plugins", in.cniPlugins},
+		{"link helm for hooks of addons", in.helmForHooks},
 		{"make the links on the host", in.hostLinks},
 	}
 }

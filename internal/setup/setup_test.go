@@ -279,6 +279,9 @@ func TestNothingOfTheUsersIsTouched(t *testing.T) {
 			}
 		}
 	}
+	if target, err := os.Readlink(env.HelmForHooks()); err != nil || !strings.HasSuffix(target, "bin/helm") {
+		t.Errorf("helm for hooks leads to %q, %v", target, err)
+	}
 	if st, err := os.Lstat(env.HostPath("etc/cni/net.d")); err != nil || !st.IsDir() {
 		t.Errorf("the directory of CNI configurations was replaced: %v, %v", st, err)
 	}

@@ -143,6 +143,12 @@ func (e Env) Manifests() string { return filepath.Join(e.Snap, "manifests") }
 // CoreAddons is the directory of the addon repository that is part of the product.
 func (e Env) CoreAddons() string { return filepath.Join(e.Snap, "addons/core") }
 
+// FirstFailure is the file that bash reads before the hook of an addon, so that a failure in it is not lost.
+func (e Env) FirstFailure() string { return filepath.Join(e.Snap, "actions/common/first-failure.sh") }
+
+// HelmForHooks is where hooks of earlier versions find helm after they have enabled the addon helm3.
+func (e Env) HelmForHooks() string { return filepath.Join(e.Data, "bin/helm3") }
+
 // ShippedCNIBin is the directory of the CNI plugins in the package.
 func (e Env) ShippedCNIBin() string { return filepath.Join(e.Snap, "opt/cni/bin") }
 

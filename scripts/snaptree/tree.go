@@ -96,6 +96,9 @@ func Assemble(root, out, arch string, built bool) (changed int, err error) {
 			return 0, err
 		}
 	}
+	if err := t.addHostPrograms(); err != nil {
+		return 0, err
+	}
 	if err := t.addCompletions(root, built); err != nil {
 		return 0, err
 	}
@@ -123,6 +126,39 @@ func Assemble(root, out, arch string, built bool) (changed int, err error) {
 		return 0, err
 	}
 	return t.changed, nil
+}
+
+// hostPrograms are programs that upstream carries in its snap, by their folder on the machine. Hooks of addon
+// repositories call them by their paths in $SNAP; here these are links to the machine's own. A link to a
+// program that the machine does not have leads nowhere, and is passed over in searches of a PATH.
+var hostPrograms = map[string]string{
+	"/usr/bin": `
+		arch awk base64 basename bash bc bunzip2 bzip2 cat chgrp chmod chown cksum cmp comm cp curl cut date dd df diff dig
+		dirname du egrep env expand expr false fgrep file find findmnt flock fold gawk getent getopt git grep gunzip gzip head
+		hostname hostnamectl iconv id install ip journalctl jq kill less link ln ls lsblk lsof md5sum mkdir mkfifo mknod mktemp
+		mountpoint mv nc netstat nproc nsenter numfmt od openssl paste patch pgrep pidof ping pkill printenv printf ps pwd
+		readlink realpath rm rmdir sed seq sh sha1sum sha256sum sha512sum shuf sleep socat sort split ss stat stdbuf sudo sync
+		systemctl tac tail tar tee test timeout touch tr true tsort tty uname uniq unlink unzip wc wget which whoami xargs xz
+		yes zcat`,
+	"/usr/sbin": `
+		bridge chroot conntrack ethtool ip6tables ip6tables-restore ip6tables-save ipset iptables iptables-restore
+		iptables-save losetup lsmod modprobe sysctl tc update-ca-certificates`,
+}
+
+// addHostPrograms links the names of hostPrograms, in each folder in which upstream may have them.
+func (t *tree) addHostPrograms() error {
+	for folder, names := range hostPrograms {
+		for name := range strings.FieldsSeq(names) {
+			for _, dir := range []string{"bin", "sbin", "usr/bin", "usr/sbin"} {
+				path := filepath.Join(dir, name)
+				if _, ok := t.files[path]; ok {
+					return fmt.Errorf("%s is the product's own, and cannot be the machine's", path)
+				}
+				t.files[path] = file{link: filepath.Join(folder, name)}
+			}
+		}
+	}
+	return nil
 }
 
 // addCompletions makes the scripts that complete command lines in bash, those of kubectl and

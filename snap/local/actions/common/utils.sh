@@ -36,6 +36,58 @@ exit_if_stopped() {
 	fi
 }
 
+# exit_if_service_not_expected_to_start NAME: ends the hook, with success, where the service is kept from starting
+exit_if_service_not_expected_to_start() {
+	if [ -e "$SNAP_DATA/var/lock/no-$1" ]; then
+		exit 0
+	fi
+}
+
+# is_service_expected_to_start NAME: prints 1, or 0 where the service is kept from starting
+is_service_expected_to_start() {
+	if [ -e "$SNAP_DATA/var/lock/no-$1" ]; then
+		echo 0
+	else
+		echo 1
+	fi
+}
+
+# set_service_not_expected_to_start NAME: keeps a service of this node from starting
+set_service_not_expected_to_start() { run_with_sudo touch "$SNAP_DATA/var/lock/no-$1"; }
+
+# set_service_expected_to_start NAME: lets it start again
+set_service_expected_to_start() { run_with_sudo rm -f "$SNAP_DATA/var/lock/no-$1"; }
+
+# remove_vxlan_interfaces: removes what flannel and cilium have left of their tunnels
+remove_vxlan_interfaces() {
+	local link
+	for link in $(ip -o link show type vxlan 2>/dev/null | sed -n 's/^[0-9]*: \([^:@]*\).*/\1/p' | grep -E 'flannel|cilium_vxlan'); do
+		echo "Deleting old $link link" >&2
+		run_with_sudo ip link delete "$link"
+	done
+}
+
+# snapshotter: prints the snapshotter for the file system of $SNAP_COMMON
+snapshotter() {
+	if [ "$(stat -f -c %T "$SNAP_COMMON")" = zfs ]; then
+		echo native
+	else
+		echo overlayfs
+	fi
+}
+
+# remove_args FILE FLAG...: removes flags from args/FILE of this node
+remove_args() {
+	local file=$1 flag
+	shift
+	for flag in "$@"; do
+		if grep -q -- "$flag" "$SNAP_DATA/args/$file"; then
+			echo "Removing argument: $flag from $file"
+			skip_opt_in_local_config "$flag" "$file"
+		fi
+	done
+}
+
 # get_opt_in_config --FLAG FILE: prints the value of a flag in args/FILE
 get_opt_in_config() { "$SNAP/bin/microk8s" node-config get "$2" "$1"; }
 
@@ -112,6 +164,14 @@ get_default_ip() {
 	device=$(ip -o route show default 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p' | head -n 1)
 	address=$(ip -o -4 address show dev "$device" 2>/dev/null | awk '{print $4}' | cut -d/ -f1 | head -n 1)
 	echo "${address:-none}"
+}
+
+# get_ips: prints the addresses of this machine, with commas between, less link-local ones and those of the pod
+# network; "none" if there are none
+get_ips() {
+	local found
+	found=$(ip -o -4 address show 2>/dev/null | awk '$2 !~ /^(lo|vxlan.calico|flannel.1|cni0|ovn0)$/ {print $4}' | cut -d/ -f1 | grep -v '^169\.254\.' | paste -sd, -)
+	echo "${found:-none}"
 }
 
 # fetch_as URL FILE: downloads
