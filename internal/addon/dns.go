@@ -16,6 +16,10 @@ import (
 	"microk8s/internal/snapenv"
 )
 
+// IgnoredDNSPath is where the API server has the ConfigMap into which CoreDNS writes which keys of coredns-custom
+// it has left out, and why (scripts/components/coredns).
+const IgnoredDNSPath = "/api/v1/namespaces/kube-system/configmaps/coredns-custom-ignored"
+
 // dnsValues fill the manifest of dns.
 type dnsValues struct {
 	ClusterIP netip.Addr

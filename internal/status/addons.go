@@ -2,7 +2,9 @@ package status
 
 import (
 	"context"
+	"maps"
 	"net/url"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -65,6 +67,9 @@ func (r *Report) addons(env snapenv.Env, s apiState) {
 	}
 	if s.foreignErr != nil && s.err == nil {
 		r.add("addons.state", "cannot find out which addons of added repositories are enabled: %v", s.foreignErr)("wait a moment")
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.ignored)) {
+		r.add("dns.custom", "the key %s of the ConfigMap coredns-custom is without effect: %s", key, s.ignored[key])("correct it with: microk8s kubectl edit configmap -n kube-system coredns-custom")
 	}
 	r.AddonsKnown = s.err == nil && s.recordErr == nil && s.foreignErr == nil
 	r.packs(env, all, s.records)

@@ -18,6 +18,7 @@ import (
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/addon"
 	"microk8s/internal/archive/schedule"
 	"microk8s/internal/nodecopy"
 	"microk8s/internal/noderegistry"
@@ -106,6 +107,7 @@ type apiState struct {
 
 	records   []corev1.ConfigMap // of the addons that are on
 	recordErr error
+	ignored   map[string]string // keys of coredns-custom without effect, and why
 
 	foreign    map[string]bool // addons of added repositories that are on, by full name
 	foreignErr error
@@ -148,10 +150,12 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	var weakErr error
 	var backups *schedule.State
 	var backupErr error
+	var ignored corev1.ConfigMap
 	missed := gather(ctx, map[string]func(){
 		"weak":    func() { weak, weakErr = c.weak(ctx) },
 		"backup":  func() { backups, backupErr = c.backups(ctx) },
 		"foreign": func() { foreign, foreignErr = c.foreign(ctx, p.Env) },
+		"ignored": func() { _ = c.decode(ctx, addon.IgnoredDNSPath, &ignored) }, // it is there with dns only
 		"readyz":  func() { s.healthy = c.decode(ctx, "/readyz", nil) },
 		"service": func() { s.service = c.decode(ctx, "/api/v1/namespaces/default/services/kubernetes", nil) },
 		"addons":  func() { s.recordErr = c.decode(ctx, recordsPath, &records) },
@@ -181,6 +185,10 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 	} else {
 		s.foreign, s.foreignErr = foreign, foreignErr
 	}
+	if !missed["ignored"] {
+		s.ignored = ignored.Data
+	}
+	delete(missed, "ignored")
 	if missed["records"] {
 		delete(missed, "records") // one that answers says enough
 	} else if bindingsErr == nil {

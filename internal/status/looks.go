@@ -50,6 +50,7 @@ var Looks = func() map[string]string {
 		"addons.state":       "records of addons in the API",
 		"addons.pack":        "packs of addons on this node",
 		"addons.pods":        "workloads of addons in the API, and their pods",
+		"dns.custom":         "what CoreDNS writes about the ConfigMap coredns-custom",
 		"disk.full":          "free space of the product's file systems",
 		"clock.before":       "the clock, and the day on which the CA was made",
 		"certs.valid":        "validity of the certificates in certs/",

@@ -63,7 +63,7 @@ var images = []image{
 	{
 		archive: "coredns",
 		// The number after the version changes with our main package, so that pods are renewed.
-		refs:      []string{"microk8s.io/coredns:1.15.0-1"},
+		refs:      []string{"microk8s.io/coredns:1.15.0-2"},
 		program:   "/coredns",
 		user:      "65532:65532",
 		title:     "coredns",

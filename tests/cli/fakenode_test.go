@@ -21,6 +21,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/addon"
 	"microk8s/internal/argsdigest"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/noderegistry"
@@ -32,13 +33,14 @@ import (
 //
 //	fakenode ready      services run, the API server answers, the node is Ready
 //	fakenode notready   the same, the node is not Ready
+//	fakenode dnskey     the same as ready, with a key of coredns-custom that is left out
 //	fakenode nodes N    the same as ready, with N nodes
 //	fakenode failing    kubelite fails again and again, nothing answers
 //	fakenode silent     services run and take connections, nobody answers
 //	fakenode becomes    the node is not Ready until a watch of the nodes is opened
 func fakeNode(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) == 0 {
-		ts.Fatalf("usage: fakenode ready|notready|nodes N|failing|silent|mute|becomes")
+		ts.Fatalf("usage: fakenode ready|notready|dnskey|nodes N|failing|silent|mute|becomes")
 	}
 	env := snapenv.FromEnviron(ts.Getenv)
 	f := &node{kind: args[0], count: 1, watched: make(chan struct{})}
@@ -182,6 +184,8 @@ func (f *node) api(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, `{"kind":"List","apiVersion":"v1","items":[]}`)
 	case r.URL.Path == "/api/v1/namespaces/default/services/kubernetes":
 		fmt.Fprint(w, `{"kind":"Service","metadata":{"name":"kubernetes"}}`)
+	case r.URL.Path == addon.IgnoredDNSPath && f.kind == "dnskey":
+		fmt.Fprint(w, `{"kind":"ConfigMap","apiVersion":"v1","data":{"corp.server":"plugin/forward: corp.server:2 - Wrong argument count"}}`)
 	case r.URL.Path == "/api/v1/namespaces/kube-system/configmaps" && r.Method == http.MethodGet: // dns is on
 		fmt.Fprint(w, `{"kind":"ConfigMapList","apiVersion":"v1","items":[{"metadata":{"name":"microk8s-addon-dns","labels":{"microk8s.io/addon-record":"dns"}}}]}`)
 	case r.URL.Path == "/api/v1/nodes" && r.URL.Query().Get("watch") != "":

@@ -18,7 +18,9 @@ func TestUpstreams(t *testing.T) {
 		{"stub beside a server", "nameserver 127.0.0.1\nnameserver 192.0.2.1\n", []string{"192.0.2.1"}, []string{"127.0.0.1"}},
 		{"IPv6 loopback", "nameserver ::1\n", nil, []string{"::1"}},
 		{"this cluster", "nameserver 10.152.183.10\n", nil, []string{"10.152.183.10"}},
-		{"with a scope", "nameserver fe80::1%eth0\n", []string{"fe80::1%eth0"}, nil},
+		{"of the host's link", "nameserver fe80::1%eth0\nnameserver 192.0.2.1\n", []string{"192.0.2.1"}, []string{"fe80::1%eth0"}},
+		{"without a scope", "nameserver fe80::1\n", nil, []string{"fe80::1"}},
+		{"a cloud's", "nameserver 169.254.169.254\n", []string{"169.254.169.254"}, nil},
 		{"no address", "nameserver router\nnameserver\n", nil, []string{"router"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
