@@ -225,6 +225,7 @@ extraCNIEnv: {IPv4_SUPPORT: true, IPv4_CLUSTER_CIDR: 10.2.0.0/16}
 		}},
 		{"fips", "version: 0.2.0\nextraFIPSEnv: {GOFIPS: 1}\n", nil, []string{"k8s-dqlite", "kubelite", "cluster-agent"}, map[string]string{"fips-env": "GOFIPS=1\n"}},
 		{"files", "version: 0.1.0\nextraConfigFiles:\n  my.yaml: |\n    text\n", nil, nil, map[string]string{"my.yaml": "text\n"}},
+		{"manifests", "version: 0.1.0\nextraConfigFiles:\n  manifests/my.yaml: |\n    text\n", nil, nil, map[string]string{"manifests/my.yaml": "text\n"}},
 		{"join", "version: 0.1.0\njoin: {url: " + connection + "}\n", []string{"microk8s join - < " + connection}, nil, nil},
 		{"join as a worker", "version: 0.1.0\njoin: {url: " + connection + ", worker: true}\n", []string{"microk8s join - --worker < " + connection}, nil, nil},
 		{"two documents", "# head\n---\nversion: 0.1.0\naddons: [{name: dns}]\n---\n---\nversion: 0.1.0\nextraKubeletArgs: {--keep: later}\n",
@@ -326,7 +327,7 @@ version: 0.1.0
 addons: [{name: --help}, {name: ../x}]
 addonRepositories: [{name: 'a b', url: x}, {name: ok, url: '--upload-pack=x'}]
 persistentClusterToken: short
-extraConfigFiles: {../evil: x, ..: x, a/b: x}
+extraConfigFiles: {../evil: x, ..: x, a/b: x, manifests/../kubelet: x}
 containerdRegistryConfigs: {../certs.d2: x, docker.io: 'server = ['}
 extraKubeletArgs: {--v: "1\n--anonymous-auth", "no good": x}
 extraKubeliteEnv: {"A B": x, C: $(reboot)}
@@ -509,7 +510,7 @@ func FuzzParse(f *testing.F) {
 		}
 		for _, d := range docs {
 			for name := range d.ExtraConfigFiles {
-				if strings.ContainsAny(name, "/\\\n\x00") || name == ".." {
+				if name := strings.TrimPrefix(name, "manifests/"); strings.ContainsAny(name, "/\\\n\x00") || name == ".." {
 					t.Errorf("the file name %q", name)
 				}
 			}

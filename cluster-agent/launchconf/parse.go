@@ -282,8 +282,8 @@ func (d *Document) check() (errs []error) {
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(d.ExtraConfigFiles)) {
-		if !plainName(name) {
-			add(fmt.Errorf("extraConfigFiles: %q is not the name of a file in args", name))
+		if !plainName(strings.TrimPrefix(name, manifestsFolder)) {
+			add(fmt.Errorf("extraConfigFiles: %q is not the name of a file in args, or in args/%s", name, manifestsFolder))
 		}
 	}
 	for _, f := range d.files() {
@@ -332,6 +332,9 @@ func (d *Document) check() (errs []error) {
 }
 
 // plainName reports whether a name is that of a file in the folder itself.
+// manifestsFolder begins the names of files whose objects are kept in the cluster (internal/manifests).
+const manifestsFolder = "manifests/"
+
 func plainName(name string) bool {
 	return name != "" && name != "." && name != ".." && len(name) < 200 && !strings.HasPrefix(name, ".") &&
 		!strings.ContainsAny(name, "/\\\x00\n")

@@ -37,6 +37,7 @@ import (
 	"microk8s/internal/images"
 	"microk8s/internal/ingressrights"
 	"microk8s/internal/kubelitestate"
+	"microk8s/internal/manifests"
 	"microk8s/internal/netpolicy/enforcer"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/ranges"
@@ -200,6 +201,8 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		group.Go("shipped objects", untilDone(func(ctx context.Context) error {
 			return applyManifests(ctx, admin, env, log)
 		}))
+		files := &manifests.Controller{Env: env, Config: admin, Log: log, Report: state.Manifests}
+		group.Go("files in args/manifests", files.Run)
 		group.Go("DNS servers", func(ctx context.Context) error {
 			return keepDNS(ctx, admin, env, log)
 		})

@@ -10,6 +10,7 @@
 package bootstrap
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -333,6 +334,9 @@ func (c *cluster) applyOne(ctx context.Context, o *unstructured.Unstructured, se
 	if err != nil {
 		return err
 	}
+	if mapping.Scope.Name() == meta.RESTScopeNameNamespace && o.GetNamespace() == "" {
+		o.SetNamespace(metav1.NamespaceDefault) // as it is listed, later
+	}
 	resource := c.resource(mapping, o)
 	now, err := resource.Get(ctx, o.GetName(), metav1.GetOptions{})
 	exists := err == nil
@@ -407,11 +411,7 @@ func (c *cluster) resource(m *meta.RESTMapping, o *unstructured.Unstructured) dy
 	if m.Scope.Name() != meta.RESTScopeNameNamespace {
 		return c.client.Resource(m.Resource)
 	}
-	namespace := o.GetNamespace()
-	if namespace == "" {
-		namespace = metav1.NamespaceDefault
-	}
-	return c.client.Resource(m.Resource).Namespace(namespace)
+	return c.client.Resource(m.Resource).Namespace(cmp.Or(o.GetNamespace(), metav1.NamespaceDefault))
 }
 
 // rank orders what others need before what needs it.

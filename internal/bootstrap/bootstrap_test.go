@@ -15,6 +15,7 @@ import (
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -216,5 +217,19 @@ func TestRightsOfNodes(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("rights differ (-want +got):\n%s", diff)
+	}
+}
+
+// An object whose manifest names no namespace is in the namespace default, and stays at the next time.
+func TestNoNamespaceIsDefault(t *testing.T) {
+	f, cfg := newFake(t)
+	for range 2 {
+		role := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": map[string]any{"name": "r"}}}
+		if _, err := Sync(t.Context(), cfg, Set{Label: "set", Value: "x", Objects: []*unstructured.Unstructured{role}}, quietly); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := f.Paths(), []string{rbac + "namespaces/default/roles/r"}; !slices.Equal(got, want) {
+			t.Errorf("objects %q, want %q", got, want)
+		}
 	}
 }

@@ -40,6 +40,8 @@ type State struct {
 	// Policies is why network policies are not enforced on this node as the cluster has them; "" while
 	// they are.
 	Policies string `json:"policies,omitempty"`
+	// Manifests is what is wrong with the files in args/manifests; "" when nothing is.
+	Manifests string `json:"manifests,omitempty"`
 }
 
 // Path is the file of the state.
@@ -68,10 +70,11 @@ type Writer struct {
 	log *slog.Logger
 	now func() time.Time
 
-	mu       sync.Mutex
-	down     map[string]Daemon
-	refused  string
-	policies string
+	mu        sync.Mutex
+	down      map[string]Daemon
+	refused   string
+	policies  string
+	manifests string
 }
 
 // NewWriter begins with an empty state.
@@ -143,14 +146,24 @@ func (w *Writer) Policies(why string) {
 	}
 }
 
+// Manifests notes what is wrong with the files in args/manifests; "" that nothing is.
+func (w *Writer) Manifests(why string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if why = strings.Join(strings.Fields(why), " "); w.manifests != why {
+		w.manifests = why
+		w.write()
+	}
+}
+
 // write replaces the file, or removes it where there is nothing to say; w.mu is held.
 func (w *Writer) write() {
-	s := State{Refused: w.refused, Policies: w.policies}
+	s := State{Refused: w.refused, Policies: w.policies, Manifests: w.manifests}
 	for _, name := range slices.Sorted(maps.Keys(w.down)) {
 		s.Down = append(s.Down, w.down[name])
 	}
 	path := Path(w.env)
-	if len(s.Down) == 0 && s.Refused == "" && s.Policies == "" {
+	if len(s.Down) == 0 && s.Refused == "" && s.Policies == "" && s.Manifests == "" {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			w.log.Warn("cannot say how the daemons are", "err", err)
 		}

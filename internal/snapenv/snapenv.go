@@ -169,6 +169,12 @@ func (e Env) CNIConf() string { return filepath.Join(e.Data, "args/cni-network")
 // CNIManifest is the user's own CNI; where it exists the built-in pod network stands aside.
 func (e Env) CNIManifest() string { return filepath.Join(e.CNIConf(), "cni.yaml") }
 
+// UserManifests is the folder whose manifests and charts a control-plane node keeps in the cluster.
+func (e Env) UserManifests() string { return filepath.Join(e.Data, "args/manifests") }
+
+// ManifestsState is where a node notes what those have brought.
+func (e Env) ManifestsState() string { return filepath.Join(e.Common, "var/manifests.json") }
+
 // CNIBin is the directory from which containerd runs CNI plugins.
 func (e Env) CNIBin() string { return filepath.Join(e.Data, "opt/cni/bin") }
 

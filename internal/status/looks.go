@@ -27,6 +27,7 @@ var Looks = func() map[string]string {
 		"node.machine-id":    "machine IDs of Nodes in the API",
 		"node.copies":        "what cluster agents write into Nodes about other machines with the same identity",
 		"node.checks":        "files, kernel settings and devices of this node",
+		"manifests.failed":   "what kubelite writes about the files in args/manifests",
 		"network.policies":   "what kubelite writes about network policies",
 		"network.paths":      "what kubelite found on the ways to other nodes, a minute ago at most",
 		"change.pending":     "the journal of joins and leaves",

@@ -405,6 +405,9 @@ func (r *Report) daemonProblems(env snapenv.Env) {
 		r.NetworkPolicy = NetworkPolicy{Why: state.Policies}
 		r.add("network.policies", "network policies are not enforced on this node as the cluster has them: %s", shorten(state.Policies))("see microk8s logs kubelite")
 	}
+	if state.Manifests != "" {
+		r.add("manifests.failed", "not all of %s is in the cluster: %s", env.UserManifests(), shorten(state.Manifests))("correct or remove the file; it is tried again when it changes, and from time to time")
+	}
 	for _, d := range state.Down {
 		if d.Runs {
 			r.add("kubelite.daemons", "%s inside kubelite runs, but %s", d.Name, shorten(d.Why))(

@@ -32,6 +32,7 @@ func TestNode(t *testing.T) {
 	step("status", n.testStatus)
 	step("rights", n.testRights)
 	step("pod security", n.testPodSecurity)
+	step("files in args/manifests", n.testManifests)
 	step("deployment", n.deployWeb)
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
