@@ -99,6 +99,7 @@ var attacks = []struct {
 	{"gate-tokens", "tokens of pods on a removed node at the API server", tokensAtTheGate},
 	{"gate-join", "certificates of an earlier join at the API server", joinAtTheGate},
 	{"gate-watch", "a watch that is open when its node is removed", watchAtTheGate},
+	{"feed-readers", "the feed of network policies, opened again and again", openFeeds},
 	{"ingress-certificates", "an Ingress that names a password", ingressForPassword},
 	{"ingress-system", "an Ingress in kube-system", ingressInSystem},
 	{"ingress-withdrawn", "the ingress controller's token after the Ingress", ingressIsGone},

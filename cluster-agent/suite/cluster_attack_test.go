@@ -20,6 +20,7 @@ import (
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 	apirequest "k8s.io/apiserver/pkg/endpoints/request"
+	"k8s.io/client-go/dynamic/dynamicinformer"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
@@ -28,14 +29,16 @@ import (
 	"microk8s/cluster-agent/api"
 	"microk8s/internal/encryption"
 	"microk8s/internal/ingressrights"
+	"microk8s/internal/netpolicy"
+	"microk8s/internal/netpolicy/feed"
 	"microk8s/internal/nodegate"
 	"microk8s/internal/noderegistry"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/tokenstore"
 )
 
-// What the cluster has beside the agent: the API server's gate for nodes (ADR 16), the rights of
-// the ingress controller, and the arguments that a join carries.
+// What the cluster has beside the agent: the API server's gate for nodes (ADR 16) and its feed of network
+// policies, the rights of the ingress controller, and the arguments that a join carries.
 
 // gate is that of an API server with the site's records, which it follows.
 func (s *site) gate() *nodegate.Gate {
@@ -169,6 +172,48 @@ func watchAtTheGate(t *testing.T, s *site) {
 	case <-ended:
 	case <-time.After(2 * time.Second):
 		t.Error("a watch of a removed node goes on")
+	}
+}
+
+// openFeeds is root on a worker who opens the feed of network policies again and again and reads nothing.
+func openFeeds(t *testing.T, s *site) {
+	factory := informers.NewSharedInformerFactory(s.clientset(), 0)
+	policies := dynamicinformer.NewDynamicSharedInformerFactory(dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(),
+		map[schema.GroupVersionResource]string{netpolicy.ClusterPolicies: "ClusterNetworkPolicyList"}), 0)
+	server, err := feed.NewServer(factory, policies)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server.Caller = func(r *http.Request) string { return r.Header.Get("User") } // the API server has authenticated it
+	ctx, stop := context.WithCancel(t.Context())
+	factory.StartWithContext(ctx)
+	policies.Start(ctx.Done())
+	front := httptest.NewServer(server)
+	t.Cleanup(func() { stop(); server.Close(); front.Close(); factory.Shutdown(); policies.Shutdown() })
+	factory.WaitForCacheSync(ctx.Done())
+	policies.WaitForCacheSync(ctx.Done())
+	open := func(who string) int {
+		t.Helper()
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, front.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("User", who)
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { stop(); res.Body.Close() })
+		return res.StatusCode
+	}
+	for n := 0; open(noderegistry.UserPrefix+"w1") == http.StatusOK; n++ {
+		if n == 100 {
+			t.Errorf("%d requests of one node are open", n)
+			break
+		}
+	}
+	if status := open(noderegistry.UserPrefix + "w2"); status != http.StatusOK {
+		t.Errorf("another node: %d", status)
 	}
 }
 

@@ -31,6 +31,7 @@ func TestNode(t *testing.T) {
 	step("version", n.testVersion)
 	step("status", n.testStatus)
 	step("rights", n.testRights)
+	step("strangers in the host's network", n.testListeners)
 	step("pod security", n.testPodSecurity)
 	step("files in args/manifests", n.testManifests)
 	step("deployment", n.deployWeb)

@@ -118,6 +118,12 @@ func serveAPI(ctx context.Context, options apiserveroptions.CompletedOptions) er
 	if err != nil {
 		return err
 	}
+	policies.Caller = func(r *http.Request) string {
+		if u, ok := request.UserFrom(r.Context()); ok {
+			return u.GetName()
+		}
+		return ""
+	}
 	outer := &config.Aggregator.GenericConfig.Config
 	endless := outer.LongRunningFunc
 	outer.LongRunningFunc = func(r *http.Request, info *request.RequestInfo) bool {

@@ -50,8 +50,16 @@ type line struct {
 	Object json.RawMessage `json:"object,omitempty"`
 }
 
+// maxReaders is how many requests of one caller may be open. A node has one, and for a moment a second one when it
+// connects again; each holds what its reader has not taken yet, which is up to the whole cluster.
+const maxReaders = 8
+
 // Server is the API server's half.
 type Server struct {
+	// Caller returns who makes a request, of whom maxReaders may be open; nil: all are one caller's. It is set before
+	// the first request.
+	Caller func(*http.Request) string
+
 	synced []cache.InformerSynced
 	done   chan struct{}
 	end    sync.Once
@@ -65,6 +73,7 @@ type id struct{ kind, key string }
 
 // reader is one open request: what it has not been sent yet.
 type reader struct {
+	caller  string
 	pending map[id]struct{}
 	wake    chan struct{} // holds at most one value
 }
@@ -192,18 +201,42 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	caller := ""
+	if s.Caller != nil {
+		caller = s.Caller(r)
+	}
+	me := s.open(caller)
+	if me == nil {
+		w.Header().Set("Retry-After", "5")
+		http.Error(w, fmt.Sprintf("%d requests of this caller are open already", maxReaders), http.StatusTooManyRequests)
+		return
+	}
 	// However it ends, the reader asks again.
-	_ = s.serve(r.Context(), w)
+	_ = s.serve(r.Context(), w, me)
 }
 
-func (s *Server) serve(ctx context.Context, w http.ResponseWriter) error {
-	me := &reader{pending: map[id]struct{}{}, wake: make(chan struct{}, 1)}
+// open adds a reader; nil where its caller has too many.
+func (s *Server) open(caller string) *reader {
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := 0
+	for r := range s.readers {
+		if r.caller == caller {
+			n++
+		}
+	}
+	if n >= maxReaders {
+		return nil
+	}
+	me := &reader{caller: caller, pending: map[id]struct{}{}, wake: make(chan struct{}, 1)}
 	for i := range s.objects {
 		me.pending[i] = struct{}{}
 	}
 	s.readers[me] = struct{}{}
-	s.mu.Unlock()
+	return me
+}
+
+func (s *Server) serve(ctx context.Context, w http.ResponseWriter, me *reader) error {
 	defer func() {
 		s.mu.Lock()
 		delete(s.readers, me)
