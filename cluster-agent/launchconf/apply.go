@@ -18,10 +18,12 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 
 	"microk8s/cluster-agent/node"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/certs"
+	"microk8s/internal/journal"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/ranges"
 	"microk8s/internal/service"
@@ -283,8 +285,14 @@ func (a *Applier) steps(docs []Document, st *state) (out []step) {
 // run finds one that was begun. Run again it is resumed where it was interrupted, refused while
 // it runs, and not needed once it is done.
 func (a *Applier) join(ctx context.Context, name string, d Document, st *state) error {
+	begun := slices.Contains(st.Joining, name)
+	if begun { // it starts this agent before it ends
+		if err := a.awaitChange(ctx); err != nil {
+			return err
+		}
+	}
 	s := nodeconfig.ReadState(a.Env)
-	member, begun := (s.Worker || s.Clustered) && !s.Changing, slices.Contains(st.Joining, name)
+	member := (s.Worker || s.Clustered) && !s.Changing
 	if member && begun {
 		return nil
 	}
@@ -299,6 +307,28 @@ func (a *Applier) join(ctx context.Context, name string, d Document, st *state) 
 		args = append(args, "--worker")
 	}
 	return a.Join(ctx, string(d.Join.URL)+"\n", args...)
+}
+
+// changePoll is how often a change of membership that another process carries out is looked at; its lock has no
+// event to wait for.
+const changePoll = 200 * time.Millisecond
+
+// awaitChange waits until no process carries out a change of this node's membership.
+func (a *Applier) awaitChange(ctx context.Context) error {
+	for {
+		j, err := journal.Open(a.Env.Journal())
+		if err == nil {
+			return j.Close()
+		}
+		if !errors.Is(err, journal.ErrBusy) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(changePoll):
+		}
+	}
 }
 
 // write replaces a file of the node, and makes its folder.

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"microk8s/internal/journal"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/ranges"
 	"microk8s/internal/snapenv"
@@ -291,10 +292,20 @@ func TestJoinEndsTheAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	apply("the join still runs", 2, context.Canceled)
-	if err := nodeconfig.Unlock(h.Env, snapenv.LockJoining); err != nil {
+	// The join has started the agent again and has not ended: it is waited for, and not begun again.
+	running, err := journal.Open(h.Env.Journal())
+	if err != nil {
 		t.Fatal(err)
 	}
+	ended := make(chan error, 1)
+	go func() {
+		time.Sleep(changePoll) // the agent looks while it runs
+		ended <- errors.Join(nodeconfig.Unlock(h.Env, snapenv.LockJoining), running.Close())
+	}()
 	apply("the join is done", 2, nil)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
 	if !slices.Equal(h.ran, []string{"microk8s enable dns"}) {
 		t.Errorf("ran %q", h.ran)
 	}

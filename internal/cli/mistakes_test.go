@@ -104,7 +104,6 @@ pod-security enforce frob
 network frob
 network why
 network why a b
-network why a b:http
 network why a b:80/icmp
 network check extra
 addons frob

@@ -80,6 +80,10 @@ func (a *App) start(ctx context.Context, o startOptions) error {
 		if err != nil {
 			return explain("cannot set up the node", err)
 		}
+		// The first start has made the files, with what a launch configuration says.
+		if err := a.checkName(false); err != nil {
+			return err
+		}
 		// Install may have found the machine too small for a control plane.
 		if err := a.lowMemory(); err != nil {
 			return err

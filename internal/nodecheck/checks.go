@@ -24,6 +24,7 @@ import (
 	"microk8s/internal/ranges"
 	"microk8s/internal/registryhosts"
 	"microk8s/internal/service"
+	"microk8s/internal/snapenv"
 )
 
 // Checks is everything that is looked at, in the order in which it is reported.
@@ -186,7 +187,7 @@ const nearlyFull = 200 << 20
 
 func diskSpace(_ context.Context, n *Node) (out []Finding, err error) {
 	seen := map[unix.Fsid]bool{}
-	for _, dir := range []string{n.Env.Data, n.Env.Common} { // said in words of its own
+	for _, dir := range Storage(n.Env) { // said in words of its own
 		if s, err := n.Statfs(dir); err == nil {
 			seen[s.Fsid] = true
 		}
@@ -208,15 +209,25 @@ func diskSpace(_ context.Context, n *Node) (out []Finding, err error) {
 	return out, nil
 }
 
+// Storage returns the folders of the product that may be on file systems of their own, where services and pods write.
+// Those that do not exist are among them.
+func Storage(env snapenv.Env) []string {
+	return []string{env.Data, env.Common, env.ContainerdRoot(), env.KubeletRoot(), env.BackendLive(), env.DefaultStorage()}
+}
+
 // fewInodes is the share of free inodes, in per cent, below which their end is near.
 const fewInodes = 3
 
 func diskInodes(_ context.Context, n *Node) (out []Finding, err error) {
 	seen := map[unix.Fsid]bool{}
-	for _, dir := range []string{n.Env.Data, n.Env.Common} {
+	for _, dir := range Storage(n.Env) {
 		s, err := n.Statfs(dir)
-		if errors.Is(err, fs.ErrNotExist) || err == nil && (seen[s.Fsid] || s.Files == 0 || s.Ffree == 0) {
-			continue // none left is said by status itself
+		if errors.Is(err, fs.ErrNotExist) || err == nil && (seen[s.Fsid] || s.Files == 0) {
+			continue
+		}
+		if err == nil && s.Ffree == 0 && (dir == n.Env.Data || dir == n.Env.Common) {
+			seen[s.Fsid] = true
+			continue // said by status itself
 		}
 		if err != nil {
 			return out, err

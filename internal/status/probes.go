@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"microk8s/internal/netcheck"
+	"microk8s/internal/nodecheck"
 	"microk8s/internal/snapenv"
 )
 
@@ -92,7 +93,7 @@ func fullDisk(dir string, free uint64) Problem {
 func diskProblems(env snapenv.Env) []Problem {
 	var out []Problem
 	seen := map[unix.Fsid]bool{}
-	for _, dir := range []string{env.Data, env.Common} {
+	for _, dir := range nodecheck.Storage(env) {
 		var fs unix.Statfs_t
 		if unix.Statfs(dir, &fs) != nil || seen[fs.Fsid] {
 			continue
@@ -102,6 +103,8 @@ func diskProblems(env snapenv.Env) []Problem {
 		switch {
 		case free < fullBelow:
 			out = append(out, fullDisk(dir, free))
+		case dir == env.BackendLive() || dir == env.DefaultStorage():
+			// The kubelet does not look at these.
 		case free < evictBelow:
 			out = append(out, Problem{
 				ID:   "disk.full",

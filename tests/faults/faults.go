@@ -75,7 +75,7 @@ func ranges() Fault {
 		Says: "the cluster has 10.1.0.0/16 for pods and 10.152.183.0/24 for Services since its first start", Do: "change the file back",
 		Break:  fmt.Sprintf("cp -a %[1]s/args/cni-env /root/fault-args; sed -i 's/^IPv4_CLUSTER_CIDR=.*/IPv4_CLUSTER_CIDR=10.77.0.0\\/16/' %[1]s/args/cni-env", data),
 		Repair: fmt.Sprintf("cp -a /root/fault-args %[1]s/args/cni-env", data),
-		Files:  map[string]string{"DATA/args/cni-env": text, "DATA/args/kube-proxy": "--cluster-cidr=10.1.0.0/16\n", "DATA/var/lock/no-cert-reissue": ""}}
+		Files:  map[string]string{"DATA/args/cni-env": text, "DATA/var/lock/no-cert-reissue": ""}}
 }
 
 // frozen is a fault that is a service which is stopped in its tracks.
@@ -126,6 +126,24 @@ func oom(group, task string) string {
 	return fmt.Sprintf("6,1,%d,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=x,mems_allowed=0,oom_memcg=%s,task_memcg=%s,task=%s,pid=7,uid=0\n", 1, group, group, task)
 }
 
+// stopped has a script run while kubelite, which would repair what it breaks within a second, stands still.
+func stopped(script string) string {
+	return "ip link show cni0 >/dev/null; kill -STOP $(pgrep -o -x kubelite); " + script
+}
+
+// goesOn lets kubelite repair what was broken.
+const goesOn = "kill -CONT $(pgrep -o -x kubelite)"
+
+// logged puts lines, of a second after the start in [oom], into what the kernel's log shows, as of now.
+func logged(lines string) string {
+	return "now=$(cut -d. -f1 /proc/uptime)000000; printf '" + strings.NewReplacer("6,1,1,-", "6,1,%s,-", "\n", `\n`).Replace(lines) + "'" +
+		strings.Repeat(" $now", strings.Count(lines, "6,1,1,-")) + " >/root/fault-kmsg; mount --bind /root/fault-kmsg /dev/kmsg"
+}
+
+// oomCounter has the file with the counters of kubelite's control group in $f, of version 1 or 2.
+const oomCounter = "g=$(grep -E '^[0-9]+:([a-z_]+,)*memory(,[a-z_]+)*:' /proc/$(pgrep -o -x kubelite)/cgroup | cut -d: -f3); " +
+	"if [ -n \"$g\" ]; then f=/sys/fs/cgroup/memory$g/memory.oom_control; else f=/sys/fs/cgroup$(cut -d: -f3 /proc/$(pgrep -o -x kubelite)/cgroup)/memory.events; fi; "
+
 // Catalogue is all of them.
 var Catalogue = func() []Fault {
 	young := "60.00 50.00\n"
@@ -144,16 +162,17 @@ var Catalogue = func() []Fault {
 		frozen("kubelite", "api.answers", "the API server did not answer within", "see microk8s logs kubelite"),
 
 		{Name: "bridge with another address", ID: "network.bridge", Says: "the pods' bridge cni0 has the address 10.9.9.1/24 and not", Do: "ip link delete cni0; microk8s stop; microk8s start",
-			Why: "the node repairs it by itself within a second", Set: addresses("10.9.9.1/24", "fe80::1/64")},
+			Break: stopped("ip address flush dev cni0 scope global; ip address add 10.9.9.1/24 dev cni0"), Repair: goesOn, Set: addresses("10.9.9.1/24", "fe80::1/64")},
 		{Name: "bridge without an address", ID: "network.bridge", Says: "the pods' bridge cni0 has no address, it should have 10.1.", Do: "ip link delete cni0; microk8s stop; microk8s start",
-			Why: "the node repairs it by itself within a second", Set: addresses("fe80::1/64")},
+			Break: stopped("ip address flush dev cni0 scope global"), Repair: goesOn, Set: addresses("fe80::1/64")},
 
 		{Name: "/tmp full", ID: "disk.space", Says: "the file system of /tmp is nearly full", Do: "du -xh /tmp | sort -h | tail",
 			Break: "mount -t tmpfs -o size=1m fault /tmp", Repair: "umount -l /tmp", Set: disk("/tmp", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
 		{Name: "/var/log full", ID: "disk.space", Says: "the file system of /var/log is nearly full", Do: "du -xh /var/log | sort -h | tail",
 			Break: "mkdir -p /var/log; mount -t tmpfs -o size=1m fault /var/log", Repair: "umount -l /var/log", Set: disk("/var/log", unix.Statfs_t{Blocks: 100, Bsize: 4096, Bavail: 10})},
-		{Name: "few inodes", ID: "disk.inodes", Says: "has 5 of 1000 inodes left: no file can be made without one", Do: "du --inodes -x",
-			Why: "a lab host's disk has the inodes of the machine's", Set: disk("/common", unix.Statfs_t{Blocks: 1e9, Bsize: 4096, Bavail: 1e9, Files: 1000, Ffree: 5})},
+		{Name: "few inodes", ID: "disk.inodes", Says: "inodes left: no file can be made without one", Do: "du --inodes -x",
+			Break:  "mkdir -p /var/snap/microk8s/common/default-storage; mount -t tmpfs -o nr_inodes=1000 fault /var/snap/microk8s/common/default-storage; cd /var/snap/microk8s/common/default-storage; touch $(seq 990)",
+			Repair: "umount -l /var/snap/microk8s/common/default-storage", Set: disk("/common", unix.Statfs_t{Blocks: 1e9, Bsize: 4096, Bavail: 1e9, Files: 1000, Ffree: 5})},
 
 		{Name: "certificate that ends soon", ID: "certs.end", Says: "certificate fault.crt ends on ", Do: "sudo microk8s refresh-certs -e",
 			Break:  "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=fault -days 5 -keyout /root/fault.key -out " + data + "/certs/fault.crt -addext basicConstraints=critical,CA:TRUE 2>/dev/null",
@@ -192,11 +211,14 @@ var Catalogue = func() []Fault {
 			"proc/cgroups", "#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t1\t1\t1\nmemory\t1\t1\t1\n"),
 		covered(Fault{Name: "swap on", ID: "memory.swap", Inspect: true, Says: "swap is on (/swapfile)", Do: "swapoff -a"},
 			"proc/swaps", "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n/swapfile                               file\t\t2097148\t\t0\t\t-2\n"),
-		{Name: "a pod's process killed", ID: "memory.oom", Inspect: true, Says: "because memory ran out: java (1 times)", Do: "dmesg | grep oom-kill", Why: "the kernel's log is the machine's",
+		{Name: "a pod's process killed", ID: "memory.oom", Inspect: true, Says: "because memory ran out: java (1 times)", Do: "dmesg | grep oom-kill",
+			Break: logged(oom("/kubepods/burstable/pod1/2", "java")), Repair: "umount -l /dev/kmsg",
 			Files: map[string]string{"dev/kmsg": oom("/kubepods/burstable/pod1/2", "java"), "proc/uptime": young}},
-		{Name: "a service killed", ID: "memory.oom", Inspect: true, Says: "because memory ran out: k8s-dqlite (2 times)", Do: "dmesg | grep oom-kill", Why: "the kernel's log is the machine's",
+		{Name: "a service killed", ID: "memory.oom", Inspect: true, Says: "because memory ran out: k8s-dqlite (2 times)", Do: "dmesg | grep oom-kill",
+			Break: logged(oom("/system.slice/x", "k8s-dqlite") + oom("/system.slice/x", "k8s-dqlite") + oom("/user.slice", "firefox")), Repair: "umount -l /dev/kmsg",
 			Files: map[string]string{"dev/kmsg": oom("/system.slice/x", "k8s-dqlite") + oom("/system.slice/x", "k8s-dqlite") + oom("/user.slice", "firefox"), "proc/uptime": young}},
-		{Name: "kills in a service's group", ID: "memory.groups", Inspect: true, Says: "in the control group of service kubelite 3 processes were killed", Do: "MemoryMax", Why: "a host of the lab has no limit of memory",
+		{Name: "kills in a service's group", ID: "memory.groups", Inspect: true, Says: "in the control group of service kubelite 3 processes were killed", Do: "MemoryMax",
+			Break: oomCounter + "sed 's/^oom_kill .*/oom_kill 3/' $f >/root/fault-oom; grep -q oom_kill /root/fault-oom || echo oom_kill 3 >>/root/fault-oom; mount --bind /root/fault-oom $f", Repair: oomCounter + "umount -l $f",
 			Files: map[string]string{"proc/100/cgroup": "0::/system.slice/snap.microk8s.daemon-kubelite.service\n", "sys/fs/cgroup/system.slice/snap.microk8s.daemon-kubelite.service/memory.events": "low 0\noom 3\noom_kill 3\n"}},
 
 		{Name: "name server in a circle", ID: "dns.loop", Inspect: true, Says: "the only name server of this host is the cluster's own, 10.152.183.10", Do: "microk8s enable dns ADDRESS",
@@ -207,7 +229,8 @@ var Catalogue = func() []Fault {
 			Files: map[string]string{"etc/resolv.conf": "nameserver 127.0.0.53\n", "run/systemd/resolve/resolv.conf": "-"}},
 		{Name: "no module vxlan", ID: "kernel.modules", Inspect: true, Says: "the kernel module vxlan is missing: pods of different nodes", Do: "modprobe vxlan", Why: "the kernel is the machine's",
 			Files: map[string]string{"sys/module/vxlan/refcnt": "-"}},
-		{Name: "no module br_netfilter", ID: "kernel.modules", Inspect: true, Says: "the kernel module br_netfilter is missing", Do: "modprobe br_netfilter", Why: "the kernel is the machine's",
+		{Name: "no module br_netfilter", ID: "kernel.modules", Inspect: true, Says: "the kernel module br_netfilter is missing", Do: "modprobe br_netfilter",
+			Break: "mount -t tmpfs fault /sys/module; mount -t tmpfs fault /proc/sys/net/bridge || true", Repair: "umount -l /sys/module; umount -l /proc/sys/net/bridge || true",
 			Files: map[string]string{"sys/module/br_netfilter/refcnt": "-", "proc/sys/net/bridge/bridge-nf-call-iptables": "-"}},
 		{Name: "no machine ID", ID: "host.machine-id", Inspect: true, Says: "this machine has no machine ID", Do: "systemd-machine-id-setup",
 			Break: "if [ -e /etc/machine-id ]; then mv /etc/machine-id /etc/fault-machine-id; fi", Repair: "if [ -e /etc/fault-machine-id ]; then mv /etc/fault-machine-id /etc/machine-id; fi",

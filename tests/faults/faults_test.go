@@ -47,6 +47,7 @@ var well = map[string]string{
 	"lib/modules/6.1.0-1/modules.dep":             "kernel/net/netfilter/nf_tables.ko:\n",
 	"sys/module/vxlan/refcnt":                     "1\n",
 	"DATA/args/kubelet":                           "--cluster-dns=10.152.183.10\n",
+	"DATA/args/kube-proxy":                        "--cluster-cidr=10.1.0.0/16\n",
 	"DATA/args/certs.d/docker.io/hosts.toml":      "server = \"https://registry-1.docker.io\"\n",
 	"proc/100/cgroup":                             "0::/system.slice/snap.microk8s.daemon-kubelite.service\n",
 	"sys/fs/cgroup/system.slice/snap.microk8s.daemon-kubelite.service/memory.events": "low 0\noom 0\noom_kill 0\n",
