@@ -97,7 +97,7 @@ func TestDNSManifest(t *testing.T) {
 		want, never string
 	}{
 		{nil, "    import upstream-{$MICROK8S_UPSTREAM}.conf\n", "forward . "},
-		{[]string{"192.0.2.1", "2001:db8::1"}, "    forward . 192.0.2.1 2001:db8::1\n", "import upstream"},
+		{[]string{"192.0.2.1", "2001:db8::1"}, "    forward . 192.0.2.1 2001:db8::1 {\n      failfast_all_unhealthy_upstreams\n", "import upstream"},
 	} {
 		objects, err := render(filepath.Join(env.CoreAddons(), "addons/dns"), dnsValues{ClusterIP: usual[0], Second: netip.MustParseAddr("fd98::a"), Domain: "example.test", Upstreams: tc.upstreams})
 		if err != nil {

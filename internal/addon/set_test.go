@@ -56,7 +56,10 @@ var dnsObjects = []string{
 	"apps/v1/namespaces/kube-system/deployments/coredns",
 	"rbac.authorization.k8s.io/v1/clusterrolebindings/coredns",
 	"rbac.authorization.k8s.io/v1/clusterroles/coredns",
+	"rbac.authorization.k8s.io/v1/namespaces/kube-system/rolebindings/microk8s:coredns-custom",
+	"rbac.authorization.k8s.io/v1/namespaces/kube-system/roles/microk8s:coredns-custom",
 	inSystem + "configmaps/coredns",
+	inSystem + "configmaps/coredns-custom-ignored",
 	inSystem + "serviceaccounts/coredns",
 	inSystem + "services/kube-dns",
 }
@@ -169,7 +172,7 @@ func TestUpgradeKeepsArguments(t *testing.T) {
 	}
 	wantObjects(t, f, "after the upgrade", with(marker, record))
 	corefile, _, _ := unstructured.NestedString(f.Get(inSystem+"configmaps/coredns").Object, "data", "Corefile")
-	if !strings.Contains(corefile, "forward . 192.0.2.53\n") {
+	if !strings.Contains(corefile, "forward . 192.0.2.53 {\n") {
 		t.Errorf("the Corefile lost the servers:\n%s", corefile)
 	}
 	got, on, err := s.Enabled(t.Context(), "dns")
