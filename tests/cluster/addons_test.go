@@ -20,8 +20,9 @@ import (
 // TestAddonsCluster uses addons on a control-plane node and a worker, which was down when most
 // of them were enabled.
 func TestAddonsCluster(t *testing.T) {
-	c := newCluster(t, "n1", "w1")
+	c := newClusterOn(t, lab.Options{DefaultRoute: true, IPv6: lab.DualIPv6}, "n1", "w1")
 	step := steps(t)
+	c.launch(t, "n1", bothFamilies)
 	if err := c.lab.Up(t.Context(), "resolver", lab.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -86,6 +87,7 @@ func TestAddonsCluster(t *testing.T) {
 			}
 		}
 	})
+	step("both families", func(t *testing.T) { c.testFamilies(t, "n1", []string{"n1", "w1"}, 2) })
 	step("network policies", func(t *testing.T) { c.testPolicies(t, "n1", "w1") })
 	var moves string // address of a Service for which w1 answers
 	step("addresses of load balancers, also by the node that joined after the pack", func(t *testing.T) {

@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -195,7 +196,7 @@ func (c *cluster) leader(t *testing.T, hosts []string) string {
 		}
 		for _, m := range list {
 			for _, h := range hosts {
-				if m.Leader && m.Address == c.ip(t, h)+":19001" {
+				if m.Leader && m.Address == net.JoinHostPort(c.ip(t, h), "19001") {
 					found = h
 					return nil
 				}

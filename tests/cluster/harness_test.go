@@ -45,6 +45,12 @@ type cluster struct {
 // logs of every service behind.
 func newCluster(t *testing.T, hosts ...string) *cluster {
 	t.Helper()
+	return newClusterOn(t, lab.Options{DefaultRoute: true}, hosts...)
+}
+
+// newClusterOn is newCluster on hosts of another kind.
+func newClusterOn(t *testing.T, kind lab.Options, hosts ...string) *cluster {
+	t.Helper()
 	labtest.NeedRoot(t)
 	snap := filepath.Join(build, "snap")
 	if _, err := os.Stat(filepath.Join(snap, "bin/kubelite")); err != nil {
@@ -54,7 +60,7 @@ func newCluster(t *testing.T, hosts ...string) *cluster {
 	c.rand = rand.New(rand.NewPCG(c.seed, 0))
 	t.Logf("seed %d (MICROK8S_TEST_SEED)", c.seed)
 	for _, h := range hosts {
-		labtest.Node(t, c.lab, h, lab.Options{DefaultRoute: true})
+		labtest.Node(t, c.lab, h, kind)
 	}
 	return c
 }

@@ -31,27 +31,36 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := net.JoinHostPort(server.Status.PodIP, "8080")
-	from := map[string]func() error{
-		"the pod of " + control: func() error {
+	var addresses []string // of each family
+	for _, a := range server.Status.PodIPs {
+		addresses = append(addresses, net.JoinHostPort(a.IP, "8080"))
+	}
+	api, err := c.client(t, control).CoreV1().Services("default").Get(t.Context(), "kubernetes", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	from := map[string]func(address string) error{
+		"the pod of " + control: func(address string) error {
 			r := c.try(t, control, "microk8s", "kubectl", "exec", "asker-"+control, "--", "/web", "wget", "http://"+address+"/", "1")
 			if r.code != 0 {
 				return errors.New(r.String())
 			}
 			return nil
 		},
-		control: func() error { return c.answers(control, address) },
-		worker:  func() error { return c.answers(worker, address) },
+		control: func(address string) error { return c.answers(control, address) },
+		worker:  func(address string) error { return c.answers(worker, address) },
 	}
 	want := func(when string, reached map[string]bool) {
 		t.Helper()
 		for who, want := range reached {
-			eventually(t, 20*time.Second, func() error {
-				if err := from[who](); (err == nil) != want {
-					return fmt.Errorf("%s: %s reaches the pod of %s: %v, want %v (%v)", when, who, worker, err == nil, want, fmt.Sprint(err))
-				}
-				return nil
-			})
+			for _, address := range addresses {
+				eventually(t, 20*time.Second, func() error {
+					if err := from[who](address); (err == nil) != want {
+						return fmt.Errorf("%s: %s reaches %s, the pod of %s: %v, want %v (%v)", when, who, address, worker, err == nil, want, fmt.Sprint(err))
+					}
+					return nil
+				})
+			}
 		}
 	}
 	selected := metav1.LabelSelector{MatchLabels: map[string]string{"on": worker}}
@@ -62,9 +71,9 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 			t.Fatal(err)
 		}
 	}
-	allow := func(peer networkingv1.NetworkPolicyPeer) networkingv1.NetworkPolicySpec {
+	allow := func(peers ...networkingv1.NetworkPolicyPeer) networkingv1.NetworkPolicySpec {
 		return networkingv1.NetworkPolicySpec{PodSelector: selected, Ingress: []networkingv1.NetworkPolicyIngressRule{{
-			From: []networkingv1.NetworkPolicyPeer{peer}, Ports: []networkingv1.NetworkPolicyPort{{Port: ptr.To(intstr.FromInt32(8000)), EndPort: ptr.To(int32(8080))}},
+			From: peers, Ports: []networkingv1.NetworkPolicyPort{{Port: ptr.To(intstr.FromInt32(8000)), EndPort: ptr.To(int32(8080))}},
 		}}}
 	}
 	pod := "the pod of " + control
@@ -76,7 +85,11 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	}
 	create("allow-pod", allow(networkingv1.NetworkPolicyPeer{PodSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"on": control}}}))
 	want("a pod allowed", map[string]bool{pod: true, control: false, worker: true})
-	create("allow-node", allow(networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: c.ip(t, control) + "/32"}}))
+	var node []networkingv1.NetworkPolicyPeer
+	for _, a := range c.internalIPs(t, control, control) {
+		node = append(node, networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: bits(a)}})
+	}
+	create("allow-node", allow(node...))
 	want("a node allowed", map[string]bool{pod: true, control: true})
 
 	// A policy of the whole cluster comes before those of the namespace.
@@ -91,7 +104,7 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	want("allowed again", map[string]bool{pod: true})
 
 	// A connection that runs is cut when it is not allowed any more.
-	conn, err := c.dialer(control)(t.Context(), "tcp", address)
+	conn, err := c.dialer(control)(t.Context(), "tcp", addresses[len(addresses)-1])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,8 +138,10 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	c.run(t, worker, "nft", "flush", "ruleset")
 	want("after a flush of the rules", map[string]bool{control: false, pod: true})
 	c.run(t, worker, "pkill", "-KILL", "-x", "kubelite")
-	if err := from[control](); err == nil {
-		t.Error("with kubelite killed, what was denied is open")
+	for _, address := range addresses {
+		if err := from[control](address); err == nil {
+			t.Errorf("with kubelite killed, what was denied is open: %s", address)
+		}
 	}
 	c.waitReady(t, control, worker)
 	want("after a restart of kubelite", map[string]bool{pod: true, control: false, worker: true})
@@ -134,10 +149,10 @@ func (c *cluster) testPolicies(t *testing.T, control, worker string) {
 	// Egress, of a pod on the control-plane node; the address of a Service is judged by what is behind it.
 	create("egress", networkingv1.NetworkPolicySpec{
 		PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"on": control}}, PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeEgress},
-		Egress: []networkingv1.NetworkPolicyEgressRule{{To: []networkingv1.NetworkPolicyPeer{{PodSelector: &selected}, {IPBlock: &networkingv1.IPBlock{CIDR: "10.152.183.0/24"}}}}},
+		Egress: []networkingv1.NetworkPolicyEgressRule{{To: []networkingv1.NetworkPolicyPeer{{PodSelector: &selected}, {IPBlock: &networkingv1.IPBlock{CIDR: bits(api.Spec.ClusterIP)}}}}},
 	})
 	eventually(t, 20*time.Second, func() error {
-		r := c.try(t, control, "microk8s", "kubectl", "exec", "asker-"+control, "--", "/web", "wget", "http://10.152.183.1:443/", "1")
+		r := c.try(t, control, "microk8s", "kubectl", "exec", "asker-"+control, "--", "/web", "wget", "http://"+net.JoinHostPort(api.Spec.ClusterIP, "443")+"/", "1")
 		if r.code == 0 || strings.Contains(r.err, "answered") {
 			return fmt.Errorf("a pod that may only reach another pod reaches the API server: %s", r)
 		}
