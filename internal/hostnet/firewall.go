@@ -28,7 +28,7 @@ type Firewall struct {
 	Cluster []netip.Prefix // pod addresses of the cluster
 }
 
-// legacyRecheck is how often legacy iptables is looked at, which has no events.
+// legacyRecheck is how often legacy iptables is looked at, for what [WatchLegacy] misses.
 const legacyRecheck = time.Minute
 
 // Owner keeps the rules in place: it adds them, and again whenever somebody changed the firewall.

@@ -44,9 +44,13 @@ func legacyTool(v4 bool) (string, error) {
 func legacyRules(chain string, cluster netip.Prefix) []string {
 	tail := ` -m comment --comment "` + Comment + `" -j ACCEPT`
 	if chain == "INPUT" {
+		tunnel := Tunnel
+		if cluster.Addr().Is6() {
+			tunnel = Tunnel6
+		}
 		return []string{
 			"-A INPUT -s " + cluster.String() + " -i " + Bridge + tail,
-			fmt.Sprintf("-A INPUT -s %s -i %s -p udp -m udp --dport %d%s", cluster, Tunnel, CheckPort, tail),
+			fmt.Sprintf("-A INPUT -s %s -i %s -p udp -m udp --dport %d%s", cluster, tunnel, CheckPort, tail),
 		}
 	}
 	return []string{
@@ -159,6 +163,7 @@ func runTool(tool string, args ...string) (string, error) {
 	// Another program may hold the lock of iptables; -w waits for it, in seconds.
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
+	legacyRuns.Add(1)
 	cmd := exec.CommandContext(ctx, tool, append([]string{"-w", "5"}, args...)...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {

@@ -182,6 +182,11 @@ func TestHeal(t *testing.T) {
 		{"forwarding off", "echo 0 >/proc/sys/net/ipv4/ip_forward", has("1", "cat", "/proc/sys/net/ipv4/ip_forward")},
 		{"a firewall that drops", "nft 'add table inet f; add chain inet f fw { type filter hook forward priority 0; policy drop; }'", nil},
 		{"firewall gone", "nft delete table inet f", nil},
+		{"a legacy firewall that drops", "iptables-legacy -P FORWARD DROP", nil},
+		{"a legacy firewall that is flushed", "iptables-legacy -F FORWARD", nil},
+		{"a legacy firewall gone", "iptables-legacy -P FORWARD ACCEPT", nil},
+		{"CNI configuration removed", "rm " + hostnet.Conflist(a.env), has("bridge", "cat", hostnet.Conflist(a.env))},
+		{"CNI configuration changed", "echo {} >" + hostnet.Conflist(a.env), has("bridge", "cat", hostnet.Conflist(a.env))},
 		{"a smaller MTU", "ip link set eth0 mtu 1400", func() bool {
 			return strings.Contains(text("ip", "link", "show", "flannel.1"), "mtu 1350") && strings.Contains(text("ip", "link", "show", "cni0"), "mtu 1350") &&
 				strings.Contains(text("ip", "link", "show", "vetha"), "mtu 1350") && strings.Contains(text("nsenter", "--net="+podA, "ip", "link", "show", "eth0"), "mtu 1350")

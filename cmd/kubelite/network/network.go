@@ -119,6 +119,11 @@ func Run(ctx context.Context, o Options) error {
 	}
 	firewall := n.Watch.Register(ctx, (&hostnet.Firewall{Cluster: cidrs}).Owner())
 	defer firewall.Close()
+	wg.Go(func() {
+		if err := hostnet.WatchLegacy(ctx, firewall.Trigger); err != nil {
+			o.Log.Warn("what others do with iptables-legacy is noticed once a minute", "err", err)
+		}
+	})
 	if err := n.enforcePolicies(ctx, &wg); err != nil {
 		return err
 	}

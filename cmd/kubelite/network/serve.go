@@ -1,12 +1,14 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
+	"microk8s/internal/filewatch"
 	"microk8s/internal/hostnet"
 )
 
@@ -100,9 +103,15 @@ func (n *node) serve(parent context.Context) error {
 		defer close(checked)
 		n.checkWays(ctx, g, mtu)
 	}()
+	written := make(chan struct{})
+	go func() {
+		defer close(written)
+		n.keepConflist(ctx, g.subnets, mtu)
+	}()
 	err = n.watchGround(ctx, changes, g, mgr)
 	kept.Close()
 	cancel(err)
+	<-written
 	<-checked // its socket is free for the next run
 	select {
 	case <-ended:
@@ -111,6 +120,31 @@ func (n *node) serve(parent context.Context) error {
 		// still holds is of no use; a new run starts from the nodes as they are.
 	}
 	return err
+}
+
+// keepConflist writes the CNI configuration again when somebody changes or removes it, until ctx ends: without it no pod starts. Where
+// a CNI of the user's own comes beside it, the next start decides.
+func (n *node) keepConflist(ctx context.Context, subnets []netip.Prefix, mtu int) {
+	path := hostnet.Conflist(n.Env)
+	match, folders := filewatch.Files(path)
+	changed, err := filewatch.Watch(ctx, filewatch.Options{Settle: 200 * time.Millisecond, Match: match}, folders...)
+	if err != nil {
+		n.Log.Warn("a CNI configuration that is removed comes back with the next start", "err", err)
+		return
+	}
+	for range changed {
+		before, _ := os.ReadFile(path)
+		if _, err := os.Stat(n.Env.CNIManifest()); err == nil || ctx.Err() != nil {
+			continue
+		}
+		if err := hostnet.WriteConflist(n.Env, subnets, mtu); err != nil {
+			n.Log.Warn("cannot put the CNI configuration back", "err", err)
+			continue
+		}
+		if after, err := os.ReadFile(path); err == nil && !bytes.Equal(before, after) {
+			n.Log.Info("somebody changed the CNI configuration; it was put back", "file", path)
+		}
+	}
 }
 
 // awaitGround waits for the node's subnets and its address.
