@@ -49,7 +49,7 @@ func TestNetworks(t *testing.T) {
 		c.wantWays(t, "n1")
 		c.wantWays(t, "w1")
 		for _, fault := range []struct{ name, host, rule, code, says string }{
-			{"UDP 4789 closed", "w1", "udp dport 4789 drop", "tunnel", "UDP port 4789 is closed"},
+			{"UDP 4789 closed", "w1", "udp dport 4789 drop", "one-way", "UDP port 4789 is closed"},
 			{"a smaller MTU", "w1", "udp dport 4789 meta length gt 1380 drop", "mtu", "the MTU is smaller on the way"},
 			{"the other kubelet closed", "w1", "tcp dport 10250 ip saddr 192.168.50.1 drop", "port-there", "TCP port 10250 of node w1"},
 			{"this API server closed", "n1", "tcp dport 16443 ip saddr 192.168.50.2 drop", "port-here", "TCP port 16443 of this node"},
@@ -63,7 +63,7 @@ func TestNetworks(t *testing.T) {
 					}
 					return nil
 				})
-				if fault.code == "tunnel" {
+				if fault.code == "one-way" {
 					eventually(t, 3*time.Minute, func() error {
 						if r := c.status(t, "n1"); !strings.Contains(r.out, fault.says) {
 							return fmt.Errorf("status does not say it: %s", r)
