@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +20,8 @@ import (
 // repair runs a command of k8s-dqlite as a process.
 func repair(m *testMember, args ...string) (string, error) {
 	cmd := exec.Command(os.Args[0], append(args, "--storage-dir", m.dir)...)
-	cmd.Env = m.env
+	// It leaves /tmp alone, which is in memory on many machines and has no room for a datastore.
+	cmd.Env = append(slices.Clone(m.env), "TMPDIR=/nonexistent")
 	out, err := cmd.CombinedOutput()
 	return string(out), err
 }
