@@ -8,6 +8,7 @@ import (
 	"errors"
 	"log/slog"
 	"math"
+	"sync"
 	"time"
 
 	"microk8s/internal/datastore/engine"
@@ -91,6 +92,9 @@ type Server struct {
 	health *health.Server
 	stop   context.Context // ends streams at shutdown
 	cancel context.CancelFunc
+
+	beating              sync.Once // by the first stream
+	progress, leaderless signal
 }
 
 // New makes the API server. Close ends its streams.

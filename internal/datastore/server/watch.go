@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync"
 	"time"
 
 	"microk8s/internal/datastore/state"
@@ -69,9 +70,12 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 		}
 	}()
 
-	tick := time.NewTicker(s.opt.ProgressInterval)
-	defer tick.Stop()
-	leaderless := s.leaderless(ctx)
+	s.beating.Do(func() { go s.beat() })
+	progress := s.progress.wait()
+	var leaderless <-chan struct{}
+	if wantsLeader(ctx) {
+		leaderless = s.leaderless.wait()
+	}
 	for {
 		var err error
 		select {
@@ -87,7 +91,8 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 			err = st.request(r)
 		case <-st.wake:
 			err = st.deliverAll()
-		case <-tick.C:
+		case <-progress:
+			progress = s.progress.wait()
 			err = st.notifyProgress()
 		}
 		if err != nil {
@@ -96,33 +101,63 @@ func (s *Server) Watch(ws pb.Watch_WatchServer) error {
 	}
 }
 
-// leaderless returns a channel that is closed when the stream asked for a leader and there has
-// been none for too long.
-func (s *Server) leaderless(ctx context.Context) <-chan struct{} {
-	md, _ := metadata.FromIncomingContext(ctx)
-	if v := md.Get(rpctypes.MetadataRequireLeaderKey); len(v) == 0 || v[0] != rpctypes.MetadataHasLeader {
-		return nil
+// signal wakes everybody who waits for it at once: a timer for each stream would wake the program as often as
+// there are streams.
+type signal struct {
+	mu   sync.Mutex
+	next chan struct{}
+}
+
+// wait returns a channel that the next send closes.
+func (s *signal) wait() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.next == nil {
+		s.next = make(chan struct{})
 	}
-	lost := make(chan struct{})
-	go func() {
-		t := time.NewTicker(s.opt.NoLeaderAfter / 3)
-		defer t.Stop()
-		last := time.Now()
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.C:
-			}
-			if s.opt.Backend.HasLeader() {
+	return s.next
+}
+
+func (s *signal) send() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.next != nil {
+		close(s.next)
+		s.next = nil
+	}
+}
+
+// beat sends the signals for the streams until the server is closed: that progress is due, and that there has
+// been no leader for too long.
+func (s *Server) beat() {
+	progress := time.NewTicker(s.opt.ProgressInterval)
+	defer progress.Stop()
+	leader := time.NewTicker(s.opt.NoLeaderAfter / 3)
+	defer leader.Stop()
+	last := time.Now()
+	for {
+		select {
+		case <-s.stop.Done():
+			return
+		case <-progress.C:
+			s.progress.send()
+		case <-leader.C:
+			switch {
+			case s.opt.Backend.HasLeader():
 				last = time.Now()
-			} else if time.Since(last) >= s.opt.NoLeaderAfter {
-				close(lost)
-				return
+			case time.Since(last) >= s.opt.NoLeaderAfter:
+				s.leaderless.send()
+				last = time.Now() // streams that come now have as long
 			}
 		}
-	}()
-	return lost
+	}
+}
+
+// wantsLeader reports whether the caller wants the stream to end when there is no leader.
+func wantsLeader(ctx context.Context) bool {
+	md, _ := metadata.FromIncomingContext(ctx)
+	v := md.Get(rpctypes.MetadataRequireLeaderKey)
+	return len(v) > 0 && v[0] == rpctypes.MetadataHasLeader
 }
 
 func (st *stream) poke() {
