@@ -15,6 +15,7 @@ func main() {
 	if filepath.Base(os.Args[0]) == "dqlite" {
 		os.Exit(daemon.Tool(os.Args[1:], os.Stdout, os.Stderr))
 	}
+	workingset.Pace(32<<20, 25) // most of the heap is values, in which a collection has nothing to look at
 	go workingset.TrimAfterStart(context.Background())
 	os.Exit(daemon.Main(os.Args[1:], os.Stdout, os.Stderr, os.Getenv))
 }

@@ -69,6 +69,10 @@ type Options struct {
 	Quota  int64
 	Member uint64
 
+	// Trim returns memory to the system that the log does not use. It may take a while, and is called where
+	// nobody waits, after something that needed much.
+	Trim func()
+
 	// Full says that there is no space for more; it is asked often. Nothing is sent to the log
 	// then: it would fail with an unknown outcome, and end this member's leadership.
 	Full func() bool
@@ -120,6 +124,9 @@ func New(opt Options) *Engine {
 	}
 	if opt.Confirm == nil {
 		opt.Confirm = func(context.Context) error { return nil }
+	}
+	if opt.Trim == nil {
+		opt.Trim = func() {}
 	}
 	if opt.Compacted == nil {
 		opt.Compacted = func() {}

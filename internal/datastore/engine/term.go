@@ -26,6 +26,7 @@ type term struct {
 
 	writing     sync.Mutex // held by who stages or uses the log; for good when the writer has ended
 	dead        []int64    // ids of rows that nobody can reach
+	buried      int        // of them, deleted since there were none
 	sweep       bool       // rows that the last leader left may be dead as well
 	lastCompact time.Time
 	samples     []sample

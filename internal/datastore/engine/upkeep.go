@@ -34,6 +34,7 @@ func (e *Engine) release(rows int) {
 	go func() {
 		defer e.releasing.Store(false)
 		debug.FreeOSMemory()
+		e.opt.Trim()
 	}()
 }
 
@@ -145,8 +146,11 @@ func (t *term) bury(ctx context.Context) {
 		t.opt.Logger.Warn("old rows could not be deleted, trying again", "err", t.broken(ctx, err))
 		return
 	}
+	t.buried += n
 	if t.dead = t.dead[n:]; len(t.dead) == 0 {
 		t.dead = nil
+		t.release(t.buried) // what the log took for them
+		t.buried = 0
 		if err := t.measure(ctx); err != nil {
 			t.opt.Logger.Warn("cannot measure the database", "err", t.broken(ctx, err))
 		}

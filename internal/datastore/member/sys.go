@@ -10,6 +10,7 @@ import (
 
 /*
 #include <dqlite.h>
+#include <malloc.h>
 #include <sqlite3.h>
 #include <uv.h>
 
@@ -25,6 +26,10 @@ func init() {
 		panic(fmt.Sprintf("SQLite cannot be set to several threads: code %d", code))
 	}
 }
+
+// Trim returns memory to the system that dqlite has freed: malloc keeps it between other things that are in
+// use. Threads that allocate meanwhile wait for some milliseconds.
+func Trim() { C.malloc_trim(0) }
 
 // socketPair gives two connected Unix stream sockets.
 func socketPair() (net.Conn, net.Conn, error) {

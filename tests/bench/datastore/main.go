@@ -29,7 +29,7 @@ func main() {
 	build := flag.String("build", "build", "the folder of `make build` and `make peers`")
 	during := flag.Duration("during", 2*time.Second, "how long each measurement of each round lasts")
 	rounds := flag.Int("rounds", 3, "how many rounds; the median of each figure counts")
-	members := flag.Int("members", 1, "members of each datastore; kine has one only and is left out of others")
+	members := flag.Int("members", 1, "members of each datastore; kine has one only and is left out of others, and where it is not built")
 	large := flag.Bool("large", true, "also measure with 100,000 objects")
 	only := flag.String("only", "", "measure only what matches this regular expression, and what cannot be left out")
 	page := report.Flag()
@@ -130,6 +130,11 @@ func largeRows() []row {
 	}
 }
 
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 func measure(ctx context.Context, build, page string, during time.Duration, rounds, members int, large bool, only *regexp.Regexp) error {
 	table := slices.DeleteFunc(rows(members), func(r row) bool { return r.what != "" && !only.MatchString(r.what) })
 	names, figures, err := measureRows(ctx, build, table, during, rounds, members)
@@ -175,8 +180,8 @@ func measureRows(ctx context.Context, build string, table []row, during time.Dur
 		return nil, nil, err
 	}
 	targets := []*target{etcd, ours}
-	if members == 1 {
-		kine, err := newKine(filepath.Join(build, "peers/kine"), dir)
+	if program := filepath.Join(build, "peers/kine"); members == 1 && exists(program) {
+		kine, err := newKine(program, dir)
 		if err != nil {
 			return nil, nil, err
 		}
