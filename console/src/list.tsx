@@ -1,8 +1,10 @@
 // Lists of any kind, as the API server prints them, updated by watch.
 import { useEffect, useMemo, useRef, useState } from 'preact/hooks'
-import { findKind, kindKey, kinds, linkOf, may, pathOf, session, useTable, type Column, type Kind, type Row } from './api'
+import { findKind, kindKey, kinds, linkOf, may, pathOf, session, useList, useTable, type Column, type Kind, type Row } from './api'
 import { Grid, type GridColumn } from './grid'
-import { Badge, Empty, State, Time, ago, go, setQuery, useNow, useTitle } from './ui'
+import { Events } from './events'
+import { Badge, Empty, State, Time, go, setQuery, useNow, useTitle } from './ui'
+import type { Event } from './why'
 
 export function useNamespace(query: URLSearchParams): string {
   const chosen = query.get('ns')
@@ -45,7 +47,7 @@ export function columnsOf(columns: Column[], k: Kind, namespaced: boolean, now: 
     const age = c.name === 'Age' || c.name === 'Created At'
     out.push({
       name: c.name, width: widths[c.name] ?? 'minmax(6rem,1fr)',
-      ...(c.name === 'Name' || c.name === 'Status' ? {} : { least: c.priority > 0 ? 1100 : age || c.name === 'Ready' ? 420 : 640 }),
+      ...(i === 0 || c.name === 'Name' || c.name === 'Status' ? {} : { least: c.priority > 0 ? 1100 : age || c.name === 'Ready' ? 420 : 640 }),
       cell: (r) => {
         const v = r.cells[i]
         if (age) return <Time at={r.meta.creationTimestamp} now={now} />
@@ -98,6 +100,7 @@ export function ListPage({ group, resource, query }: { group: string; resource: 
 
 export function plural(k: Kind): string {
   const name = k.kind
+  if (k.kind === 'CustomResourceDefinition') return 'CRDs'
   return k.kind === 'Ingress' ? 'Ingresses' : /(s|x|ch)$/.test(name) ? (name.endsWith('s') && !name.endsWith('ss') ? name : name + 'es') : name.endsWith('y') ? name.slice(0, -1) + 'ies' : name + 's'
 }
 
@@ -119,4 +122,18 @@ export function AllKinds({ query }: { query: URLSearchParams }) {
     <ul class="kinds">{(all ?? []).filter((k) => allowed.has(kindKey(k))).map((k) => <li><a href={linkOf(k)} onClick={(e) => { if (!e.ctrlKey && !e.metaKey) { e.preventDefault(); go(linkOf(k) + location.search) } }}>{plural(k)}</a> <small>{k.group || 'core'}/{k.version}</small></li>)}</ul>
   </main>
 }
-export { ago }
+
+/** EventsPage is the events of a namespace or of the cluster, the newest first. */
+export function EventsPage({ query }: { query: URLSearchParams }) {
+  useTitle('Events')
+  const now = useNow(), namespace = useNamespace(query), search = (query.get('q') ?? '').toLowerCase()
+  const events = useList<Event>(namespace ? `/k8s/api/v1/namespaces/${namespace}/events` : '/k8s/api/v1/events')
+  const warnings = query.get('type') === 'Warning'
+  const items = events.items.filter((e) => (!warnings || e.type === 'Warning') && (!search || [e.reason, e.message, e.involvedObject?.kind, e.involvedObject?.namespace, e.involvedObject?.name].join(' ').toLowerCase().includes(search)))
+  return <main>
+    <header class="bar"><h1>Events</h1><span class="count" role="status">{events.phase === 'live' ? items.length : ''}</span><NamespacePicker now={namespace} />
+      <label class="check"><input type="checkbox" checked={warnings} onChange={(e) => setQuery({ type: e.currentTarget.checked ? 'Warning' : '' })} /> Warnings only</label>
+      <label class="field search">Search <input type="search" value={query.get('q') ?? ''} onInput={(e) => setQuery({ q: e.currentTarget.value })} /></label></header>
+    <section class="card"><Events live={events} items={items} now={now} link /></section>
+  </main>
+}

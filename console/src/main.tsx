@@ -2,7 +2,7 @@
 import { render } from 'preact'
 import { useEffect, useState } from 'preact/hooks'
 import { kindKey, known, linkOf, may, setSession, useMay, useNode, type Kind, type Session } from './api'
-import { AllKinds, ListPage, plural, useNamespace } from './list'
+import { AllKinds, EventsPage, ListPage, plural, useNamespace } from './list'
 import { Login } from './login'
 import { NodesPage } from './nodes'
 import { ObjectPage } from './object'
@@ -75,6 +75,7 @@ function Frame({ session, onLogout }: { session: Session; onLogout: () => void }
     if (!words.length) return <Overview node={node} />
     if (words[0] === 'nodes') return words[1] ? <ObjectPage group="core" resource="nodes" namespace="" name={words[1]} query={query} /> : <NodesPage node={node} query={query} />
     if (words[0] === 'workloads' && words.length === 1) return <AllKinds query={query} />
+    if (path === '/workloads/core/events') return <EventsPage query={query} />
     if (words[0] === 'workloads' && words.length === 3) return <ListPage key={path} group={words[1]!} resource={words[2]!} query={query} />
     if (words[0] === 'workloads' && words.length === 5) return <ObjectPage group={words[1]!} resource={words[2]!} namespace={words[3] === '-' ? '' : words[3]!} name={words[4]!} query={query} />
     return <main><h1>There is no such page</h1><p><Link to="/">Go to the overview</Link></p></main>
@@ -89,8 +90,8 @@ function Frame({ session, onLogout }: { session: Session; onLogout: () => void }
       <span class="grow" />
       <span class="user" title={(session.groups ?? []).join(', ')}>{session.user}</span>
       <button type="button" class="small" aria-label={dark === 'dark' ? 'Use light colours' : 'Use dark colours'} onClick={() => setDark(theme(dark === 'dark' ? 'light' : 'dark'))}>{dark === 'dark' ? '☀' : '☾'}</button>
-      <button type="button" class="small" aria-label="Keys" onClick={() => setHelp(true)}>?</button>
-      <button type="button" class="small" onClick={onLogout}>Log out</button>
+      <button type="button" class="small keys" aria-label="Keys" onClick={() => setHelp(true)}>?</button>
+      <button type="button" class="small out" onClick={onLogout}>Log out</button>
     </header>
     <div class="frame">
       <Nav path={path} query={query} open={menu} close={() => setMenu(false)} />

@@ -3,11 +3,12 @@ import type { ComponentType } from 'preact'
 import { useEffect, useMemo, useState } from 'preact/hooks'
 import { ApiError, get, known, linkOf, nodesKind, ownerKind, pathOf, pods, send, useList, useMay, useTable, type Kind, type Meta, type Obj, type Row } from './api'
 import { Usage } from './chart'
+import { Events } from './events'
 import { Grid } from './grid'
 import { columnsOf, plural, useKind } from './list'
 import { Logs } from './logs'
-import { Act, Badge, Code, Dialog, Empty, Facts, Labels, Link, State, Tabs, Time, bytes, cores, go, quantity, setQuery, useNow, useTitle } from './ui'
-import { whenOf, why, type Event } from './why'
+import { Act, Badge, Code, Dialog, Empty, Facts, Labels, Link, State, Tabs, Time, bytes, quantity, setQuery, useNow, useTitle } from './ui'
+import { why, type Event } from './why'
 
 export function ObjectPage({ group, resource, namespace, name, query }: { group: string; resource: string; namespace: string; name: string; query: URLSearchParams }) {
   const { kind, bad } = useKind(group, resource)
@@ -271,22 +272,3 @@ function Part({ kind, ns, query, only, now }: { kind: Kind; ns: string; query: s
     {rows.length > 0 && <div class={rows.length > 8 ? 'part tall' : 'part'} style={{ '--rows': String(Math.min(rows.length, 9)) }}><Grid label={plural(kind)} columns={columnsOf(table.columns, kind, kind.namespaced && !ns, now)} rows={rows} id={(r) => r.meta.uid} link={(r) => linkOf(kind, r.meta.namespace, r.meta.name)} sorted={sorted} onSort={sort} /></div>}
   </section>
 }
-
-export function Events({ live, items, now, link }: { live: { phase: any; message?: string; since?: number }; items: Event[]; now: number; link?: boolean }) {
-  const sorted = [...items].sort((a, b) => whenOf(b).localeCompare(whenOf(a)))
-  return <section aria-label="Events">
-    <State live={live} what="the events" now={now} />
-    {live.phase === 'live' && !sorted.length && <Empty>There are no events of the last hour.</Empty>}
-    <ul class="plain events">{sorted.slice(0, 200).map((e) => <li key={e.metadata.uid}>
-      <span><Badge word={e.reason ?? ''} tone={e.type === 'Warning' ? 'bad' : 'plain'} /> {link && e.involvedObject && <EventObject e={e} />} <span class="wrap">{e.message}</span></span>
-      <small>{(e.series?.count ?? e.count ?? 1) > 1 ? `${e.series?.count ?? e.count} times, ` : ''}<Time at={whenOf(e)} now={now} /></small></li>)}</ul>
-  </section>
-}
-
-function EventObject({ e }: { e: Event }) {
-  const o = e.involvedObject!, group = o.apiVersion?.includes('/') ? o.apiVersion.split('/')[0]! : ''
-  const k = known.find((x) => x.kind === o.kind && (o.apiVersion ? x.group === group : true))
-  const text = `${o.kind} ${o.namespace ? o.namespace + '/' : ''}${o.name}`
-  return k ? <Link to={k.resource === 'nodes' ? `/nodes/${o.name}` : linkOf(k, o.namespace, o.name)}>{text}</Link> : <b>{text}</b>
-}
-export { cores, go }

@@ -1,7 +1,7 @@
 // What the owner of a cluster opens first: is it running, what may still be lost, what is wrong, what changed.
 import { useMemo } from 'preact/hooks'
 import { linkOf, known, useList, useMay, useTable, type NodeState } from './api'
-import { Events } from './object'
+import { Events } from './events'
 import { Members } from './members'
 import { Badge, Empty, Link, State, Step, Time, ago, useNow, useTitle } from './ui'
 import { whenOf, type Event } from './why'
@@ -13,7 +13,7 @@ export function NodeStatus({ node, now, short }: { node: NodeState; now: number;
   return <>
     {node.phase === 'stale' && <State live={node} what="the state of the node" now={now} />}
     <section class={`headline ${running ? 'good' : s.microk8s.slow ? 'wait' : 'bad'}`} aria-label="Is it running" aria-live="polite">
-      <p class="big"><span aria-hidden="true">{running ? '●' : s.microk8s.slow ? '◐' : '▲'} </span>{running ? f.headline : <Step text={f.headline} />}</p>
+      <p class="big"><span aria-hidden="true">{running ? '●' : s.microk8s.slow ? '◐' : '▲'} </span>{f.headline}</p>
       <p>{f.tolerates ? `${f.tolerates[0]!.toUpperCase()}${f.tolerates.slice(1)}.` : s['high-availability'].endpoints?.length ? `The datastore is an external etcd: ${s['high-availability'].endpoints.join(', ')}.` : f.members?.length === 1 ? 'One control-plane node: if it is lost, the cluster is.' : ''} <small>Node {f.node}, MicroK8s {f.version}</small></p>
     </section>
     {!short && <section class="card" aria-label="Problems"><h2>Problems <small>{s.problems?.length ?? 0}</small></h2>

@@ -21,7 +21,7 @@ export default function Shell({ pod }: { pod: Obj }) {
   const box = useRef<HTMLDivElement>(null)
   useEffect(() => {
     setEnded('')
-    const term = new Terminal({ cursorBlink: true, fontSize: 14, fontFamily: 'ui-monospace, "DejaVu Sans Mono", monospace', scrollback: 5000, screenReaderMode: true, theme: { background: '#101418', foreground: '#e6e6e6' } })
+    const term = new Terminal({ cursorBlink: true, fontSize: 14, fontFamily: 'ui-monospace, "DejaVu Sans Mono", monospace', scrollback: 5000, screenReaderMode: true, theme: { background: '#000000', foreground: '#e6e6e6' } })
     const fit = new FitAddon()
     term.loadAddon(fit)
     term.open(box.current!)
@@ -58,7 +58,7 @@ export default function Shell({ pod }: { pod: Obj }) {
     <div class="bar">
       {names.length > 1 && <label class="field">Container <select value={container} onChange={(e) => setContainer(e.currentTarget.value)}>{names.map((n) => <option value={n}>{n}</option>)}</select></label>}
       {ended && <><span class="state stale inline" role="status">{ended}</span><button type="button" onClick={() => again(round + 1)}>Open again</button></>}
-      <small>Leave it with the Tab key after Ctrl-Shift-M, or with the mouse.</small>
+      <small>Ctrl-Shift-M leaves the terminal.</small>
     </div>
     <div class="terminal" ref={box} onKeyDownCapture={(e) => {
       if (e.ctrlKey && e.shiftKey && e.key.toLowerCase() === 'm') { e.preventDefault(); e.stopPropagation(); (document.querySelector('.tab.on') as HTMLElement | null)?.focus() }

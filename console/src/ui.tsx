@@ -108,8 +108,9 @@ export function Code({ text }: { text: string }) {
 }
 
 /** Step shows what to do next: the commands in it can be copied. */
+const command = /((?:sudo )?microk8s (?:(?:logs|enable|disable|dbctl|encryption|pod-security|remove-node) [a-z0-9](?:[\w./:-]*\w)?|[a-z][a-z-]*[a-z])(?: -{1,2}[a-z-]+(?:[ =][\w/-]*[.0-9](?:[\w./-]*\w)?)?)*)/
 export function Step({ text }: { text: string }) {
-  const parts = text.split(/((?:sudo )?microk8s (?:[a-z][a-z-]*)(?: (?:-{1,2}[a-z-]+|[A-Za-z0-9._:/-]*[A-Za-z0-9]))*)/)
+  const parts = text.split(command)
   return <span>{parts.map((p, i) => i % 2 && !/^microk8s (is|has|runs|was|deployment)\b/.test(p) ? <Code text={p} /> : p)}</span>
 }
 

@@ -22,7 +22,7 @@ export function why(pod: Obj, events: Event[] = []): string {
   const scheduled = conditions.find((c) => c.type === 'PodScheduled')
   if (scheduled && scheduled.status !== 'True') {
     if (scheduled.reason === 'SchedulingGated') return 'It waits for a scheduling gate to be taken away.'
-    return `No node can take it: ${tidy(scheduled.message).replace(/^0\/\d+ nodes are available: /, '') || 'the scheduler has not looked at it yet'}.`
+    return `No node can take it: ${tidy(scheduled.message).replace(/^0\/\d+ nodes are available: /, '').replace(/\. (preemption|no new claims).*/, '') || 'the scheduler has not looked at it yet'}.`
   }
   const recent = [...events].sort((a, b) => whenOf(b).localeCompare(whenOf(a)))
   const said = (...reasons: string[]) => tidy(recent.find((e) => reasons.includes(e.reason ?? ''))?.message)

@@ -56,6 +56,7 @@ async function accessible(what, where = page) {
 
 /** shoot makes pictures of a page, dark and light, and narrow. */
 async function shoot(name, all = o.long) {
+  await page.evaluate(() => { document.getElementById('content')?.scrollTo(0, 0) })
   await page.screenshot({ path: join(o.out, `${name}-dark.png`) })
   if (!all) return
   await page.evaluate(() => { document.documentElement.dataset.theme = 'light' })

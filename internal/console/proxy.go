@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
@@ -188,7 +189,7 @@ func (s *Server) proxy(w http.ResponseWriter, r *http.Request, p *person) {
 	relay := &httputil.ReverseProxy{
 		Transport:     transport,
 		FlushInterval: -1,
-		ErrorLog:      nil,
+		ErrorLog:      slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug), // streams that are cut off
 		Rewrite: func(out *httputil.ProxyRequest) {
 			out.Out.URL.Scheme, out.Out.URL.Host = base.Scheme, base.Host
 			out.Out.URL.Path, out.Out.URL.RawPath = strings.TrimSuffix(base.Path, "/")+path, ""
