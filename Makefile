@@ -95,6 +95,7 @@ always:
 
 .PHONY: images
 images: deps ## Build the container images that travel with the product, and those of the tests
+	@scripts/console --changed
 	@$(if $(BUILT),,go run ./scripts/components image)
 	@go run ./scripts/images --out build/images --test-out build/test-images $(if $(BUILT),--built)
 

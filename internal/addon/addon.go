@@ -80,6 +80,17 @@ type part struct {
 
 // parts are the addons that can be enabled.
 var parts = map[string]part{
+	"dashboard": {
+		check: check(readDashboard), values: values(readDashboard), needs: dashboardNeeds, title: "Dashboard",
+		usage: `dashboard [--host NAME]
+                the console, the cluster in a browser; with --host at https://NAME, for which
+                ingress is enabled too`,
+		notes: []string{
+			"Everybody logs in with their own rights: microk8s config --user NAME --role view makes a kubeconfig.",
+			"Without --host: microk8s kubectl port-forward -n kube-system service/kubernetes-dashboard 10443:443",
+			"With your own rights, at once and without this addon: microk8s dashboard-proxy",
+		},
+	},
 	"dns": {
 		check: check(readDNS), values: renderDNS, title: "DNS",
 		usage: `dns [SERVERS [ADDRESS [DOMAIN]]]

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -214,6 +215,26 @@ var nginxAnnotations = []string{
 	"session-cookie-domain", "session-cookie-expires", "session-cookie-max-age", "session-cookie-name", "session-cookie-path",
 	"session-cookie-samesite", "session-cookie-secure", "ssl-passthrough", "ssl-redirect", "temporal-redirect",
 	"temporal-redirect-code", "upstream-hash-by", "upstream-vhost", "use-regex", "whitelist-source-range", "x-forwarded-prefix",
+}
+
+type dashboardValues struct{ Host string }
+
+// readDashboard reads `enable dashboard [--host NAME]`.
+func readDashboard(words []string) (dashboardValues, error) {
+	v := dashboardValues{}
+	err := parseFlags("dashboard", words, func(f *pflag.FlagSet) { f.StringVar(&v.Host, "host", "", "") })
+	if err == nil && v.Host != "" && (!objectName.MatchString(v.Host) || net.ParseIP(v.Host) != nil) {
+		err = &ArgumentError{fmt.Sprintf("--host is a host name that leads to a node, such as dashboard.example.com, and not %q", v.Host)}
+	}
+	return v, err
+}
+
+// dashboardNeeds returns the addon that serves the host name.
+func dashboardNeeds(words []string) []string {
+	if v, err := readDashboard(words); err == nil && v.Host != "" {
+		return []string{"ingress"}
+	}
+	return nil
 }
 
 type hostAccessValues struct{ IP netip.Addr }

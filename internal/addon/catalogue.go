@@ -176,7 +176,6 @@ var errInvalidName = errors.New("Invalid addon name") //nolint:staticcheck // up
 var notOffered = map[string]string{
 	"cert-manager":  "install its Helm chart with microk8s helm",
 	"cis-hardening": "its settings are arguments of the services, in args/, and RBAC and Node authorization are on already",
-	"dashboard":     "see the cluster in a browser with microk8s dashboard-proxy",
 	"gpu":           "install NVIDIA's GPU operator with microk8s helm",
 	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",
 	"linkerd":       "install its Helm chart with microk8s helm",

@@ -19,6 +19,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/gorilla/mux"
@@ -45,6 +47,14 @@ var connLimits = connlimit.Limits{
 	Total: 256, PerSource: 64,
 	NewPerSecond: 16, NewBurst: 64,
 	CallsPerSecond: 100, CallsBurst: 500,
+	Early: 64 << 10,
+}
+
+// proxyLimits are those of a proxy, which is the only caller and has a connection for each call.
+var proxyLimits = connlimit.Limits{
+	Total: 512, PerSource: 512,
+	NewPerSecond: 100, NewBurst: 512,
+	CallsPerSecond: 500, CallsBurst: 1000,
 	Early: 64 << 10,
 }
 
@@ -190,48 +200,92 @@ func (s *Server) bounded(size int64, h http.HandlerFunc) http.Handler {
 }
 
 // Serve answers on the listener until ctx ends. It closes the listener.
-func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+func (s *Server) Serve(ctx context.Context, l net.Listener) error { return s.ServeBoth(ctx, l, nil) }
+
+// ServeBoth is Serve for two listeners: of the second one, if it is not nil, callers are a proxy that ends TLS and
+// nobody else, since its word on who calls, and how, is believed (X-Forwarded-For and -Proto). A call that did not come
+// to it by HTTPS is refused.
+func (s *Server) ServeBoth(ctx context.Context, l, behind net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	var all sync.WaitGroup
+	all.Go(func() { s.samples.run(ctx) })
+	failed := make(chan error, 2)
+	serve := func(srv *http.Server, l net.Listener, limits connlimit.Limits) {
+		all.Go(func() {
+			var err error
+			if l = connlimit.Wrap(l, limits); srv.TLSConfig != nil {
+				err = srv.ServeTLS(l, "", "")
+			} else {
+				err = srv.Serve(l)
+			}
+			if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
+				err = nil
+			} else {
+				err = fmt.Errorf("cannot serve on %s: %w", l.Addr(), err)
+			}
+			failed <- err
+			cancel()
+		})
+		all.Go(func() {
+			<-ctx.Done()
+			grace, stop := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+			defer stop()
+			if srv.Shutdown(grace) != nil {
+				srv.Close() // streams have no end of their own
+			}
+		})
+	}
+	web := s.server(ctx, s.Handler())
+	web.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.opts.Certificate}
+	serve(web, l, connLimits)
+	if behind != nil {
+		serve(s.server(ctx, forwarded(s.Handler())), behind, proxyLimits)
+	}
+	all.Wait()
+	err := <-failed
+	if err == nil && behind != nil {
+		err = <-failed
+	}
+	return err
+}
+
+func (s *Server) server(ctx context.Context, h http.Handler) *http.Server {
 	protocols := &http.Protocols{}
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	srv := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           h,
 		Protocols:         protocols,
 		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.opts.Certificate},
 		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug), // handshakes of scanners
 	}
 	connlimit.Serve(srv)
-	collected := make(chan struct{})
-	go func() {
-		defer close(collected)
-		s.samples.run(ctx)
-	}()
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		<-ctx.Done()
-		grace, stop := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-		defer stop()
-		if srv.Shutdown(grace) != nil {
-			srv.Close() // streams have no end of their own
+	return srv
+}
+
+// forwarded takes over what a proxy says of a call.
+func forwarded(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if proto := r.Header.Get("X-Forwarded-Proto"); proto != "https" && proto != "wss" { // Traefik calls WebSockets so
+			secure(w.Header())
+			if r.Method == http.MethodGet {
+				http.Redirect(w, r, "https://"+r.Host+"/", http.StatusPermanentRedirect)
+				return
+			}
+			fail(w, http.StatusForbidden, "", "use https://%s", r.Host)
+			return
 		}
-	}()
-	err := srv.ServeTLS(connlimit.Wrap(l, connLimits), "", "")
-	asked := errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil
-	cancel()
-	<-ended
-	<-collected
-	if asked {
-		return nil
-	}
-	return fmt.Errorf("cannot serve on %s: %w", l.Addr(), err)
+		words := strings.Split(r.Header.Get("X-Forwarded-For"), ",") // the last one is the proxy's own word
+		if from, err := netip.ParseAddr(strings.TrimSpace(words[len(words)-1])); err == nil {
+			r.RemoteAddr = netip.AddrPortFrom(from, 0).String()
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 // failure is the answer of a call that failed, in the form of the API server's.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
@@ -456,5 +457,49 @@ func TestFactsAreToldWhenTheyChange(t *testing.T) {
 		if err := read.Decode(&got); err != nil || got["headline"] != want {
 			t.Fatalf("it says %v, %v, want %s", got, err, want)
 		}
+	}
+}
+
+// TestServeBoth serves a browser over TLS and a proxy over HTTP, and ends although a stream goes on.
+func TestServeBoth(t *testing.T) {
+	p := newPlace(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	certificate := p.web.TLS.Certificates[0]
+	p.srv.opts.Certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &certificate, nil }
+	listen := func() net.Listener {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	web, behind := listen(), listen()
+	ended := make(chan error, 1)
+	go func() { ended <- p.srv.ServeBoth(ctx, web, behind) }()
+	p.http.Transport = &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true} //nolint:gosec // a test's own server
+	p.http.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	p.web.URL = "https://" + web.Addr().String()
+	if status, answer := p.login(`{"token":"` + theCode + `"}`); status != http.StatusOK {
+		t.Fatalf("the browser: %d %s", status, answer)
+	}
+	if line := p.firstFact(); !strings.Contains(line, "running") {
+		t.Errorf("over HTTP/2 the node says %q", line)
+	}
+	p.srv.guesses.Sleep = func(context.Context, time.Duration) {}
+	p.web.URL = "http://" + behind.Addr().String()
+	for _, c := range []struct {
+		method, proto string
+		want          int
+	}{{http.MethodGet, "", http.StatusPermanentRedirect}, {http.MethodPost, "http", http.StatusForbidden}, {http.MethodPost, "https", http.StatusUnauthorized}} {
+		if status, answer, _ := p.call(c.method, "/api/login", `{"token":"guess"}`, "X-Forwarded-Proto", c.proto, "X-Forwarded-For", "192.0.2.9, 198.51.100.7"); status != c.want {
+			t.Errorf("through the proxy, by %q: %d %s, want %d", c.proto, status, answer, c.want)
+		}
+	}
+	if !strings.Contains(p.log.String(), "from=198.51.100.7") {
+		t.Errorf("the log does not name the caller of the proxy: %s", p.log)
+	}
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("it ended with %v", err)
 	}
 }

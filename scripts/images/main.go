@@ -99,6 +99,16 @@ var images = []image{
 		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/ingress-secrets", out) },
 	},
 	{
+		archive: "console",
+		// The number changes with the program and its page, so that pods are renewed.
+		refs:    []string{"microk8s.io/console:1"},
+		program: "/console",
+		user:    "65532:65532",
+		title:   "console",
+		note:    "The console of MicroK8s, of the addon dashboard.",
+		build:   func(b builder, out string) error { return b.golang("microk8s/cmd/console", out) },
+	},
+	{
 		archive:   "metrics-server",
 		refs:      []string{"microk8s.io/metrics-server:0.9.0"},
 		program:   "/metrics-server",
