@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"os/exec"
 	"runtime/debug"
 	"time"
 
@@ -122,6 +124,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	registry := noderegistry.Registry{Core: core}
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
 	here.Remove = func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
+	here.Examine = func(ctx context.Context) (*peers.Examined, error) { return examine(ctx, env) }
 	remote := &worker.Controller{Env: env, Node: name, Restart: services.Restart, Log: log}
 	here.Fresh = remote.Callback
 	if !isWorker {
@@ -207,6 +210,23 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		})
 	}
 	return group.Wait()
+}
+
+// examine asks k8s-dqlite how far this node's storage directory has come.
+func examine(ctx context.Context, env snapenv.Env) (*peers.Examined, error) {
+	var out, said bytes.Buffer
+	cmd := exec.CommandContext(ctx, env.Bin("k8s-dqlite"), "examine", "--storage-dir", env.BackendLive())
+	cmd.Env = env.Environ(os.Environ())
+	cmd.Stdout, cmd.Stderr = &out, &said
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Run(); err != nil {
+		return nil, fmt.Errorf("%w: %s", err, bytes.TrimSpace(said.Bytes()))
+	}
+	var x peers.Examined
+	if err := json.Unmarshal(out.Bytes(), &x); err != nil {
+		return nil, fmt.Errorf("cannot read what k8s-dqlite says: %w", err)
+	}
+	return &x, nil
 }
 
 // servingPair is what a worker's agent serves: the kubelet's certificate, which is the one

@@ -23,11 +23,12 @@ const (
 	PathImageImport  = "/cluster/api/v2.0/image/import"
 	PathDqliteRemove = "/cluster/api/v2.0/dqlite/remove"
 
-	PathProof     = "/cluster/api/v2.0/proof"        // ours
-	PathPreflight = "/cluster/api/v2.0/preflight"    // ours
-	PathConfirm   = "/cluster/api/v2.0/join/confirm" // ours
-	PathRelease   = "/cluster/api/v2.0/join/release" // ours
-	PathRenew     = "/cluster/api/v2.0/renew"        // ours, with a client certificate
+	PathProof     = "/cluster/api/v2.0/proof"             // ours
+	PathPreflight = "/cluster/api/v2.0/preflight"         // ours
+	PathConfirm   = "/cluster/api/v2.0/join/confirm"      // ours
+	PathRelease   = "/cluster/api/v2.0/join/release"      // ours
+	PathExamine   = "/cluster/api/v2.0/datastore/examine" // ours, with a client certificate
+	PathRenew     = "/cluster/api/v2.0/renew"             // ours, with a client certificate
 )
 
 // Headers that carry secrets.

@@ -33,6 +33,7 @@ import (
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/args"
 	"microk8s/internal/coalesce"
+	"microk8s/internal/datastore/peers"
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/images"
@@ -64,12 +65,16 @@ type Node struct {
 	// Remove takes the member with an address (host:port) out of the datastore.
 	Remove func(ctx context.Context, endpoint string) error
 
+	// Examine says how far this node's copy of the datastore has come. It may take minutes.
+	Examine func(ctx context.Context) (*peers.Examined, error)
+
 	// Fresh asks the control plane for the callback secrets that this node takes, when a caller shows
 	// another one than the node has: it may have changed just now. nil means not to ask.
 	Fresh func(ctx context.Context) ([]string, error)
 
-	later sync.WaitGroup
-	fresh coalesce.Reads[[]string] // of Fresh
+	later     sync.WaitGroup
+	examining sync.Mutex
+	fresh     coalesce.Reads[[]string] // of Fresh
 }
 
 const (
@@ -91,6 +96,7 @@ func (n *Node) Register(s *server.Server, controlPlane bool) {
 	s.HandleStream(http.MethodPost, api.PathImageImport, server.BusyFirst(n.Limit, http.HandlerFunc(n.importImage)))
 	if controlPlane {
 		s.HandleAny(api.PathDqliteRemove, http.HandlerFunc(n.dqliteRemove))
+		s.Handle(http.MethodPost, api.PathExamine, server.BusyFirst(n.Limit, http.HandlerFunc(n.examine)))
 	}
 }
 
@@ -129,6 +135,11 @@ func (n *Node) caller(r *http.Request, given string) (string, error) {
 		server.Authenticated(r)
 		return "", nil
 	}
+	return n.certified(r)
+}
+
+// certified returns the name in the certificate that only control-plane nodes make, and that a caller shows.
+func (n *Node) certified(r *http.Request) (string, error) {
 	ca, err := os.ReadFile(n.clusterCA())
 	if err != nil {
 		return "", fmt.Errorf("cannot read the cluster's CA: %w", err)
@@ -473,6 +484,31 @@ func importFailure(err error) string {
 		return "the disk of this node is full, free some space there"
 	}
 	return err.Error()
+}
+
+// examine says how far this node's copy of the datastore has come, to another control-plane node. It has to
+// work while no API server does, so that there is no secret to ask for: the certificate, which only those can
+// make who have the CA's key, is all that is shown.
+func (n *Node) examine(w http.ResponseWriter, r *http.Request) {
+	caller, err := n.certified(r)
+	if err != nil {
+		n.Limit.Failed(r.Context(), server.Source(r))
+		n.audit(r, "examine", err)
+		answerRefusal(w, http.StatusUnauthorized, err)
+		return
+	}
+	if !n.examining.TryLock() { // it copies the datastore
+		server.WriteFailure(w, http.StatusTooManyRequests, api.CodeBusy, "another examination is under way")
+		return
+	}
+	defer n.examining.Unlock()
+	x, err := n.Examine(r.Context())
+	n.audit(r, "examine", err, "by", caller)
+	if err != nil {
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, err.Error())
+		return
+	}
+	server.WriteJSON(w, http.StatusOK, x)
 }
 
 // capiToken is where a Cluster API provider leaves its token.

@@ -1139,6 +1139,9 @@ func wrongCaller(t *testing.T, s *site) {
 		if status, answer, _ := s.call(f, api.PathImageImport, "an image"); status == http.StatusOK {
 			t.Errorf("import with %s: %s", what, answer)
 		}
+		if status, answer, _ := s.call(f, api.PathExamine, struct{}{}); status == http.StatusOK {
+			t.Errorf("examine with %s: %s", what, answer)
+		}
 	}
 	s.nothingDone()
 	// The broker signs no such certificate.

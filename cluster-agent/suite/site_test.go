@@ -227,7 +227,8 @@ func newSite(t testing.TB) *site {
 			s.ran = append(s.ran, argv)
 			return nil
 		},
-		Remove: remove,
+		Remove:  remove,
+		Examine: func(context.Context) (*peers.Examined, error) { return &peers.Examined{}, nil },
 		Import: func(_ context.Context, archive io.Reader) (images.Imported, error) {
 			text, err := io.ReadAll(archive)
 			s.mu.Lock()

@@ -216,7 +216,7 @@ func NewCommand(args []string, run func(*cobra.Command, *Config) error, versions
 			return nil
 		},
 	})
-	root.AddCommand(migrator.NewCommand(), newReseed(), newRecover(), newProve(), newAlarm())
+	root.AddCommand(migrator.NewCommand(), newReseed(), newRecover(), newProve(), newExamine(), newAlarm())
 	root.CompletionOptions.DisableDefaultCmd = true
 	return root
 }

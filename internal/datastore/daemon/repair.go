@@ -42,7 +42,7 @@ kept in a hidden folder of the directory. It may be interrupted and run again.`,
 
 // newRecover makes the command for a cluster whose majority is lost.
 func newRecover() *cobra.Command {
-	var dir string
+	var dir, saved string
 	var others []string
 	var sure bool
 	cmd := &cobra.Command{
@@ -75,7 +75,9 @@ Writes that only lost members had are lost.`,
 				fmt.Fprintln(out, "Nothing was changed. If the other members are gone for good, add --others-are-gone.")
 				return nil
 			}
-			saved := strings.TrimRight(real, "/") + ".before-recover-" + time.Now().UTC().Format("2006-01-02-15-04-05")
+			if saved == "" {
+				saved = strings.TrimRight(real, "/") + ".before-recover-" + time.Now().UTC().Format("2006-01-02-15-04-05")
+			}
 			if err := member.Recover(real, others, saved); err != nil {
 				return err
 			}
@@ -85,6 +87,7 @@ Writes that only lost members had are lost.`,
 	}
 	cmd.Flags().StringVar(&dir, "storage-dir", "", "the directory of the member to go on with")
 	cmd.Flags().StringSliceVar(&others, "compare", nil, "copies of the directories of other members that are left")
+	cmd.Flags().StringVar(&saved, "saved", "", "where the directory as it was is kept; what is there already was saved by an earlier call")
 	cmd.Flags().BoolVar(&sure, "others-are-gone", false, "do it; the other members must never start again with their directories")
 	_ = cmd.MarkFlagRequired("storage-dir")
 	return cmd

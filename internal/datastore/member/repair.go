@@ -220,8 +220,9 @@ var ErrNoData = errors.New("this member has none of the cluster's data")
 
 // Recover makes a stopped member whose cluster has lost its majority for good the only member
 // of a new cluster with the same data. others are the directories of other members that are
-// left; when one is newer than dir, it is refused with ErrStaler. A member without data is refused with ErrNoData. dir is saved to the
-// directory saved, which must not exist, before anything is changed.
+// left; when one is newer than dir, it is refused with ErrStaler. A member without data is refused with
+// ErrNoData. dir is saved to the directory saved before anything is changed; where that is there already,
+// an earlier call that was interrupted has saved it.
 func Recover(dir string, others []string, saved string) error {
 	if err := notRunning(dir); err != nil {
 		return err
@@ -248,13 +249,7 @@ func Recover(dir string, others []string, saved string) error {
 				ErrStaler, c.Dir, c.Index, c.Term, dir, copies[0].Index, copies[0].Term)
 		}
 	}
-	if err := roomFor(filepath.Dir(saved), dir); err != nil {
-		return fmt.Errorf("cannot save the directory: %w", err)
-	}
-	if err := os.Mkdir(saved, 0o700); err != nil {
-		return fmt.Errorf("cannot save the directory: %w", err)
-	}
-	if err := copyFiles(dir, saved); err != nil {
+	if err := save(dir, saved); err != nil {
 		return fmt.Errorf("cannot save the directory: %w", err)
 	}
 	info.Role = storedir.Voter
@@ -268,6 +263,27 @@ func Recover(dir string, others []string, saved string) error {
 		return err
 	}
 	return nil
+}
+
+// save copies a directory to another one, which appears whole.
+func save(dir, saved string) error {
+	if _, err := os.Stat(saved); err == nil {
+		return nil
+	}
+	if err := roomFor(filepath.Dir(saved), dir); err != nil {
+		return err
+	}
+	part := saved + ".part"
+	if err := os.RemoveAll(part); err != nil {
+		return err
+	}
+	if err := os.Mkdir(part, 0o700); err != nil {
+		return err
+	}
+	if err := copyFiles(dir, part); err != nil {
+		return err
+	}
+	return os.Rename(part, saved)
 }
 
 // copyFiles copies the regular files of a directory, and syncs them.
@@ -299,4 +315,38 @@ func copyFile(from, to string) error {
 	}
 	_, err = io.Copy(out, in)
 	return errors.Join(err, out.Sync(), out.Close())
+}
+
+// CopyAlone copies the directory of a member to another one, which it makes, and makes the copy the only
+// member of a datastore at an address of this machine. The original may run, and is not changed.
+func CopyAlone(dir, to, address string) error {
+	info, err := storedir.Dir(dir).Self()
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(to, 0o700); err != nil {
+		return err
+	}
+	if err := copyFiles(dir, to); err != nil {
+		return fmt.Errorf("cannot copy %s: %w", dir, err)
+	}
+	for _, name := range []string{storedir.JoinFile, storedir.InitFile, storedir.UpdateFile} {
+		if err := os.Remove(filepath.Join(to, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	if err := Reconfigure(to, []client.NodeInfo{{ID: info.ID, Address: address, Role: client.Voter}}); err != nil {
+		return fmt.Errorf("cannot read the log: %w", err)
+	}
+	return at(to).identify(storedir.Member{ID: info.ID, Address: address})
+}
+
+// AtLeast returns an entry that the log of a directory certainly had, by the names of its files, for one
+// whose contents cannot be read; 0 where nothing says it.
+func AtLeast(dir string) uint64 {
+	_, last, err := lastIndex(dir)
+	if err != nil {
+		return 0
+	}
+	return last
 }
