@@ -71,7 +71,7 @@ func TestDestructiveCommands(t *testing.T) {
 		says    []string
 	}{
 		{"leave, no other voter answers", []string{"leave", "--force"}, nil, true, true, ExitUsage,
-			[]string{"may have the last copy", "recover --storage-dir", "with --yes"}},
+			[]string{"may have the last copy", "microk8s recover --dry-run", "with --yes"}},
 		{"join, with a worker", []string{"join", line}, member, false, true, ExitUsage,
 			[]string{"control plane of other nodes: n2", "microk8s remove-node n2", "with --force"}},
 		{"join, in use", []string{"join", line}, member[:1], false, false, ExitUsage,

@@ -26,8 +26,9 @@ var (
 		{exitDumpFailed, "the datastore could not be read"}, {exitArchiveFailed, "the archive could not be made, or wrong options or arguments"},
 		{exitRestoreFailed, "the datastore could not be written"}, {exitArchiveBad, "the archive could not be read"}, {exitNoDatastore, "there is no datastore on this node"},
 	}
-	exitsBackup = []exitCode{{exitNotProven, "the archive could not be made, read or proven"}}
-	exitsJoin   = []exitCode{
+	exitsBackup  = []exitCode{{exitNotProven, "the archive could not be made, read or proven"}}
+	exitsRecover = []exitCode{{exitNotRecovered, "refused: a majority may come back, or another copy is newer"}}
+	exitsJoin    = []exitCode{
 		{ExitError, "nothing was changed, or everything was rolled back"}, {exitVerify, "the server could not prove that it made the token"},
 		{exitConnect, "no connection"}, {exitRefused, "the cluster refused"},
 	}

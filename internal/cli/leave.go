@@ -126,9 +126,7 @@ func (a *App) lastCopyHints() []string {
 	}
 	return []string{
 		"start the other control-plane nodes; if they are gone for good, go on with this node's copy of the data" + cluster.HowFar(a.Env) + ":",
-		"  microk8s stop",
-		fmt.Sprintf("  %s recover --storage-dir %s --others-are-gone", a.Env.Bin("k8s-dqlite"), a.Env.Backend()),
-		"  microk8s start",
+		"  sudo microk8s recover --dry-run",
 		"or make this node a new, empty cluster, which keeps that copy aside: microk8s leave --force",
 	}
 }

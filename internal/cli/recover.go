@@ -1,11 +1,13 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -14,12 +16,15 @@ import (
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 
 	"microk8s/cluster-agent/fanout"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/datastore/survivors"
+	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
+	"microk8s/internal/token"
 )
 
 // exitNotRecovered is how recover ends where it refuses (cli.md 1.15).
@@ -55,6 +60,9 @@ See first what it finds, with --dry-run. Interrupted at any moment, it goes on w
 				full, err := filepath.Abs(dir)
 				if err != nil {
 					return err
+				}
+				if st, err := os.Stat(full); err != nil || !st.IsDir() {
+					return &usageError{cmd, fmt.Errorf("%s is not a directory: name a copy of another member's", dir)}
 				}
 				o.dirs = append(o.dirs, full)
 			}
@@ -113,7 +121,7 @@ func (a *App) recoverDatastore(ctx context.Context, o recoverOptions) error {
 			return a.changeFailure(&Failure{Err: err}, err)
 		}
 		if found {
-			a.recovered(nil)
+			a.recovered(ctx)
 			return nil
 		}
 	}
@@ -166,32 +174,64 @@ func (a *App) recoverDatastore(ctx context.Context, o recoverOptions) error {
 			compare = append(compare, dir)
 		}
 	}
-	saved, err := node.Recover(ctx, j, compare)
-	if err != nil {
+	if _, err := node.Recover(ctx, j, compare); err != nil {
 		return a.changeFailure(&Failure{Err: fmt.Errorf("cannot recover: %w", err)}, err)
 	}
-	fmt.Fprintf(a.Out, "This node's member is the only one of the datastore now. Its directory as it was is kept in %s\n", saved)
-	var others []string
-	for _, m := range known {
-		if m.ID != self.ID {
-			others = append(others, m.Host())
-		}
-	}
-	a.recovered(others)
+	a.recovered(ctx)
 	return nil
 }
 
-// recovered says what the other nodes have to do.
-func (a *App) recovered(others []string) {
-	fmt.Fprintln(a.Out, "Get a line for each other control-plane node here, with: microk8s add-node")
-	if len(others) == 0 {
-		fmt.Fprintln(a.Out, "  on each of them: sudo microk8s leave --force; then: sudo microk8s join LINE")
+// recovered says what the other nodes have to do: those that were members before, as the directory that
+// was saved last has them.
+func (a *App) recovered(ctx context.Context) {
+	saved, err := filepath.Glob(a.Env.BackendLive() + ".before-recover-*")
+	if err != nil || len(saved) == 0 {
+		return
 	}
-	for _, host := range others {
-		fmt.Fprintf(a.Out, "  on %s: sudo microk8s leave --force; then: sudo microk8s join LINE\n", host)
+	before := storedir.Dir(saved[len(saved)-1]) // by their dates
+	fmt.Fprintf(a.Out, "This node's member is the only one of the datastore now. Its directory as it was is kept in %s\n", string(before))
+	self, err := before.Self()
+	if err != nil {
+		return
 	}
-	fmt.Fprintln(a.Out, "Those that join under their old names have the volumes on their disks again. Of machines that are gone: microk8s remove-node NAME --force\nWorkers go on by themselves.")
+	members, err := before.Members()
+	if err != nil {
+		return
+	}
+	names := map[string]string{} // by address
+	if core, err := kube.FromFile(a.Env.AdminKubeconfig()); err == nil {
+		nodes, err := core.Nodes(ctx)
+		if err != nil {
+			fmt.Fprintf(a.Err, "the API server does not say the names of the other nodes yet: %v\n", err)
+		}
+		for _, n := range nodes {
+			for _, address := range n.Status.Addresses {
+				if address.Type == corev1.NodeInternalIP {
+					names[address.Address] = n.Name
+				}
+			}
+		}
+	}
+	fmt.Fprintln(a.Out, "Each other control-plane node has lost its place. When its machine is back, it starts over and joins again; what is on its volumes stays:")
+	for _, m := range members {
+		if m.ID == self.ID {
+			continue
+		}
+		name := names[m.Host()]
+		line := "sudo microk8s join LINE, where LINE is of: microk8s add-node"
+		if name != "" {
+			line += " --name " + name
+			if c, _, err := a.makeToken(ctx, a.tokens(), token.New(), addNodeFlags{name: name, expires: rejoinLife}); err == nil {
+				line = "sudo " + c.command(c.first)
+			}
+		}
+		fmt.Fprintf(a.Out, "  on %s (%s):\n    sudo microk8s leave --force --yes\n    %s\n", cmp.Or(name, "the node"), m.Host(), line)
+	}
+	fmt.Fprintf(a.Out, "The lines are good for %s; they are taken when the cluster calls the node NotReady, a minute after it stopped. Machines that never come back: microk8s remove-node NAME --force\nWorkers go on by themselves.\n", rejoinLife)
 }
+
+// rejoinLife is how long the lines are good with which the other nodes join again.
+const rejoinLife = "72h"
 
 // findCopies looks at this node's copy, at those of the other members through their agents, and at
 // directories. members are those that the newest copy knows.

@@ -257,7 +257,7 @@ func (a *App) planRestore(ctx context.Context, name, work string, o *archive.Ope
 	}
 	if same && !plan.Running && len(a.otherMembers()) > 0 {
 		return nil, &Failure{Err: errors.New("this node is of that cluster, and its datastore does not answer"), Code: exitNotProven,
-			Hints: []string{"its data may be there: see microk8s status, start it with microk8s start", "if most of its members are gone for good: k8s-dqlite recover --help", "if nothing is left of it: sudo microk8s leave --force, then restore again"}}
+			Hints: []string{"its data may be there: see microk8s status, start it with microk8s start", "if most of its members are gone for good: sudo microk8s recover --dry-run", "if nothing is left of it: sudo microk8s leave --force, then restore again"}}
 	}
 	inArchive := map[string]bool{}
 	for n := range set.Manifest.Keys {

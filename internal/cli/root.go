@@ -72,6 +72,7 @@ func (a *App) commands() []command {
 		{name: "refresh-certs", group: groupNode, usage: ExitUsage, gates: []gate{a.workerRefresh}, exits: slices.Concat(exitsRefresh, exitsRoot), build: a.newRefreshCerts},
 		{name: "remove-node", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("Please use microk8s leave.", ExitError)}, sudo: true, exits: exitsRemove, build: a.newRemoveNode},
 		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, exits: exitsRoot, build: a.newReset},
+		{name: "recover", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use a control plane node.", ExitError)}, sudo: true, exits: exitsRecover, build: a.newRecover},
 		{name: "restore", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, exits: exitsBackup, build: a.newRestore},
 		{name: "start", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
 		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, exits: exitsStatus, build: a.newStatus},

@@ -41,6 +41,8 @@ type Node struct {
 	Install func(ctx context.Context) error
 	// StopContainers ends every container; the kubelet has been stopped before.
 	StopContainers func(ctx context.Context) error
+	// Datastore runs k8s-dqlite with a sub-command and returns what it printed.
+	Datastore func(ctx context.Context, args ...string) ([]byte, error)
 	// Fill waits until this node's datastore, which was started just now, answers, and restores the
 	// directory of a backup into it. It may be called again.
 	Fill func(ctx context.Context, keys string) error
@@ -167,6 +169,7 @@ func plans() []journal.Plan {
 	n.defaults()
 	return []journal.Plan{
 		n.joinPlan(&joinParams{}), n.joinPlan(&joinParams{Worker: true}), n.leavePlan(&leaveParams{}), n.removePlan(&removeParams{}), n.restorePlan(&restoreParams{}),
+		n.recoverPlan(&recoverParams{}),
 	}
 }
 
@@ -177,6 +180,7 @@ const (
 	opLeave      = "leave"
 	opRemove     = "remove-node"
 	opRestore    = "restore"
+	opRecover    = "recover"
 )
 
 func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }

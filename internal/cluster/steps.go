@@ -29,6 +29,7 @@ const (
 	StepSetAside       = "set-aside"
 	StepFill           = "fill-datastore"
 	StepRemaining      = "remaining-files"
+	StepRewrite        = "rewrite-membership"
 )
 
 // titles are what people read while a step runs.
@@ -52,6 +53,7 @@ var titles = map[string]string{
 	StepDelete:         "Delete the Node object",
 	StepSetAside:       "Set the datastore aside",
 	StepFill:           "Fill the datastore from the archive",
+	StepRewrite:        "Save the datastore, and make this member the only one",
 	StepRemaining:      "Install addons and launch configurations",
 }
 

@@ -121,6 +121,7 @@ var frozenRows = []frozenRow{
 	{command: "refresh-certs", run: "refresh-certs -e server.crt", says: silentSupervisor},
 	{command: "remove-node", run: "remove-node n2", says: silentAPI},
 	{command: "reset", says: silentAPI},
+	{command: "recover", skip: "the far sides are k8s-dqlite examine, which has an end, and agents: cluster-agent/fanout"},
 	{command: "restore", run: "restore NAME --passphrase-file WORK/passphrase", says: silentAPI},
 	{command: "start", says: silentSupervisor},
 	{command: "status", says: `the service manager did not answer within(.|\n)*the API server (did not answer within|accepts connections and does not answer)`},
