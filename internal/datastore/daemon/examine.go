@@ -91,6 +91,9 @@ func examine(ctx context.Context, dir string, x *peers.Examined) error {
 		return err
 	}
 	x.Term, x.Index = copies[0].Term, copies[0].Index
+	if x.Index == 0 {
+		return member.ErrNoData // a spare has none
+	}
 	tmp, err := os.MkdirTemp(work, ".x") // short, for its sockets
 	if err != nil {
 		return err

@@ -76,6 +76,11 @@ func Decide(members []storedir.Member, copies []Copy, told Told) (Decision, erro
 		d.Voters = slices.Clone(members)
 	}
 	sorted := slices.Clone(copies)
+	for i := range sorted {
+		if sorted[i].Index == 0 && sorted[i].Damaged == "" { // a spare's
+			sorted[i].Damaged = "it has none of the data"
+		}
+	}
 	slices.SortStableFunc(sorted, func(a, b Copy) int {
 		return cmp.Or(newer(b, a), cmp.Compare(boolRank(a.Damaged != ""), boolRank(b.Damaged != "")), cmp.Compare(boolRank(!a.Local), boolRank(!b.Local)))
 	})

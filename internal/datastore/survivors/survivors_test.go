@@ -123,6 +123,7 @@ func TestDecide(t *testing.T) {
 		"nothing":                     {nil, Told{Gone: true}, ErrNone, ""},
 		"one, the others may return":  {[]Copy{at(1, 2, 7)}, Told{}, ErrMayReturn, "n1"},
 		"one, the others are gone":    {[]Copy{at(1, 2, 7)}, Told{Gone: true}, nil, "n1"},
+		"a spare has no data":         {[]Copy{at(1, 0, 0)}, Told{Gone: true}, ErrNone, ""},
 		"a higher term wins":          {[]Copy{at(1, 2, 70), at(2, 3, 7)}, Told{Gone: true}, nil, "n2"},
 		"a higher index wins":         {[]Copy{at(1, 3, 8), at(2, 3, 7)}, Told{Gone: true}, nil, "n1"},
 		"the newer one is damaged":    {[]Copy{at(1, 3, 7), bad(at(2, 3, 9))}, Told{Gone: true}, ErrNewerDamaged, "n1"},
