@@ -41,7 +41,7 @@ func hooks(env snapenv.Env, log *slog.Logger) *hook.Runner {
 		Refresh:     setup.Refresh,
 		Remove:      remove,
 		Members:     peers.Members,
-		CheckConfig: func(text []byte, strict bool) error { return checkConfig(text, strict, log) },
+		CheckConfig: func(text []byte, strict bool) error { return checkConfig(env, text, strict, log) },
 		PreInit:     launchconf.PreInit,
 		Health:      func(ctx context.Context) (state, message string) { return health(ctx, env) },
 	}
@@ -49,8 +49,11 @@ func hooks(env snapenv.Env, log *slog.Logger) *hook.Runner {
 
 // checkConfig finds all mistakes in a launch configuration. What is a warning about a file,
 // which may be for a later version, is a slip at a prompt.
-func checkConfig(text []byte, strict bool, log *slog.Logger) error {
+func checkConfig(env snapenv.Env, text []byte, strict bool, log *slog.Logger) error {
 	_, warnings, err := launchconf.Parse(text)
+	if err == nil {
+		err = launchconf.Validate(context.Background(), env, text)
+	}
 	errs := []error{err}
 	for _, w := range warnings {
 		if strict {

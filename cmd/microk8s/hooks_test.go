@@ -20,11 +20,16 @@ func TestHooksAreTied(t *testing.T) {
 
 func TestCheckConfig(t *testing.T) {
 	const text = "version: 0.1.0\nextraKubletArgs: {}\n"
+	env := snapenv.Under(t.TempDir())
 	var log strings.Builder
-	if err := checkConfig([]byte(text), false, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "extraKubletArgs") {
+	if err := checkConfig(env, []byte(text), false, slog.New(slog.NewTextHandler(&log, nil))); err != nil || !strings.Contains(log.String(), "extraKubletArgs") {
 		t.Errorf("in a file a key that is not known is told: %v, %s", err, &log)
 	}
-	if err := checkConfig([]byte(text), true, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "extraKubletArgs") {
+	if err := checkConfig(env, []byte(text), true, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "extraKubletArgs") {
 		t.Errorf("at a prompt it is refused: %v", err)
+	}
+	const ranges = "version: 0.1.0\nextraCNIEnv: {IPv4_SUPPORT: true, IPv4_CLUSTER_CIDR: 10.1.0.0/30}\n"
+	if err := checkConfig(env, []byte(ranges), false, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "too small") {
+		t.Errorf("ranges that cannot be used: %v", err)
 	}
 }

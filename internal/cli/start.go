@@ -43,6 +43,10 @@ func (a *App) newStart() *cobra.Command {
 Ready. The first start on a machine without snapd sets the node up. Starting a node that runs
 does nothing.
 
+The addresses of pods and Services, IPv6 among them, are chosen before the first start, in
+args/cni-env or by extraCNIEnv of a launch configuration. Ranges that cannot work on this host are
+refused, with the lines that choose others.
+
 If the node is not Ready after three minutes, the exit code is 1 and the reasons are shown; the
 services keep running.`,
 		Args: noArgs,
