@@ -35,9 +35,10 @@ func recordFile(env snapenv.Env) string { return filepath.Join(env.Common, "var/
 func readRecord(env snapenv.Env) (r record, err error) {
 	data, err := os.ReadFile(recordFile(env))
 	if errors.Is(err, fs.ErrNotExist) {
-		// A node of an earlier release that has run.
+		// A node of an earlier release that has run: it has noted its name, or has a pod network.
 		name, err := nodeconfig.RegisteredName(env)
-		return record{Started: name != ""}, err
+		_, none := os.Stat(hostnet.Conflist(env))
+		return record{Started: name != "" || none == nil}, err
 	}
 	if err == nil {
 		err = json.Unmarshal(data, &r)

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"microk8s/internal/hostnet"
 	"microk8s/internal/hostwatch/hosttest"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/snapenv"
@@ -217,6 +218,24 @@ func TestPrepare(t *testing.T) {
 	want("another share for new nodes", false, strings.ReplaceAll(strings.ReplaceAll(running, "10.3.0.0/16", "10.2.0.0/15"), " 25 ", " 26 "))
 	if err := Differs(env); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestEarlierRelease has a node whose file was edited when no code read it: the cluster keeps what it has.
+func TestEarlierRelease(t *testing.T) {
+	env := node(t)
+	if err := os.MkdirAll(env.CNIConf(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(hostnet.Conflist(env), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	set(t, env, dual)
+	if changed, err := prepare(env, both); changed || err != nil || flags(t, env) != usual {
+		t.Errorf("changed %v, %v, flags %s", changed, err, flags(t, env))
+	}
+	if Differs(env) == nil {
+		t.Error("nobody is told that the file has no effect")
 	}
 }
 
