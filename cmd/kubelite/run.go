@@ -213,6 +213,9 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		group.Go("membership", func(ctx context.Context) error {
 			return watchMembership(ctx, config.NodeName, kubeletKubeconfig(env, kubeletArgs), state, log)
 		})
+		group.Go("name servers of this node", func(ctx context.Context) error {
+			return keepOwnDNS(ctx, config.NodeName, kubeletKubeconfig(env, kubeletArgs), env, log)
+		})
 	}
 	group.Start(parsed[daemons.Proxy])
 	watch := hostwatch.New(log)
@@ -421,6 +424,22 @@ func reconcileAddons(ctx context.Context, admin *rest.Config, env snapenv.Env, l
 		return err
 	}
 	return set.Reconcile(ctx)
+}
+
+// keepOwnDNS has a worker's DNS server replaced when the worker gets other name servers.
+func keepOwnDNS(ctx context.Context, name, kubeconfig string, env snapenv.Env, log *slog.Logger) error {
+	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return err
+	}
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return err
+	}
+	if err := addon.FollowOwnResolvers(ctx, client, name, log, env.HostPath("etc/resolv.conf"), env.HostPath("run/systemd/resolve/resolv.conf")); err != nil {
+		log.Warn("a change of this node's name servers will not be noticed", "err", err)
+	}
+	return nil
 }
 
 // keepDNS has a second DNS server started when there is a second node, and all of them started

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,7 +16,9 @@ import (
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
 )
 
 // resolversAnnotation is on the pods of CoreDNS; it changes when they are to read the host's
@@ -29,6 +32,37 @@ const resolverPause = time.Second
 // FollowResolvers restarts the DNS servers when the name servers in one of the files change,
 // until ctx ends. Where `enable dns` was given name servers, the host's do not matter.
 func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
+	return followResolvers(ctx, s.Log, files, s.restartDNS)
+}
+
+// FollowOwnResolvers has the DNS servers of one node replaced when the name servers in one of its files change, until ctx
+// ends. It is for workers: client needs no more than the rights of the node's kubelet, which may delete the pods of its node.
+func FollowOwnResolvers(ctx context.Context, client kubernetes.Interface, node string, log *slog.Logger, files ...string) error {
+	return followResolvers(ctx, log, files, func(ctx context.Context, servers []string) error {
+		pods, err := client.CoreV1().Pods(metav1.NamespaceSystem).List(ctx, metav1.ListOptions{
+			LabelSelector: "k8s-app=kube-dns", FieldSelector: fields.OneTermEqualSelector("spec.nodeName", node).String(),
+		})
+		if err != nil || len(pods.Items) == 0 {
+			return err
+		}
+		// Where name servers were given, the host's do not matter.
+		config, err := client.CoreV1().ConfigMaps(metav1.NamespaceSystem).Get(ctx, "coredns", metav1.GetOptions{})
+		if err != nil || !strings.Contains(config.Data["Corefile"], "import upstream-") {
+			return err
+		}
+		for _, p := range pods.Items {
+			err := client.CoreV1().Pods(p.Namespace).Delete(ctx, p.Name, metav1.DeleteOptions{Preconditions: metav1.NewUIDPreconditions(string(p.UID))})
+			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+				return err
+			}
+			log.Info("this node has other name servers: its CoreDNS is replaced", "pod", p.Name, "servers", strings.Join(servers, " "))
+		}
+		return nil
+	})
+}
+
+// followResolvers calls changed with the name servers whenever they differ, and again after a while where it fails.
+func followResolvers(ctx context.Context, log *slog.Logger, files []string, changed func(context.Context, []string) error) error {
 	var real []string
 	for _, f := range files { // the folders: the files are replaced by others of their names
 		real = append(real, f)
@@ -38,7 +72,7 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 	}
 	match, folders := filewatch.Files(real...)
 	// A folder that is not there has no name servers either.
-	changed, err := filewatch.Watch(ctx, filewatch.Options{Settle: resolverPause, Match: match, Missing: true}, folders...)
+	events, err := filewatch.Watch(ctx, filewatch.Options{Settle: resolverPause, Match: match, Missing: true}, folders...)
 	if err != nil {
 		return fmt.Errorf("cannot watch the host's name servers: %w", err)
 	}
@@ -46,7 +80,7 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 	var due <-chan time.Time
 	for {
 		select {
-		case _, open := <-changed:
+		case _, open := <-events:
 			if !open {
 				if ctx.Err() == nil {
 					return errors.New("watching the host's name servers has ended")
@@ -60,8 +94,8 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 			if slices.Equal(fresh, now) {
 				continue
 			}
-			if err := s.restartDNS(ctx, fresh); err != nil {
-				s.Log.Warn("cannot pass the host's new name servers to CoreDNS", "err", err, "retry_in", spreadRetry)
+			if err := changed(ctx, fresh); err != nil {
+				log.Warn("cannot pass the host's new name servers to CoreDNS", "err", err, "retry_in", spreadRetry)
 				due = time.After(spreadRetry)
 				continue
 			}
