@@ -38,6 +38,7 @@ func TestNode(t *testing.T) {
 	step("service", func(t *testing.T) { n.testService(t, "other") })
 	step("exec, logs, port-forward", n.testExecLogsForward)
 	step("console", n.testConsole)
+	step("backups", n.testBackup)
 	step("host with FORWARD DROP", func(t *testing.T) { n.testForwardDrop(t, "other") })
 	step("faults of the host's network", func(t *testing.T) { n.testHeal(t, "other", 2) })
 	step("power loss", n.testPowerLoss)
