@@ -103,3 +103,32 @@ func TestShippedObjectsOfOthers(t *testing.T) {
 		t.Errorf("only %d objects are there", got)
 	}
 }
+
+// TestObjectsThatOthersMayHaveMade have an annotation that says so: others' objects are neither refused nor
+// changed, nor deleted with the rest, and the rest is applied.
+func TestObjectsThatOthersMayHaveMade(t *testing.T) {
+	f, cfg := newFake(t)
+	object := func(name string, annotations map[string]any) *unstructured.Unstructured {
+		return &unstructured.Unstructured{Object: map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+			"metadata": map[string]any{"name": name, "annotations": annotations}, "rules": []any{}}}
+	}
+	f.Set(map[string]any{"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+		"metadata": map[string]any{"name": "kind", "uid": "theirs", "managedFields": []any{map[string]any{"manager": "helm", "operation": "Update"}}}})
+	set := Set{Label: "of", Value: "x", Objects: []*unstructured.Unstructured{object("kind", map[string]any{TheirsAnnotation: "as good"}), object("own", nil)}}
+	if _, err := Check(t.Context(), cfg, set, quietly); err != nil {
+		t.Errorf("refused: %v", err)
+	}
+	result, err := Sync(t.Context(), cfg, set, quietly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f.Get(rbac + "clusterroles/kind").Object["rules"] != nil || f.Get(rbac+"clusterroles/own") == nil {
+		t.Errorf("their object was changed, or the other one is not there: %v", f.Paths())
+	}
+	if _, err := Sync(t.Context(), cfg, Set{Label: "of", Value: "x", Kinds: []schema.GroupVersionKind{set.Objects[0].GroupVersionKind()}, Owned: result.Owned}, quietly); err != nil {
+		t.Fatal(err)
+	}
+	if f.Get(rbac+"clusterroles/kind") == nil || f.Get(rbac+"clusterroles/own") != nil {
+		t.Errorf("after the removal there is %v", f.Paths())
+	}
+}

@@ -153,3 +153,106 @@ func TestReadyAndLater(t *testing.T) {
 		t.Error("chose a component that there is not")
 	}
 }
+
+// TestChangedCopiesAreOfTheVersionInUse: a component of which a changed copy is built is pinned in two places, and
+// the kinds of Traefik travel with the addon.
+func TestChangedCopiesAreOfTheVersionInUse(t *testing.T) {
+	for _, c := range catalog.Components {
+		for _, v := range c.Vendored {
+			version, err := catalog.Required(filepath.Join(c.Name, "go.mod"), v.Module)
+			if err != nil || version != v.Version {
+				t.Errorf("%s: the changed copy of %s is %s, its go.mod wants %s, %v", c.Name, v.Module, v.Version, version, err)
+			}
+			if v.Module != c.Module || c.Name != "traefik" {
+				continue
+			}
+			kinds, err := os.ReadFile("../../addons/core/addons/ingress/kinds.yaml")
+			if err != nil || !strings.HasPrefix(string(kinds), "# The kinds of Traefik "+v.Version+" ") {
+				t.Errorf("kinds.yaml is not of %s: %v", v.Version, err)
+			}
+		}
+	}
+}
+
+// TestBodiesFlow runs the change of Traefik's entry point in a server: a body may take longer than the limit as long as
+// it flows, and ends where it stalls.
+func TestBodiesFlow(t *testing.T) {
+	source, err := os.ReadFile("traefik/flowing.go.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "go.mod"), "module example.test/server\n\ngo 1.26\n")
+	write(t, filepath.Join(dir, "flowing.go"), string(source))
+	write(t, filepath.Join(dir, "flowing_test.go"), `package server
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+)
+
+const pause = 300 * time.Millisecond
+
+func upload(t *testing.T, parts int, wait time.Duration) string {
+	t.Helper()
+	server := httptest.NewUnstartedServer(flowing(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		if err != nil {
+			w.WriteHeader(http.StatusRequestTimeout)
+		}
+		fmt.Fprint(w, n)
+	}), pause))
+	server.Config.ReadHeaderTimeout = pause
+	server.Start()
+	defer server.Close()
+	conn, err := net.Dial("tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	for range 2 { // on one connection: no deadline is left of the first
+		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n")
+		for range parts {
+			time.Sleep(wait)
+			fmt.Fprint(conn, "ab")
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != 200 {
+			return resp.Status + " " + string(body)
+		}
+	}
+	return "200"
+}
+
+func TestFlows(t *testing.T) {
+	if got := upload(t, 10, pause/5); got != "200" { // twice the limit in all
+		t.Error(got)
+	}
+}
+
+func TestStalls(t *testing.T) {
+	if got := upload(t, 3, 0); got != "408 Request Timeout 6" {
+		t.Error(got)
+	}
+}
+`)
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-count=1", ".")
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=", "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}
