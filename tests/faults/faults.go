@@ -217,7 +217,7 @@ var Catalogue = func() []Fault {
 		{Name: "a service killed", ID: "memory.oom", Inspect: true, Says: "because memory ran out: k8s-dqlite (2 times)", Do: "dmesg | grep oom-kill",
 			Break: logged(oom("/system.slice/x", "k8s-dqlite") + oom("/system.slice/x", "k8s-dqlite") + oom("/user.slice", "firefox")), Repair: "umount -l /dev/kmsg",
 			Files: map[string]string{"dev/kmsg": oom("/system.slice/x", "k8s-dqlite") + oom("/system.slice/x", "k8s-dqlite") + oom("/user.slice", "firefox"), "proc/uptime": young}},
-		{Name: "kills in a service's group", ID: "memory.groups", Inspect: true, Says: "in the control group of service kubelite 3 processes were killed", Do: "MemoryMax",
+		{Name: "kills in a service's group", ID: "memory.groups", Inspect: true, Says: "3 processes were killed because memory ran out", Do: "MemoryMax",
 			Break: oomCounter + "sed 's/^oom_kill .*/oom_kill 3/' $f >/root/fault-oom; grep -q oom_kill /root/fault-oom || echo oom_kill 3 >>/root/fault-oom; mount --bind /root/fault-oom $f", Repair: oomCounter + "umount -l $f",
 			Files: map[string]string{"proc/100/cgroup": "0::/system.slice/snap.microk8s.daemon-kubelite.service\n", "sys/fs/cgroup/system.slice/snap.microk8s.daemon-kubelite.service/memory.events": "low 0\noom 3\noom_kill 3\n"}},
 
@@ -229,8 +229,7 @@ var Catalogue = func() []Fault {
 			Files: map[string]string{"etc/resolv.conf": "nameserver 127.0.0.53\n", "run/systemd/resolve/resolv.conf": "-"}},
 		{Name: "no module vxlan", ID: "kernel.modules", Inspect: true, Says: "the kernel module vxlan is missing: pods of different nodes", Do: "modprobe vxlan", Why: "the kernel is the machine's",
 			Files: map[string]string{"sys/module/vxlan/refcnt": "-"}},
-		{Name: "no module br_netfilter", ID: "kernel.modules", Inspect: true, Says: "the kernel module br_netfilter is missing", Do: "modprobe br_netfilter",
-			Break: "mount -t tmpfs fault /sys/module; mount -t tmpfs fault /proc/sys/net/bridge || true", Repair: "umount -l /sys/module; umount -l /proc/sys/net/bridge || true",
+		{Name: "no module br_netfilter", ID: "kernel.modules", Inspect: true, Says: "the kernel module br_netfilter is missing", Do: "modprobe br_netfilter", Why: "the kernel is the machine's, and a mount that hides a folder of /proc/sys does not stay",
 			Files: map[string]string{"sys/module/br_netfilter/refcnt": "-", "proc/sys/net/bridge/bridge-nf-call-iptables": "-"}},
 		{Name: "no machine ID", ID: "host.machine-id", Inspect: true, Says: "this machine has no machine ID", Do: "systemd-machine-id-setup",
 			Break: "if [ -e /etc/machine-id ]; then mv /etc/machine-id /etc/fault-machine-id; fi", Repair: "if [ -e /etc/fault-machine-id ]; then mv /etc/fault-machine-id /etc/machine-id; fi",
