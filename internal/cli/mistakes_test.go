@@ -55,7 +55,7 @@ enable
 enable dsn
 enable nothing-like-it
 enable a/b/c
-enable metallb
+enable community
 disable
 disable nothing-like-it
 add-node --token abc

@@ -180,6 +180,10 @@ func (a *App) withHostsDir(user []string) []string {
 	return slices.Concat(user[:at], []string{"--hosts-dir", a.Env.Args("certs.d")}, user[at:])
 }
 
+// quietDeprecations keeps containerd's client from printing, before each answer, what of the host its daemon will not
+// support some day (cgroup version 1): that is asked for with `ctr deprecations list`.
+const quietDeprecations = "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS"
+
 func (a *App) ctr(user []string) error {
 	file := a.Env.Args("ctr")
 	f, err := args.Load(file, args.GrammarFor("ctr"))
@@ -193,6 +197,9 @@ func (a *App) ctr(user []string) error {
 	path := a.Env.Bin("ctr")
 	argv := append([]string{path}, f.Words(a.lookup)...)
 	vars := []string{"CONTAINERD_SNAPSHOTTER=" + snapshotter(a.Env.Common)}
+	if a.getenv(quietDeprecations) == "" {
+		vars = append(vars, quietDeprecations+"=1")
+	}
 	argv = append(argv, a.ctrEnd(user)...)
 	return a.replace(path, append(argv, a.withHostsDir(user)...), append(a.environWithout(vars), vars...))
 }

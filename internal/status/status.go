@@ -38,8 +38,8 @@ const Budget = time.Second
 type Report struct {
 	// Ready: the API server answers, has the service `kubernetes`, and some node is Ready.
 	Ready bool
-	// Slow: the API server's process runs and did not answer in time, so that nothing is known of
-	// the node and of the addons. Ready is then false.
+	// Slow: the API server's process runs and did not answer in time, and no service that it may wait for keeps
+	// failing, so that nothing is known of the node and of the addons. Ready is then false.
 	Slow bool
 
 	// NetworkPolicy is whether this node enforces network policies, and if not, why.
@@ -263,7 +263,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	r.addons(p.Env, answer)
 	p.seen(answer)
 	r.Ready = answer.ready()
-	r.Slow = answer.late && running(service.Kubelite)
+	r.Slow = answer.late && running(service.Kubelite) && !keepsFailing(r.Services)
 	if !r.Ready && len(r.Problems) == 0 {
 		r.add("api.answers", "%s", answer.why())("wait a moment, or see microk8s logs kubelite")
 	}
@@ -306,6 +306,11 @@ func gather(ctx context.Context, questions map[string]func()) (missed map[string
 		}
 	}
 	return missed
+}
+
+// keepsFailing reports whether a service does not start: then waiting for the API server is of no use.
+func keepsFailing(states []service.State) bool {
+	return slices.ContainsFunc(states, func(s service.State) bool { return s.Phase == service.Backoff || s.Phase == service.Failed })
 }
 
 func phaseOf(states []service.State, name string) service.Phase {

@@ -285,6 +285,16 @@ func TestOldReportsDoNotCount(t *testing.T) {
 }
 
 // TestHighAvailability asks a datastore that says who lives.
+// TestKeepsFailing: an API server that waits for a datastore which does not start is not slow.
+func TestKeepsFailing(t *testing.T) {
+	for phase, want := range map[service.Phase]bool{service.Running: false, service.Stopped: false, service.Backoff: true, service.Failed: true} {
+		states := []service.State{{Name: service.Kubelite, Phase: service.Running}, {Name: service.Datastore, Phase: phase}}
+		if got := keepsFailing(states); got != want {
+			t.Errorf("%v: %v", phase, got)
+		}
+	}
+}
+
 // TestCopies: a cluster's agents have found two machines that run as one node.
 func TestCopies(t *testing.T) {
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
