@@ -22,7 +22,11 @@ async function wrong(resp: Response): Promise<ApiError> {
     const status = JSON.parse(text)
     message = status.message ?? message
     reason = status.reason ?? ''
-  } catch { /* it is text */ }
+  } catch {
+    // Where YAML is asked for, errors are YAML too.
+    const said = /^message: (.*(?:\n {2}.*)*)/m.exec(text)?.[1]
+    if (/^kind: Status$/m.test(text) && said) message = said.replace(/\n\s*/g, ' ').replace(/^[|>]-? |^(['"])(.*)\1$/g, '$2').replace(/''/g, "'").replace(/\\"/g, '"')
+  }
   if (resp.status === 401 && (reason === 'ConsoleLogin' || reason === 'Unauthorized')) lost()
   return new ApiError(resp.status, reason, message)
 }

@@ -56,7 +56,7 @@ export function Chart({ title, unit, times, lines, empty }: { title: string; uni
         scales: { y: { range: (_u, _min, max) => [0, (max || 1) * 1.1] } },
         axes: [{ ...axis, space: 80, values: (_u, all, _i, _space, step) => all.map((v) => new Date(v * 1000).toLocaleTimeString([], { hour: '2-digit', minute: '2-digit', hour12: false, ...(step < 60 ? { second: '2-digit' } : {}) })) }, { ...axis, size: 74, values: (_u, all) => all.map((v) => show[unit](v)) }],
         series: [{ value: (_u, v) => v ? new Date(v * 1000).toLocaleTimeString([], { hour12: false }) : '–' }, ...lines.map((l, i) => ({
-          label: l.name, stroke: colours[i % colours.length]!, width: 1.75, dash: dashes[Math.floor(i / colours.length) % dashes.length]!, spanGaps: false, points: { show: false },
+          label: l.name, stroke: colours[i % colours.length]!, width: 1.75, dash: dashes[Math.floor(i / colours.length) % dashes.length]!, spanGaps: false, points: { show: (u: uPlot) => u.data[0].length < 4 },
           value: (_u: uPlot, v: number | null) => v === null || v === undefined ? '–' : show[unit](v),
         }))],
       }, data(), box.current)

@@ -80,6 +80,7 @@ export default function Edit({ path, mayChange, version }: { path: string; mayCh
       if (line && area.current) {
         const rows = text.split('\n'), from = rows.slice(0, line - 1).join('\n').length + (line > 1 ? 1 : 0)
         area.current.focus()
+        area.current.scrollTop = Math.max(0, line - 6) * area.current.scrollHeight / (rows.length + 1)
         area.current.setSelectionRange(from, from + (rows[line - 1]?.length ?? 0))
       }
     }

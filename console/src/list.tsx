@@ -53,7 +53,7 @@ export function columnsOf(columns: Column[], k: Kind, namespaced: boolean, now: 
         if (age) return <Time at={r.meta.creationTimestamp} now={now} />
         if (c.name === 'Status' || c.name === 'Phase') return <Badge word={String(v)} />
         if (c.name === 'Restarts') return String(v).replace(/ \(.*/, '') // the time in it is old at once
-        return <span title={String(v ?? '')}>{v === null || v === undefined || v === '' ? '–' : String(v)}</span>
+        return <span title={String(v ?? '')}>{v === null || v === undefined || v === '' || v === '<none>' ? '–' : String(v)}</span>
       },
       sort: (r) => age ? -new Date(r.meta.creationTimestamp).getTime() : typeof r.cells[i] === 'number' ? r.cells[i] as number : c.name === 'Restarts' ? parseInt(String(r.cells[i])) : String(r.cells[i] ?? ''),
     })

@@ -3,7 +3,7 @@ import type { Facts } from './api'
 import { Badge } from './ui'
 
 export function Members({ members, small }: { members: NonNullable<Facts['members']>; small?: boolean }) {
-  const w = 420, n = members.length, h = n === 1 ? 76 : small ? 150 : 230
+  const w = 420, n = members.length, h = n === 1 ? 76 : small ? (n > 3 ? 210 : 150) : 230
   const at = (i: number) => n === 1 ? { x: w / 2, y: 24 } : { x: w / 2 + Math.cos(2 * Math.PI * i / n - Math.PI / 2) * (w / 2 - 90), y: h / 2 + Math.sin(2 * Math.PI * i / n - Math.PI / 2) * (h / 2 - 42) }
   const leader = members.findIndex((m) => m.leader)
   const words = members.map((m) => `${m.address}: ${m.role}${m.leader ? ', leader' : ''}, ${m.online ? 'answers' : 'does not answer'}`).join('; ')
