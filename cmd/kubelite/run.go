@@ -171,6 +171,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		return fmt.Errorf("invalid arguments in %s: %w; fix the file and run: microk8s start", env.ArgsDir(), err)
 	}
 
+	dropAPIAddress(env, !f.startControlPlane, log)
 	group := daemons.NewGroup(ctx, log)
 	state := kubelitestate.NewWriter(env, log)
 	group.Go("image import", func(ctx context.Context) error {
@@ -180,9 +181,10 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		images.Sideload(ctx, env, log)
 		return nil
 	})
+	var admin *rest.Config // of control-plane nodes
 	if f.startControlPlane {
 		group.Start(parsed[daemons.APIServer])
-		admin, err := clientcmd.BuildConfigFromFlags("", f.kubeconfig)
+		admin, err = clientcmd.BuildConfigFromFlags("", f.kubeconfig)
 		if err != nil {
 			return fmt.Errorf("cannot read the kubeconfig of the local API server: %w", err)
 		}
@@ -225,6 +227,11 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		watch.Run(ctx)
 		return nil
 	})
+	if admin != nil {
+		group.Go("address of the API", func(ctx context.Context) error {
+			return keepAPIAddress(ctx, env, admin, config.NodeName, watch, log)
+		})
+	}
 	policies := newPolicies(ctx, env, config.NodeName, state, log) // closes pods before the kubelet can start any
 	var moved atomic.Bool
 	addresses, err := nodeAddresses(kubeletArgs)

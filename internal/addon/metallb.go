@@ -12,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"microk8s/internal/apiaddress"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/nodeconfig"
 )
@@ -215,6 +216,9 @@ func (s *Set) takenAddresses(ctx context.Context) ([]taken, error) {
 		if r.Gw != nil {
 			one(r.Gw.String(), "a gateway of this host")
 		}
+	}
+	if shared := apiaddress.Read(s.Env); shared.IsValid() {
+		one(shared.String(), "the address of the API")
 	}
 	config := nodeconfig.Load(s.Env)
 	for _, p := range config.ClusterCIDRs {

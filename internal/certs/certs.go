@@ -28,6 +28,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"microk8s/internal/apiaddress"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/hostinfo"
@@ -372,11 +373,14 @@ func (s *Store) names() (map[string]wanted, error) {
 	if err != nil {
 		return nil, err
 	}
+	// The API's address is named like one of the template's, whether it is on this host now or not; the kubelet has no
+	// part in it.
+	addresses, shared := apiaddress.Apart(s.env, addresses)
 	written, err := parseCSR(template)
 	if err != nil {
 		return nil, fmt.Errorf("cannot use %s: %w", path, err)
 	}
-	rendered, err := renderCSR(template, slices.Concat(services, addresses))
+	rendered, err := renderCSR(template, slices.Concat(services, addresses, shared))
 	if err != nil {
 		return nil, fmt.Errorf("cannot use %s: %w", path, err)
 	}
@@ -397,6 +401,7 @@ func (s *Store) names() (map[string]wanted, error) {
 		return nil, err
 	}
 	front, frontWritten := server, written
+	written.ips = slices.Concat(written.ips, shared)
 	front.subject = pkix.Name{CommonName: FrontProxyClient}
 	frontWritten.subject = front.subject
 	node := pkix.Name{CommonName: "system:node:" + hostname, Organization: []string{"system:nodes"}}

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/apiaddress"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
@@ -547,5 +549,35 @@ func TestRenderCSR(t *testing.T) {
 	}
 	if got, err := renderCSR([]byte(template), nil); err != nil || strings.Contains(string(got), "MOREIPS") {
 		t.Errorf("without addresses: %q, %v", got, err)
+	}
+}
+
+// TestAddressOfTheAPI: it is in the API server's certificate of a member of a cluster, which does not follow its own
+// addresses, and never a reason to issue the kubelet's, which would restart it.
+func TestAddressOfTheAPI(t *testing.T) {
+	n := newNode(t)
+	n.ensure(t)
+	before := n.cert(t, Kubelet)
+	write(t, n.env.Lock(snapenv.LockNoReissue), "")
+	shared := netip.MustParseAddr("10.0.0.99")
+	if err := apiaddress.Keep(n.env, shared); err != nil {
+		t.Fatal(err)
+	}
+	n.addresses = append(n.addresses, net.IPv4(10, 0, 0, 99)) // this node answers for it
+	change, err := n.Renew(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(change.Issued, []string{Server}) || len(change.Restart) > 0 {
+		t.Errorf("issued %v, restarts %v", change.Issued, change.Restart)
+	}
+	if cert := n.cert(t, Server); !slices.ContainsFunc(cert.IPAddresses, net.IPv4(10, 0, 0, 99).Equal) {
+		t.Errorf("the certificate has %v", cert.IPAddresses)
+	}
+	if !n.cert(t, Kubelet).Equal(before) {
+		t.Error("the kubelet's certificate was issued again")
+	}
+	if change, err := n.Renew(t.Context()); err != nil || len(change.Issued) > 0 {
+		t.Errorf("again: %v, %v", change.Issued, err)
 	}
 }

@@ -22,6 +22,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"microk8s/apiserver-proxy/endpoints"
+	"microk8s/internal/apiaddress"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/kube"
@@ -34,7 +35,8 @@ func (a *App) newConfig() *cobra.Command {
 		Use:   "config [-l|--use-loopback] [--all-servers] [--user NAME [--role ROLE] [--namespace NAMESPACE] [--ttl DURATION] | --list [-o json|yaml] | --revoke NAME]",
 		Short: "Print the administrator's kubeconfig of this node",
 		Long: `Print the administrator's kubeconfig of this node, with the address of the machine's default
-interface as its server, for use on other machines. It grants full control of the cluster.
+interface as its server, for use on other machines. It grants full control of the cluster. Where
+the cluster has an address for the API (microk8s network api-address), that is the server.
 
 It names one server, as scripts expect. With --all-servers it has a context more for each other
 control plane node, microk8s-NODE, for when this one is down:
@@ -56,12 +58,12 @@ and reads Secrets, admin also gives rights within a namespace, cluster-admin may
 				return err
 			}
 			if user.asked(cmd) {
-				return a.configUser(cmd, &user, kubeconfigServers{loopback, all})
+				return a.configUser(cmd, &user, kubeconfigServers{loopback, all, apiaddress.Read(a.Env)})
 			}
 			if user.out.document() {
 				return &usageError{cmd, errors.New("-o is for --list; a kubeconfig is YAML")}
 			}
-			return a.config(cmd.Context(), kubeconfigServers{loopback, all})
+			return a.config(cmd.Context(), kubeconfigServers{loopback, all, apiaddress.Read(a.Env)})
 		},
 	}
 	cmd.Flags().BoolVarP(&loopback, "use-loopback", "l", false, "leave the server's address as it is, 127.0.0.1")
@@ -79,11 +81,16 @@ var serverLine = regexp.MustCompile(`(?m)^(\s*server:\s*["']?https://)(127\.0\.0
 type kubeconfigServers struct {
 	loopback bool // this node's is left at 127.0.0.1
 	all      bool // those of the other control-plane nodes too
+	// shared is the virtual address of the API, if the cluster has one: it stands for this node's.
+	shared netip.Addr
 }
 
 // local replaces the loopback in a kubeconfig by this node's address.
 func (s kubeconfigServers) local(text string) string {
-	addr := defaultAddress()
+	addr := s.shared
+	if !addr.IsValid() {
+		addr = defaultAddress()
+	}
 	if s.loopback || !addr.IsValid() {
 		return text
 	}

@@ -102,6 +102,8 @@ encryption frob
 pod-security frob
 pod-security enforce frob
 network frob
+network api-address frob
+network api-address 127.0.0.1
 network why
 network why a b
 network why a b:80/icmp

@@ -23,12 +23,13 @@ import (
 
 func (a *App) newNetwork() *cobra.Command {
 	root := &cobra.Command{
-		Use:   "network check|why",
-		Short: "Answer questions about the pod network",
-		Long: `Answer questions about the pod network.
+		Use:   "network check|why|api-address",
+		Short: "Answer questions about the pod network; set an address for the API",
+		Long: `Answer questions about the pod network, and keep one address for the API of all control plane nodes.
 
     microk8s network check                         whether packets get to every other node, and back
-    microk8s network why shop/web shop/db:5432     which network policy lets this pass, or stops it`,
+    microk8s network why shop/web shop/db:5432     which network policy lets this pass, or stops it
+    microk8s network api-address 10.64.140.5       an address that moves when its node dies`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -57,7 +58,7 @@ sctp. For a Service name a pod behind it, and the pod's port: policies see those
 		ValidArgsFunction: a.flowEnds,
 	}
 	out = addOutput(why, "text")
-	root.AddCommand(a.newNetworkCheck(), why)
+	root.AddCommand(a.newNetworkCheck(), why, a.newAPIAddress())
 	return root
 }
 

@@ -140,6 +140,7 @@ func TestDocuments(t *testing.T) {
 		listOf("ImageList", imageItems([]images.Image{{Name: "a:1", Digest: "sha256:00", Size: 5, Shipped: true}}, map[string]int{"a:1": pods, "b:1": 1}, true)),
 		imageImport{documentOf("ImageImport"), "", []nodeImport{{Name: "n1", Address: "10.0.0.1", Images: []string{"docker.io/library/a:1"}, Skipped: []string{"x"}}, {Name: "n2", Address: "10.0.0.2", Images: []string{}, Error: "no answer"}}},
 		imageImport{documentOf("AddonImport"), "microk8s-addons_v1_amd64.tar", []nodeImport{{Name: "n1", Address: "10.0.0.1", Images: []string{"microk8s.io/a:1"}}}},
+		apiAddressDocument{documentOf("APIAddress"), "10.0.0.5", "n1"},
 		encryptionDocument{documentOf("EncryptionStatus"), "secretbox", []string{"k1"}, true},
 		inspectionDocument{documentOf("InspectionReport"), "/r.tar.gz", true, []string{"w"}},
 		securityDocument{documentOf("SecurityReport"), "CIS", map[cis.Status]int{cis.Fail: 1}, []cis.Result{{ID: "1.1", Title: "t", Status: cis.Fail, Wanted: "w", Found: "f", Do: "d"}}},
