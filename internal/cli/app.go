@@ -216,6 +216,8 @@ func (a *App) root() *cobra.Command {
 		Short:         "A Kubernetes cluster in one package",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// Of letters that may be wrong in a name that is like a command's.
+		SuggestionsMinimumDistance: 2,
 		CompletionOptions: cobra.CompletionOptions{
 			DisableDefaultCmd: true,
 		},

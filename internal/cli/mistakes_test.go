@@ -42,6 +42,17 @@ func TestMistakes(t *testing.T) {
 	}
 }
 
+// TestSuggestions: a name with a letter or two wrong is taken for the command that is like it.
+func TestSuggestions(t *testing.T) {
+	for typed, want := range map[string]string{"stauts": "Did you mean: microk8s start, or microk8s status\n", "ad-node": "Did you mean: microk8s add-node\n", "frobnicate": ""} {
+		a := newApp(t)
+		code := a.run(t.Context(), typed)
+		if got := a.err.String(); code != ExitError || !strings.Contains(got, want) || want == "" && strings.Contains(got, "Did you mean") {
+			t.Errorf("%s: code %d: %s", typed, code, got)
+		}
+	}
+}
+
 const mistakes = `
 stauts
 nothing-like-it
