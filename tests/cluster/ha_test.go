@@ -69,10 +69,13 @@ func TestHA(t *testing.T) {
 		}
 	})
 	step("arguments edited on one node only", func(t *testing.T) { c.testArguments(t, controlPlane) })
+	step("an address for the API", func(t *testing.T) { c.testAPIAddress(t, "w1") })
 	step("the leader is killed", func(t *testing.T) {
 		leader := c.leader(t, controlPlane)
 		c.testFault(t, controlPlane, leader, "killed",
 			func() error { return c.lab.Kill(t.Context(), leader) }, func() error { return c.lab.Start(t.Context(), leader) })
+		c.wantOneHolder(t, "w1", controlPlane...)
+		c.run(t, "n1", "microk8s", "network", "api-address", "none")
 	})
 	faults := []func(){}
 	for _, n := range controlPlane {
