@@ -59,7 +59,7 @@ func TestControlPlaneAnswer(t *testing.T) {
 	keys, v := keysOf(t, body)
 	want := []string{
 		"api_authz_mode", "api_servers", "apiport", "ca", "ca_key", "callback_token", "cluster_cert", "cluster_cidr", "cluster_key",
-		"control_plane_nodes", "hostname_override", "kubelet_args", "product", "service_account_key", "service_cidr", "voters",
+		"control_plane_nodes", "hostname_override", "kubelet_args", "node_masks", "product", "service_account_key", "service_cidr", "voters",
 	}
 	if !slices.Equal(keys, want) {
 		t.Errorf("keys %v\nwant %v", keys, want)

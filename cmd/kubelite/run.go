@@ -36,6 +36,7 @@ import (
 	"microk8s/internal/hostwatch"
 	"microk8s/internal/images"
 	"microk8s/internal/ingressrights"
+	"microk8s/internal/kube"
 	"microk8s/internal/kubelitestate"
 	"microk8s/internal/manifests"
 	"microk8s/internal/netpolicy/enforcer"
@@ -439,11 +440,11 @@ func keepOwnDNS(ctx context.Context, name, kubeconfig string, env snapenv.Env, l
 	if err != nil {
 		return err
 	}
-	client, err := kubernetes.NewForConfig(cfg)
+	core, err := kube.New(cfg)
 	if err != nil {
 		return err
 	}
-	if err := addon.FollowOwnResolvers(ctx, client, name, log, env.HostPath("etc/resolv.conf"), env.HostPath("run/systemd/resolve/resolv.conf")); err != nil {
+	if err := addon.FollowOwnResolvers(ctx, core, name, log, env.HostPath("etc/resolv.conf"), env.HostPath("run/systemd/resolve/resolv.conf")); err != nil {
 		log.Warn("a change of this node's name servers will not be noticed", "err", err)
 	}
 	return nil

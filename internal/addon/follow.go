@@ -12,13 +12,14 @@ import (
 	"strings"
 	"time"
 
-	"microk8s/internal/filewatch"
-
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes"
+
+	"microk8s/internal/filewatch"
+	"microk8s/internal/kube"
 )
 
 // resolversAnnotation is on the pods of CoreDNS; it changes when they are to read the host's
@@ -29,6 +30,9 @@ const resolversAnnotation = "microk8s.io/resolvers-changed"
 // in several steps.
 const resolverPause = time.Second
 
+// resolverLimit bounds the calls for one change.
+const resolverLimit = time.Minute
+
 // FollowResolvers restarts the DNS servers when the name servers in one of the files change,
 // until ctx ends. Where `enable dns` was given name servers, the host's do not matter.
 func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
@@ -36,22 +40,26 @@ func (s *Set) FollowResolvers(ctx context.Context, files ...string) error {
 }
 
 // FollowOwnResolvers has the DNS servers of one node replaced when the name servers in one of its files change, until ctx
-// ends. It is for workers: client needs no more than the rights of the node's kubelet, which may delete the pods of its node.
-func FollowOwnResolvers(ctx context.Context, client kubernetes.Interface, node string, log *slog.Logger, files ...string) error {
+// ends. It is for workers: core needs no more than the rights of the node's kubelet, which may delete the pods of its node.
+func FollowOwnResolvers(ctx context.Context, core *kube.Core, node string, log *slog.Logger, files ...string) error {
 	return followResolvers(ctx, log, files, func(ctx context.Context, servers []string) error {
-		pods, err := client.CoreV1().Pods(metav1.NamespaceSystem).List(ctx, metav1.ListOptions{
-			LabelSelector: "k8s-app=kube-dns", FieldSelector: fields.OneTermEqualSelector("spec.nodeName", node).String(),
-		})
+		ctx, cancel := context.WithTimeout(ctx, resolverLimit)
+		defer cancel()
+		var pods corev1.PodList
+		err := core.Get().Namespace(metav1.NamespaceSystem).Resource("pods").Param("labelSelector", "k8s-app=kube-dns").
+			Param("fieldSelector", fields.OneTermEqualSelector("spec.nodeName", node).String()).Do(ctx).Into(&pods)
 		if err != nil || len(pods.Items) == 0 {
 			return err
 		}
 		// Where name servers were given, the host's do not matter.
-		config, err := client.CoreV1().ConfigMaps(metav1.NamespaceSystem).Get(ctx, "coredns", metav1.GetOptions{})
+		var config corev1.ConfigMap
+		err = core.Get().Namespace(metav1.NamespaceSystem).Resource("configmaps").Name("coredns").Do(ctx).Into(&config)
 		if err != nil || !strings.Contains(config.Data["Corefile"], "import upstream-") {
 			return err
 		}
 		for _, p := range pods.Items {
-			err := client.CoreV1().Pods(p.Namespace).Delete(ctx, p.Name, metav1.DeleteOptions{Preconditions: metav1.NewUIDPreconditions(string(p.UID))})
+			err := core.Delete().Namespace(p.Namespace).Resource("pods").Name(p.Name).
+				Body(&metav1.DeleteOptions{Preconditions: metav1.NewUIDPreconditions(string(p.UID))}).Do(ctx).Error()
 			if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
 				return err
 			}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,10 +15,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes/fake"
-	k8stesting "k8s.io/client-go/testing"
+
+	"microk8s/internal/kube/kubetest"
 )
 
 // TestFollowOwnResolvers is a worker: only DNS servers on it are replaced, and only where they ask its name servers.
@@ -25,23 +25,30 @@ func TestFollowOwnResolvers(t *testing.T) {
 	pod := func(name, node, app string) *corev1.Pod {
 		return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: name, UID: types.UID(name), Labels: map[string]string{"k8s-app": app}}, Spec: corev1.PodSpec{NodeName: node}}
 	}
-	for given, want := range map[string]string{"forward . 192.0.2.53": "dns other", "import upstream-{$MICROK8S_UPSTREAM}.conf": "other"} {
+	for given, want := range map[string]string{"forward . 192.0.2.53": "dns dns2 other", "import upstream-{$MICROK8S_UPSTREAM}.conf": "dns2 other"} {
 		t.Run(given, func(t *testing.T) {
-			client := fake.NewClientset(pod("dns", "w1", "kube-dns"), pod("other", "w1", "web"), &corev1.ConfigMap{
+			api := kubetest.New(t)
+			api.Set(pod("dns", "w1", "kube-dns"), pod("dns2", "n1", "kube-dns"), pod("other", "w1", "web"), &corev1.ConfigMap{
 				ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: "coredns"}, Data: map[string]string{"Corefile": given},
 			})
+			core, err := api.Core()
+			if err != nil {
+				t.Fatal(err)
+			}
 			asked := make(chan string, 100)
-			client.PrependReactor("list", "pods", func(a k8stesting.Action) (bool, runtime.Object, error) {
-				select {
-				case asked <- a.(k8stesting.ListAction).GetListRestrictions().Fields.String():
-				default:
+			api.Refuse = func(r *http.Request) int {
+				if strings.HasSuffix(r.URL.Path, "/pods") {
+					select {
+					case asked <- r.URL.Query().Get("fieldSelector"):
+					default:
+					}
 				}
-				return false, nil, nil
-			})
+				return 0
+			}
 			file := filepath.Join(t.TempDir(), "resolv.conf")
 			ctx, cancel := context.WithCancel(t.Context())
 			done := make(chan error)
-			go func() { done <- FollowOwnResolvers(ctx, client, "w1", slog.New(slog.DiscardHandler), file) }()
+			go func() { done <- FollowOwnResolvers(ctx, core, "w1", slog.New(slog.DiscardHandler), file) }()
 			var fields string
 			for i := 0; fields == ""; i++ { // the watch may not be there yet
 				if err := os.WriteFile(file, fmt.Appendf(nil, "nameserver 192.0.2.%d\n", i%250), 0o644); err != nil {
@@ -60,13 +67,9 @@ func TestFollowOwnResolvers(t *testing.T) {
 			if err := <-done; err != nil {
 				t.Error(err)
 			}
-			left, err := client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
-			if err != nil {
-				t.Fatal(err)
-			}
 			var names []string
-			for _, p := range left.Items {
-				names = append(names, p.Name)
+			for _, path := range api.Paths("pods") {
+				names = append(names, filepath.Base(path))
 			}
 			slices.Sort(names)
 			if got := strings.Join(names, " "); got != want {

@@ -11,8 +11,8 @@ import (
 )
 
 // mayLoad are the files, besides this package's, that read argument files: those that hand a file's words on to
-// the program that it is for, or to another node, and one that reads a copy.
-var mayLoad = []string{"internal/serverargs/serverargs.go", "internal/serverargs/summary.go", "cmd/kubelite/run.go", "internal/daemon/daemon.go", "internal/cli/passthrough.go", "internal/cluster/leave.go"}
+// the program that it is for, or to another node, and those that read a copy.
+var mayLoad = []string{"internal/serverargs/serverargs.go", "internal/serverargs/summary.go", "cmd/kubelite/run.go", "internal/daemon/daemon.go", "internal/cli/passthrough.go", "internal/cluster/leave.go", "internal/cluster/restore.go"}
 
 var loads = regexp.MustCompile(`\bargs\.Load\(`)
 

@@ -353,17 +353,22 @@ func (s *Server) SetReady(name string, ready bool) {
 	})
 }
 
+// version is that of a list of a resource: the tracker counts the changes of each. It is called with the
+// lock held.
+func (s *Server) version(at target) string {
+	list, err := s.objects.List(at.gvr, at.gvk, "")
+	if err != nil {
+		return ""
+	}
+	version, _ := meta.NewAccessor().ResourceVersion(list)
+	return version
+}
+
 // store puts an object in place of old, which is nil for a new one. It is called with the lock held.
 func (s *Server) store(at target, old, object runtime.Object) error {
 	fresh := object.(metav1.Object)
 	object.GetObjectKind().SetGroupVersionKind(at.gvk)
-	// The tracker counts changes of each resource; a watch from the version of a list goes on there.
-	list, err := s.objects.List(at.gvr, at.gvk, "")
-	if err != nil {
-		return err
-	}
-	version, _ := meta.NewAccessor().ResourceVersion(list)
-	number, _ := strconv.Atoi(version)
+	number, _ := strconv.Atoi(s.version(at))
 	fresh.SetResourceVersion(strconv.Itoa(number + 1))
 	if old == nil {
 		if s.next++; fresh.GetUID() == "" {
@@ -550,6 +555,11 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request, at target) {
 	if q.Get("watch") != "" {
 		if q.Get("sendInitialEvents") == "true" {
 			fail(w, apierrors.NewInvalid(schema.GroupKind{}, "", nil)) // the client then lists
+			return
+		}
+		// The tracker does not send what was deleted between a list and the watch from its version.
+		if since := q.Get("resourceVersion"); since != "" && since != "0" && since != s.version(at) {
+			fail(w, apierrors.NewResourceExpired("there were changes since"))
 			return
 		}
 		events, err := s.objects.Watch(at.gvr, at.namespace, metav1.ListOptions{ResourceVersion: q.Get("resourceVersion")})
