@@ -95,8 +95,6 @@ type custom struct {
 	try func(folder string) error
 	// report is called after each look with what was left out, and why.
 	report func(map[string]string)
-
-	generation int
 }
 
 // take looks at the keys once.
@@ -189,12 +187,9 @@ func (c *custom) install(keys map[string][]byte) error {
 	if have, err := customKeys(c.link); old != "" && err == nil && maps.EqualFunc(have, keys, bytes.Equal) {
 		return nil
 	}
-	c.generation++
-	folder := fmt.Sprintf("%s-%d", c.link, c.generation)
-	if err := os.RemoveAll(folder); err != nil {
-		return err
-	}
-	if err := os.Mkdir(folder, 0o700); err != nil {
+	// A new name: the pod's memory outlives its container, and with it the folder that is in force.
+	folder, err := os.MkdirTemp(filepath.Dir(c.link), filepath.Base(c.link)+"-")
+	if err != nil {
 		return err
 	}
 	if err := writeKeys(folder, keys); err != nil {

@@ -90,3 +90,28 @@ func TestWrongKeysAreLeftOut(t *testing.T) {
 		})
 	}
 }
+
+// TestNewContainer is a container that starts again in the same pod: what the one before had in force is still there.
+func TestNewContainer(t *testing.T) {
+	dir := t.TempDir()
+	from := filepath.Join(dir, "from")
+	if err := os.Mkdir(from, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"one.server", "two.server", "three.server"} {
+		if err := os.WriteFile(filepath.Join(from, name), []byte(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c := &custom{from: from, link: filepath.Join(dir, "taken"), try: func(string) error { return nil }, report: func(map[string]string) {}}
+		if err := c.take(); err != nil {
+			t.Fatal(err)
+		}
+		keys, err := customKeys(c.link)
+		if err != nil || string(keys[name]) != name {
+			t.Errorf("after a start with %s in force: %q, %v", name, keys, err)
+		}
+	}
+	if folders, _ := filepath.Glob(filepath.Join(dir, "taken-*")); len(folders) != 1 {
+		t.Errorf("left over: %q", folders)
+	}
+}
