@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -124,13 +125,15 @@ func (s *Set) questions(ctx context.Context, applied Applied, here string) (out 
 	return out, nil
 }
 
-// serviceQuestions are the ports of a Service at its own address, and its node ports at the node's.
+// serviceQuestions are the ports of a Service at its own address, and its node ports at the node's that are of
+// its families.
 func serviceQuestions(service *unstructured.Unstructured, addresses []string, applied Applied) (out []question) {
 	own, _, _ := unstructured.NestedString(service.Object, "spec", "clusterIP")
 	if own == "" || own == "None" {
 		return nil
 	}
 	ports, _, _ := unstructured.NestedSlice(service.Object, "spec", "ports")
+	families, _, _ := unstructured.NestedStringSlice(service.Object, "spec", "ipFamilies")
 	for _, p := range ports {
 		m, _ := p.(map[string]any)
 		port, _, _ := unstructured.NestedInt64(m, "port")
@@ -144,7 +147,13 @@ func serviceQuestions(service *unstructured.Unstructured, addresses []string, ap
 		}
 		if node, _, _ := unstructured.NestedInt64(m, "nodePort"); node > 0 {
 			for _, a := range addresses {
-				out = append(out, connects(net.JoinHostPort(a, strconv.FormatInt(node, 10))))
+				family := "IPv4"
+				if strings.Contains(a, ":") {
+					family = "IPv6"
+				}
+				if len(families) == 0 || slices.Contains(families, family) {
+					out = append(out, connects(net.JoinHostPort(a, strconv.FormatInt(node, 10))))
+				}
 			}
 		}
 	}

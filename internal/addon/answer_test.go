@@ -133,3 +133,28 @@ func TestLeftover(t *testing.T) {
 		t.Errorf("still there: %q", got)
 	}
 }
+
+// A Service of one family has its node port at the node's addresses of that family only.
+func TestNodePortsOfAFamily(t *testing.T) {
+	for _, tc := range []struct {
+		families []any
+		want     string
+	}{
+		{[]any{"IPv4"}, "10.152.183.5:5000 10.0.0.1:32000"},
+		{[]any{"IPv6"}, "10.152.183.5:5000 [fd00::1]:32000"},
+		{[]any{"IPv4", "IPv6"}, "10.152.183.5:5000 10.0.0.1:32000 [fd00::1]:32000"},
+		{nil, "10.152.183.5:5000 10.0.0.1:32000 [fd00::1]:32000"},
+	} {
+		spec := map[string]any{"clusterIP": "10.152.183.5", "ports": []any{map[string]any{"port": int64(5000), "nodePort": int64(32000)}}}
+		if tc.families != nil {
+			spec["ipFamilies"] = tc.families
+		}
+		var got []string
+		for _, q := range serviceQuestions(&unstructured.Unstructured{Object: map[string]any{"spec": spec}}, []string{"10.0.0.1", "fd00::1"}, Applied{}) {
+			got = append(got, q.name)
+		}
+		if strings.Join(got, " ") != tc.want {
+			t.Errorf("%v: %q, want %q", tc.families, got, tc.want)
+		}
+	}
+}

@@ -33,10 +33,6 @@ func (r addressRange) String() string {
 	return r.first.String() + "-" + r.last.String()
 }
 
-func (r addressRange) has(a netip.Addr) bool {
-	return a.BitLen() == r.first.BitLen() && r.first.Compare(a) <= 0 && a.Compare(r.last) <= 0
-}
-
 func (r addressRange) overlaps(o addressRange) bool {
 	return r.first.BitLen() == o.first.BitLen() && r.first.Compare(o.last) <= 0 && o.first.Compare(r.last) <= 0
 }

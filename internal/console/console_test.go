@@ -32,7 +32,6 @@ type fakeAPI struct {
 	*httptest.Server
 	mu   sync.Mutex
 	seen []*http.Request
-	down bool
 }
 
 func newAPI(t *testing.T) *fakeAPI {

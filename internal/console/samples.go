@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"math"
@@ -211,7 +212,7 @@ func fetch(ctx context.Context, api *apiClient, path, accept string) (io.ReadClo
 	}
 	if resp.StatusCode != http.StatusOK {
 		resp.Body.Close()
-		return nil, &http.ProtocolError{ErrorString: resp.Status}
+		return nil, fmt.Errorf("the API server answers %s to %s", resp.Status, path)
 	}
 	return resp.Body, nil
 }

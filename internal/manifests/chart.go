@@ -37,7 +37,6 @@ type chart struct {
 	path, repository, version string
 	archive                   []byte // instead of path
 	values                    []byte
-	wait                      bool
 }
 
 // same reports whether two are one installation.

@@ -26,11 +26,11 @@ func TestPace(t *testing.T) {
 	}
 	defer debug.SetGCPercent(debug.SetGCPercent(100))
 	defer Pace(4<<20, 25)()
-	held := make([]byte, 64<<20)
+	held := [][]byte{make([]byte, 64<<20)}
 	await(t, func(percent uint64) bool { return percent == 25 })
-	runtime.KeepAlive(held)
-	held = nil
+	held[0] = nil
 	await(t, func(percent uint64) bool { return percent > 25 })
+	runtime.KeepAlive(held)
 }
 
 // await collects until the percentage is as wanted: cleanups run some time after a collection.

@@ -51,7 +51,7 @@ func TestCopies(t *testing.T) {
 	eventually(t, 2*time.Minute, func() error {
 		for _, name := range []string{"w1", "w2"} {
 			if n, err := c.node(t, "n1", name); err != nil || !isReady(n) {
-				return fmt.Errorf("node %s: %v", name, err)
+				return fmt.Errorf("node %s is not Ready: %s", name, fmt.Sprint(err))
 			}
 		}
 		return nil
