@@ -13,6 +13,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -52,7 +53,16 @@ func (s *site) gate() *nodegate.Gate {
 	factory.StartWithContext(ctx)
 	s.t.Cleanup(func() { stop(); factory.Shutdown() })
 	factory.WaitForCacheSync(ctx.Done())
-	return g
+	// What is deleted between the informer's list and its watch is seen with the next list only.
+	s.api.Set(&rbacv1.ClusterRoleBinding{ObjectMeta: metav1.ObjectMeta{Name: "watched"}})
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := factory.Rbac().V1().ClusterRoleBindings().Lister().Get("watched"); err == nil {
+			return g
+		}
+		if time.Now().After(end) {
+			s.t.Fatal("the gate does not follow the records")
+		}
+	}
 }
 
 func (s *site) clientset() *kubernetes.Clientset {
@@ -205,6 +215,9 @@ func openFeeds(t *testing.T, s *site) {
 		}
 		t.Cleanup(func() { stop(); res.Body.Close() })
 		return res.StatusCode
+	}
+	for end := time.Now().Add(30 * time.Second); open(noderegistry.UserPrefix+"n1") == http.StatusServiceUnavailable && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond) // it does not know the cluster yet
 	}
 	for n := 0; open(noderegistry.UserPrefix+"w1") == http.StatusOK; n++ {
 		if n == 100 {

@@ -3,6 +3,8 @@ package images
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -235,6 +237,27 @@ func killShims(env snapenv.Env) error {
 	for _, pid := range shims(env) {
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && err != unix.ESRCH {
 			errs = append(errs, fmt.Errorf("cannot stop containerd-shim %d: %w", pid, err))
+		}
+	}
+	// A shim that was killed leaves this behind, and a containerd that starts clears up the rest only: afterwards
+	// nothing would tell whose it was.
+	for _, e := range entries {
+		errs = append(errs, Forget(env, e.Name()))
+	}
+	return errors.Join(errs...)
+}
+
+// Forget removes what a container's shim and runc have in /run/containerd, which all products with a containerd
+// share: its sockets, whose names follow from this installation's socket and the container's ID (containerd's
+// pkg/shim, SocketAddress), and runc's state.
+func Forget(env snapenv.Env, id string) error {
+	dir := env.HostPath("run/containerd")
+	errs := []error{os.RemoveAll(filepath.Join(dir, "runc", Namespace, id))}
+	path := filepath.Join(env.ContainerdSocket(), Namespace, id)
+	for _, p := range []string{path, filepath.Join(path, "debug")} {
+		sum := sha256.Sum256([]byte(p))
+		if err := os.Remove(filepath.Join(dir, "s", hex.EncodeToString(sum[:]))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)

@@ -1,8 +1,6 @@
 package setup
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"io/fs"
@@ -17,6 +15,7 @@ import (
 
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
+	"microk8s/internal/images"
 	"microk8s/internal/podledger"
 	"microk8s/internal/snapenv"
 )
@@ -71,7 +70,7 @@ func (in *Installer) sharedDirs() []sharedDir {
 		{path: links, remove: func(o owned) error { return removeLogLinks(links, logs, o) }},
 		{path: logs, remove: func(o owned) error { return in.removeLogs(logs, o) }},
 		{path: cni, remove: func(o owned) error { return removeCNIResults(cni, o) }, ours: []string{"results", "networks", "cache"}},
-		{path: run, remove: func(o owned) error { return removeShims(env, run, o) }, ours: []string{"s", "runc/" + containerdNamespace, "runc", "fifo"}},
+		{path: run, remove: func(o owned) error { return removeShims(env, o) }, ours: []string{"s", "runc/" + containerdNamespace, "runc", "fifo"}},
 	}
 }
 
@@ -130,20 +129,11 @@ func removeCNIResults(dir string, o owned) error {
 	return errors.Join(errs...)
 }
 
-// removeShims removes the sockets of the shims of the node's containers, whose names follow from
-// containerd's socket and the container (containerd's pkg/shim, SocketAddress), and what runc keeps of
-// them.
-func removeShims(env snapenv.Env, dir string, o owned) error {
+// removeShims removes what the shims of the node's containers, and runc, have there.
+func removeShims(env snapenv.Env, o owned) error {
 	var errs []error
 	for id := range o.containers {
-		path := filepath.Join(env.ContainerdSocket(), containerdNamespace, id)
-		for _, p := range []string{path, filepath.Join(path, "debug")} {
-			sum := sha256.Sum256([]byte(p))
-			if err := os.Remove(filepath.Join(dir, "s", hex.EncodeToString(sum[:]))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				errs = append(errs, err)
-			}
-		}
-		errs = append(errs, os.RemoveAll(filepath.Join(dir, "runc", containerdNamespace, id)))
+		errs = append(errs, images.Forget(env, id))
 	}
 	return errors.Join(errs...)
 }
