@@ -185,6 +185,27 @@ const (
 
 func join(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
 
+// awaitReady waits until this node, called self, is Ready. Where it is not within leaveReady, a person is told, with
+// what is done and which command says more; the change has ended then all the same.
+func (n *Node) awaitReady(ctx context.Context, self, done, see string) error {
+	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
+		c, err := n.Kube("client.config", "")
+		if err != nil {
+			return err
+		}
+		node, err := getNode(ctx, c, self)
+		if err == nil && !kube.Ready(node) {
+			err = errors.New("not Ready")
+		}
+		return err
+	})
+	if err != nil && ctx.Err() == nil {
+		n.Say("WARNING: %s, but this node was not Ready within %s; see %s (%v)", done, leaveReady, see, err)
+		return nil
+	}
+	return ctx.Err()
+}
+
 // waitFor asks until it succeeds, ctx ends or the limit is over, and then returns the last error.
 // It is for far sides that have nothing to wait on.
 func waitFor(ctx context.Context, limit time.Duration, ask func(ctx context.Context) error) error {

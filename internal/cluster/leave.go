@@ -20,7 +20,6 @@ import (
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
-	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/serverargs"
 	"microk8s/internal/service"
@@ -482,20 +481,5 @@ func (s *leaveRun) wait(ctx context.Context) error {
 		s.Say("WARNING: this machine has too little memory for a control plane: its services do not run; see microk8s start --help")
 		return nil
 	}
-	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
-		c, err := s.Kube("client.config", "")
-		if err != nil {
-			return err
-		}
-		node, err := getNode(ctx, c, s.Self)
-		if err == nil && !kube.Ready(node) {
-			err = errors.New("not Ready")
-		}
-		return err
-	})
-	if err != nil && ctx.Err() == nil {
-		s.Say("WARNING: this node is a single node now, but was not Ready within %s; see microk8s inspect (%v)", leaveReady, err)
-		return nil
-	}
-	return ctx.Err()
+	return s.awaitReady(ctx, s.Self, "this node is a single node now", "microk8s inspect")
 }

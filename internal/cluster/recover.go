@@ -3,11 +3,9 @@ package cluster
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 
 	"microk8s/internal/journal"
-	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
 )
 
@@ -110,20 +108,5 @@ func (s *recoverRun) start(ctx context.Context) error {
 }
 
 func (s *recoverRun) wait(ctx context.Context) error {
-	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
-		c, err := s.Kube("client.config", "")
-		if err != nil {
-			return err
-		}
-		node, err := getNode(ctx, c, s.Self)
-		if err == nil && !kube.Ready(node) {
-			err = errors.New("not Ready")
-		}
-		return err
-	})
-	if err != nil && ctx.Err() == nil {
-		s.Say("WARNING: the datastore is recovered, but this node was not Ready within %s; see microk8s status (%v)", leaveReady, err)
-		return nil
-	}
-	return ctx.Err()
+	return s.awaitReady(ctx, s.Self, "the datastore is recovered", "microk8s status")
 }

@@ -18,7 +18,6 @@ import (
 	"microk8s/internal/encryption"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/journal"
-	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
@@ -327,22 +326,7 @@ func (s *restoreRun) remaining(context.Context) error {
 }
 
 func (s *restoreRun) wait(ctx context.Context) error {
-	err := waitFor(ctx, leaveReady, func(ctx context.Context) error {
-		c, err := s.Kube("client.config", "")
-		if err != nil {
-			return err
-		}
-		node, err := getNode(ctx, c, s.Self)
-		if err == nil && !kube.Ready(node) {
-			err = errors.New("not Ready")
-		}
-		return err
-	})
-	if err != nil && ctx.Err() == nil {
-		s.Say("WARNING: everything is restored, but this node was not Ready within %s; see microk8s status (%v)", leaveReady, err)
-		return nil
-	}
-	return ctx.Err()
+	return s.awaitReady(ctx, s.Self, "everything is restored", "microk8s status")
 }
 
 // clean keeps what the node had, under a date, and removes the opened archive.

@@ -207,7 +207,7 @@ func (c *custom) install(keys map[string][]byte) error {
 	return nil
 }
 
-// follow looks again whenever the kubelet has written the ConfigMap anew. It returns if it cannot watch.
+// follow looks again whenever the kubelet has written the ConfigMap again. It returns if it cannot watch.
 func (c *custom) follow() error {
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC)
 	if err != nil {
