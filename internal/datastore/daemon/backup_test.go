@@ -119,12 +119,12 @@ func TestMigrator(t *testing.T) {
 	same(t, contents(t, q.client), want)
 
 	for name, args := range map[string][]string{
-		"mode":              {"--mode", "backup-all", "--endpoint", q.cfg.Listen, "--db-dir", dir},
-		"not empty":         {"--mode", "backup", "--endpoint", q.cfg.Listen, "--db-dir", dir},
-		"db-dir":            {"--mode", "backup", "--endpoint", q.cfg.Listen},
-		"incomplete":        {"--mode", "restore", "--endpoint", q.cfg.Listen, "--db-dir", t.TempDir()},
-		"is it running":     {"--mode", "restore", "--endpoint", "unix:///nowhere/sock:12379", "--db-dir", dir},
-		"--prune is for re": {"--mode", "backup", "--endpoint", q.cfg.Listen, "--db-dir", dir, "--prune"},
+		"mode":                             {"--mode", "backup-all", "--endpoint", q.cfg.Listen, "--db-dir", dir},
+		"not empty":                        {"--mode", "backup", "--endpoint", q.cfg.Listen, "--db-dir", dir},
+		"db-dir":                           {"--mode", "backup", "--endpoint", q.cfg.Listen},
+		"incomplete":                       {"--mode", "restore", "--endpoint", q.cfg.Listen, "--db-dir", t.TempDir()},
+		"is it running":                    {"--mode", "restore", "--endpoint", "unix:///nowhere/sock:12379", "--db-dir", dir},
+		"--prune and --cluster are for re": {"--mode", "backup", "--endpoint", q.cfg.Listen, "--db-dir", dir, "--prune"},
 	} {
 		short, cancel := context.WithTimeout(ctx, 3*time.Second)
 		if _, err := migrate(short, args...); err == nil || !strings.Contains(err.Error(), name) {
