@@ -176,7 +176,12 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		"API":        func() { api = p.probeAPI(ctx, config.NodeName) },
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
-		"members":    func() { ha = askHA(ctx, p.Env) },
+		"members": func() {
+			// Where the daemon is silent, what the files say is still in time.
+			ctx, cancel := context.WithTimeout(ctx, budget*9/10)
+			defer cancel()
+			ha = askHA(ctx, p.Env)
+		},
 		"address": func() {
 			if own, err := hostinfo.Addresses(); err == nil {
 				away = memberElsewhere(p.Env, own).ask(ctx)
