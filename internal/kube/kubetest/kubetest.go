@@ -109,13 +109,14 @@ type Server struct {
 	objects clienttesting.ObjectTracker
 	next    int // number for the UID of the next object
 	changes int
+	watches map[string]int // open ones, by resource
 	http    *httptest.Server
 }
 
 // New starts a server that ends with the test.
 func New(t testing.TB) *Server {
 	t.Helper()
-	s := &Server{t: t, objects: clienttesting.NewObjectTracker(known().scheme, known().codecs.UniversalDecoder())}
+	s := &Server{t: t, watches: map[string]int{}, objects: clienttesting.NewObjectTracker(known().scheme, known().codecs.UniversalDecoder())}
 	s.http = httptest.NewServer(s)
 	t.Cleanup(func() {
 		s.http.CloseClientConnections()
@@ -335,6 +336,14 @@ func (s *Server) Paths(resources ...string) []string {
 	}
 	slices.Sort(out)
 	return out
+}
+
+// Watches returns how many watches of a resource are open. What is deleted before one is open is seen by its
+// client with its next list only, seconds later.
+func (s *Server) Watches(resource string) int {
+	s.Lock()
+	defer s.Unlock()
+	return s.watches[resource]
 }
 
 // Changes counts the calls that changed something, or tried to, so far.
@@ -567,8 +576,12 @@ func (s *Server) list(w http.ResponseWriter, r *http.Request, at target) {
 			fail(w, err)
 			return
 		}
+		s.watches[at.gvr.Resource]++
 		s.Unlock()
-		defer s.Lock()
+		defer func() {
+			s.Lock()
+			s.watches[at.gvr.Resource]--
+		}()
 		defer events.Stop()
 		stream(w, r, events, matches)
 		return
