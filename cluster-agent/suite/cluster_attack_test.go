@@ -13,6 +13,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -288,6 +289,9 @@ func (s *site) ingressCluster(names map[string]string) (readable func() string) 
 		var out []string
 		for _, b := range bindings.Items {
 			role, err := client.RbacV1().Roles(b.Namespace).Get(ctx, b.RoleRef.Name, metav1.GetOptions{})
+			if apierrors.IsNotFound(err) {
+				return "it is being changed"
+			}
 			must(err)
 			for _, rule := range role.Rules {
 				out = append(out, fmt.Sprint(b.Namespace, rule.ResourceNames))
@@ -297,9 +301,13 @@ func (s *site) ingressCluster(names map[string]string) (readable func() string) 
 	}
 }
 
-// becomes waits until what may be read is want, and reports what it was last.
+// becomes waits until what may be read is want, and stays so for a while, and reports what it was last.
 func becomes(want string, read func() string) (got string, ok bool) {
 	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if got = read(); got != want {
+			continue
+		}
+		time.Sleep(300 * time.Millisecond) // one namespace comes after the other
 		if got = read(); got == want {
 			return got, true
 		}
