@@ -109,7 +109,7 @@ func newSamples(who func(context.Context) *apiClient, every time.Duration, now f
 }
 
 // collector returns the API server with the rights of somebody who may read usage: of the person who started
-// the console, or of somebody who is logged in. nil if there is nobody.
+// the console, or of somebody who is logged in. nil if nobody is logged in.
 func (s *Server) collector(ctx context.Context) *apiClient {
 	if s.own != nil {
 		return s.own
