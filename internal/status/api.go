@@ -195,7 +195,7 @@ func (p *Prober) probeAPI(ctx context.Context, local string) apiState {
 		s.differences, s.agentPorts = differences(bindings.Items)
 	}
 	if len(missed) > 0 || errors.Is(s.healthy, context.DeadlineExceeded) { // the same, told by the connection
-		return apiState{late: true, err: errors.New("the API server accepts connections and does not answer in time")}
+		return apiState{late: true}
 	}
 	s.nodes, s.version = list.Items, list.ResourceVersion
 	if own.Name != "" && !slices.ContainsFunc(s.nodes, func(n corev1.Node) bool { return n.Name == own.Name }) {

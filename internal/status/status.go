@@ -173,7 +173,12 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			case <-ctx.Done():
 			}
 		},
-		"API":        func() { api = p.probeAPI(ctx, config.NodeName) },
+		"API": func() {
+			// What it answered in time is known, whatever else it owes.
+			ctx, cancel := context.WithTimeout(ctx, budget*9/10)
+			defer cancel()
+			api = p.probeAPI(ctx, config.NodeName)
+		},
 		"datastore":  func() { store = probeHTTP2(ctx, p.Env.DatastoreSocket()) },
 		"containerd": func() { runtime = probeHTTP2(ctx, p.Env.ContainerdSocket()) },
 		"members": func() {
@@ -251,7 +256,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 		r.checked(checks)
 	}
 	answer := apiState{late: true, err: fmt.Errorf("the API server did not answer within %s", budget)}
-	if !missed["API"] {
+	if !missed["API"] && !api.late {
 		answer = api
 	}
 	answer.started, answer.local = startedAt(r.Services, p.Now()), config.NodeName
@@ -283,15 +288,16 @@ func (r *Report) add(id, what string, a ...any) func(do string) {
 }
 
 // gather runs the questions side by side and gives the names of those that had not come back
-// when ctx ended.
+// when ctx ended. One that comes back because ctx ended has no answer, however fast it is.
 func gather(ctx context.Context, questions map[string]func()) (missed map[string]bool) {
 	done := make(chan string, len(questions))
 	missed = map[string]bool{}
 	for name, ask := range questions {
 		missed[name] = true
 		go func() {
-			ask()
-			done <- name
+			if ask(); ctx.Err() == nil {
+				done <- name
+			}
 		}()
 	}
 	for range questions {

@@ -58,6 +58,17 @@ func TestHangingAnswersAreLeftBehind(t *testing.T) {
 	}
 }
 
+// TestEndedQuestionsAreMissed: a question that ends with its context says only that the time was over,
+// whoever of the two is seen first.
+func TestEndedQuestionsAreMissed(t *testing.T) {
+	for range 100 {
+		ctx, cancel := context.WithCancel(t.Context())
+		if missed := gather(ctx, map[string]func(){"ends": cancel}); !missed["ends"] {
+			t.Fatal("an answer that was none")
+		}
+	}
+}
+
 func TestManagerError(t *testing.T) {
 	m := &servicetest.Manager{Answer: servicetest.Failing("status", errors.New("no socket"))}
 	p := &Prober{Env: snapenv.Under(t.TempDir()), Manager: m, Now: time.Now, Budget: time.Minute}

@@ -127,7 +127,7 @@ var frozenRows = []frozenRow{
 	{command: "recover", skip: "the far sides are k8s-dqlite examine, which has an end, and agents: cluster-agent/fanout"},
 	{command: "restore", run: "restore NAME --passphrase-file WORK/passphrase", says: silentAPI},
 	{command: "start", says: silentSupervisor},
-	{command: "status", says: `the service manager did not answer within(.|\n)*the API server (did not answer within|accepts connections and does not answer)`},
+	{command: "status", says: `the service manager did not answer within(.|\n)*the API server did not answer within`},
 	{command: "stop", says: silentSupervisor},
 	{command: "version", asks: "files of this node"},
 
