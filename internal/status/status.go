@@ -38,8 +38,9 @@ const Budget = time.Second
 type Report struct {
 	// Ready: the API server answers, has the service `kubernetes`, and some node is Ready.
 	Ready bool
-	// Slow: the API server's process runs and did not answer in time, and no service that it may wait for keeps
-	// failing, so that nothing is known of the node and of the addons. Ready is then false.
+	// Slow: the API server did not answer in time, its process runs or the service manager does not say, and no
+	// service that it may wait for keeps failing, so that nothing is known of the node and of the addons. Ready is
+	// then false.
 	Slow bool
 
 	// NetworkPolicy is whether this node enforces network policies, and if not, why.
@@ -273,7 +274,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 	r.addons(p.Env, answer)
 	p.seen(answer)
 	r.Ready = answer.ready()
-	r.Slow = answer.late && running(service.Kubelite) && !keepsFailing(r.Services)
+	r.Slow = answer.late && (running(service.Kubelite) || r.Services == nil) && !keepsFailing(r.Services)
 	if !r.Ready && len(r.Problems) == 0 {
 		r.add("api.answers", "%s", answer.why())("wait a moment, or see microk8s logs kubelite")
 	}
