@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 
+	"microk8s/internal/addon"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/service"
 	"microk8s/internal/status"
@@ -56,7 +57,8 @@ named. Each problem has the next step, and in brackets the check that found it, 
 changes, and what it looked at just now. What could not be looked at is listed too.
 
 With --addon NAME it prints enabled, disabled or unknown: the last when the cluster, which has the
-answer, did not answer.
+answer, did not answer. A name that no addon has is disabled, as upstream has it; that there is none
+is said on stderr.
 
 Exit codes: 0 the node can be used, 1 it cannot, or nobody knows, 2 the command was not understood.`,
 		Args: noArgs,
@@ -119,6 +121,9 @@ func (a *App) status(ctx context.Context, o statusOptions) error {
 		}
 	} else if err := printStatus(a.Out, r, o); err != nil {
 		return err
+	}
+	if o.addon != "all" {
+		a.adviseAddon(r, o.addon)
 	}
 	if !r.Ready {
 		return exitError(ExitError)
@@ -197,6 +202,18 @@ func printAddon(w io.Writer, r status.Report, name string) error {
 	}
 	_, err := fmt.Fprintln(w, answer)
 	return err
+}
+
+// adviseAddon says, to a person and not to the scripts that read "disabled", that no addon has this name.
+func (a *App) adviseAddon(r status.Report, name string) {
+	all := make([]addon.Addon, 0, len(r.Addons))
+	for _, x := range r.Addons {
+		all = append(all, addon.Addon{Name: x.Name, Repository: x.Repository})
+	}
+	var several *addon.AmbiguousError
+	if _, _, err := addon.Find(all, name); err != nil && !errors.As(err, &several) && len(all) > 0 {
+		_ = a.refuseAddon(err)
+	}
 }
 
 func printPretty(w io.Writer, r status.Report) error {
