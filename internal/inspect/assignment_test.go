@@ -1,16 +1,11 @@
 package inspect
 
 import (
-	"errors"
 	"regexp"
-	"runtime"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 	"unicode/utf8"
-
-	"golang.org/x/sys/unix"
 )
 
 // assignment is what nextAssignment finds, as an expression. It is an order of magnitude slower.
@@ -57,52 +52,6 @@ func TestAssignmentsOfAllSigns(t *testing.T) {
 	}
 	walk("", 4)
 	walk("-a", 3)
-}
-
-// TestRedactIsLinear wants a text of sixteen times the size to take about sixteen times as long,
-// whatever it repeats.
-func TestRedactIsLinear(t *testing.T) {
-	r := newRedactor(map[string]bool{"0123456789abcdef": true})
-	for _, piece := range []string{"a ", "a=", "token=", `token="`, "://a:", "://@", "eyJ", "token=[", "token={x ", "--password ", "LS0tLS1CRUdJTi", "-----BEGIN PRIVATE KEY-----", "?a=", "mysql -p", "bearer ", "token:\n", "token: |\n", `X="`, "a\n", "\v"} {
-		for _, name := range []string{"", "kubelet", "kubelet-env"} {
-			took := func(size int) time.Duration {
-				text := strings.Repeat(piece, size/len(piece))
-				return threadTime(t, func() {
-					if name == "" {
-						r.Redact(text)
-					} else {
-						r.RedactFile(name, text)
-					}
-				})
-			}
-			// Quadratic would be 256 times as long. A fixed part keeps what takes nothing from counting. A collection
-			// of garbage may hit one measurement; what is quadratic is so each time.
-			for attempt := 1; ; attempt++ {
-				small, large := took(2<<10), took(32<<10)
-				if large <= 60*(small+100*time.Microsecond) {
-					break
-				}
-				if attempt == 3 {
-					t.Errorf("%q as %q: 2 KiB take %v, 32 KiB %v", piece, name, small, large)
-					break
-				}
-			}
-		}
-	}
-}
-
-// threadTime returns the CPU time that do takes, in which other work on the machine has no part.
-func threadTime(t *testing.T, do func()) time.Duration {
-	t.Helper()
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var began, ended unix.Timespec
-	before := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &began)
-	do()
-	if err := errors.Join(before, unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &ended)); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(ended.Nano() - began.Nano())
 }
 
 // TestLongLines: the report says how much of a line it left out, and no part of a secret is left at the cut.

@@ -351,7 +351,7 @@ func (s *scanner) write(body, end string) {
 		at += m.sepEnd
 		value := body[at:]
 		switch {
-		case blockSign.MatchString(value), strings.TrimSpace(value) == "" && assigns:
+		case blockSign.MatchString(value), assigns && onlySpace(value):
 			s.block = indent
 			if blockSign.MatchString(value) {
 				s.out.WriteString(value)
@@ -373,6 +373,11 @@ func (s *scanner) write(body, end string) {
 		at += n
 	}
 	s.out.WriteString(body[at:] + end)
+}
+
+// onlySpace looks no further than the first character that is none: the end of a line may be far.
+func onlySpace(text string) bool {
+	return strings.IndexFunc(text, func(c rune) bool { return !unicode.IsSpace(c) }) < 0
 }
 
 // length returns how many bytes of text are the value that begins it.
