@@ -36,8 +36,9 @@ const (
 	headerTimeout = 10 * time.Second
 	idleTimeout   = 2 * time.Minute
 	maxHeader     = 16 << 10
-	maxStreams    = 128     // calls at the same time on one connection
-	maxLogin      = 1 << 20 // bytes of a kubeconfig
+	maxStreams    = 128      // calls at the same time on one connection
+	maxLogin      = 64 << 10 // bytes of a kubeconfig: who sends them is not known yet
+	loginTime     = 10 * time.Second
 	maxBody       = 3 << 20 // bytes of an object: what the API server takes
 	bodyTime      = 30 * time.Second
 	stopTimeout   = 2 * time.Second
@@ -113,6 +114,7 @@ type Server struct {
 	opts     Options
 	sessions sessions
 	guesses  limit.Limiter
+	logins   logins
 	own      *apiClient // nil without Own
 	facts    *facts     // nil without Node
 	samples  *samples
@@ -150,9 +152,9 @@ func (s *Server) Handler() http.Handler {
 	r := mux.NewRouter()
 	r.UseEncodedPath().SkipClean(true)
 	post := func(path string, size int64, h http.HandlerFunc) {
-		r.Handle(path, s.bounded(size, h)).Methods(http.MethodPost)
+		r.Handle(path, bounded(size, bodyTime, h)).Methods(http.MethodPost)
 	}
-	post("/api/login", maxLogin, s.login)
+	r.Handle("/api/login", bounded(maxLogin, loginTime, s.login)).Methods(http.MethodPost)
 	post("/api/logout", 1<<10, s.logout)
 	r.HandleFunc("/api/session", s.session).Methods(http.MethodGet)
 	r.HandleFunc("/api/node", s.withSession(s.watchNode)).Methods(http.MethodGet)
@@ -192,9 +194,9 @@ func secure(h http.Header) {
 }
 
 // bounded limits the size, in bytes, and the time of a body.
-func (s *Server) bounded(size int64, h http.HandlerFunc) http.Handler {
+func bounded(size int64, most time.Duration, h http.HandlerFunc) http.Handler {
 	return http.MaxBytesHandler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTime)) // not for recorders of tests
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(most)) // not for recorders of tests
 		h(w, r)
 	}), size)
 }
@@ -322,7 +324,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, v any) bool {
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):
-		fail(w, http.StatusRequestEntityTooLarge, "", "the request has more than %d bytes", large.Limit)
+		fail(w, http.StatusRequestEntityTooLarge, "", "the request has more than %d bytes (of a kubeconfig, one context is enough: kubectl config view --raw --flatten --minify)", large.Limit)
 	case err != nil:
 		fail(w, http.StatusBadRequest, "", "the request was not received whole")
 	default:

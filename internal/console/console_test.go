@@ -363,9 +363,9 @@ func TestSessionsEnd(t *testing.T) {
 	if s.of(req(first)) == nil {
 		t.Error("it ended early")
 	}
-	for range maxSessions {
+	for i := range maxSessions {
 		now = now.Add(time.Millisecond)
-		s.add(&person{})
+		s.add(&person{name: fmt.Sprint(i)})
 	}
 	if s.of(req(first)) != nil {
 		t.Error("the one that was used longest ago stays when there are too many")

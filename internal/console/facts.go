@@ -89,7 +89,8 @@ func (s *Server) watchNode(w http.ResponseWriter, r *http.Request, p *person) {
 		fail(w, http.StatusNotFound, "", "this console does not run on a node")
 		return
 	}
-	if !p.may(r.Context(), right{verb: "list", resource: "nodes"}, s.opts.Now()) {
+	mayStill := func() bool { return p.may(r.Context(), right{verb: "list", resource: "nodes"}, s.opts.Now()) }
+	if !mayStill() {
 		fail(w, http.StatusForbidden, "Forbidden", "you may not see the state of the node: that needs the right to list nodes")
 		return
 	}
@@ -107,7 +108,7 @@ func (s *Server) watchNode(w http.ResponseWriter, r *http.Request, p *person) {
 		case <-beat.C:
 		case line = <-states:
 		}
-		if s.sessions.of(r) == nil { // logged out elsewhere
+		if s.sessions.of(r) == nil || !mayStill() { // logged out elsewhere, or no longer allowed to
 			return
 		}
 		if _, err := w.Write(append(line[:len(line):len(line)], '\n')); err != nil {

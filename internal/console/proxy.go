@@ -229,6 +229,16 @@ func (s *Server) proxy(w http.ResponseWriter, r *http.Request, p *person) {
 	relay.ServeHTTP(w, r)
 }
 
+// lastCall ends each connection with its call.
+type lastCall struct{ next http.RoundTripper }
+
+// RoundTrip implements http.RoundTripper.
+func (l lastCall) RoundTrip(req *http.Request) (*http.Response, error) {
+	req = req.Clone(req.Context())
+	req.Close = true
+	return l.next.RoundTrip(req)
+}
+
 func unmarshal(data []byte, v any) error {
 	if err := json.Unmarshal(data, v); err != nil {
 		return fmt.Errorf("the API server's answer is not JSON: %w", err)

@@ -2,6 +2,7 @@ package console
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -27,6 +28,8 @@ const (
 	maxNodes      = 1000
 	podEvery      = 4 // steps of nodes
 	maxSummary    = 16 << 20
+	podsOfNode    = 1000 // that are read; a kubelet takes 110 by default
+	maxName       = 253
 	maxMetrics    = 64 << 20
 	scrapers      = 4 // at the same time
 	summaryWait   = 8 * time.Second
@@ -267,15 +270,34 @@ type (
 				Capacity *float64 `json:"capacityBytes"`
 			} `json:"fs"`
 		} `json:"node"`
-		Pods []struct {
-			Ref struct {
-				Name      string `json:"name"`
-				Namespace string `json:"namespace"`
-			} `json:"podRef"`
-			usageStats
-		} `json:"pods"`
+		Pods podList `json:"pods"`
 	}
+	podStats struct {
+		Ref struct {
+			Name      string `json:"name"`
+			Namespace string `json:"namespace"`
+		} `json:"podRef"`
+		usageStats
+	}
+	podList []podStats
 )
+
+// UnmarshalJSON implements json.Unmarshaler. It stops at podsOfNode: of a kubelet that is not honest, small
+// elements would take a hundred times their size.
+func (l *podList) UnmarshalJSON(data []byte) error {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if first, err := dec.Token(); err != nil || first != json.Delim('[') {
+		return err // null is no pods
+	}
+	for len(*l) < podsOfNode && dec.More() {
+		var p podStats
+		if err := dec.Decode(&p); err != nil {
+			return err
+		}
+		*l = append(*l, p)
+	}
+	return nil
+}
 
 func (s *samples) readNode(ctx context.Context, api *apiClient, name string, step int64) {
 	ctx, cancel := context.WithTimeout(ctx, summaryWait)
@@ -300,6 +322,9 @@ func (s *samples) readNode(ctx context.Context, api *apiClient, name string, ste
 		return
 	}
 	for _, pod := range got.Pods {
+		if len(pod.Ref.Name) > maxName || len(pod.Ref.Namespace) > maxName {
+			continue // names are kept for hours
+		}
 		key := "pod/" + pod.Ref.Namespace + "/" + pod.Ref.Name
 		if s.things[key] == nil {
 			if s.pods >= maxPods {
@@ -332,7 +357,7 @@ func (s *samples) usage(t *thing, u usageStats, steps int, step int64) {
 }
 
 func (t *thing) put(name string, v *float64, factor float64, steps int, step int64) {
-	if v == nil {
+	if v == nil || math.Abs(*v*factor) > math.MaxFloat32 { // infinite: there is no such JSON
 		return
 	}
 	if t.series[name] == nil {

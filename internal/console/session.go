@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -31,6 +32,8 @@ const (
 	sessionIdle = 2 * time.Hour  // without a call
 	sessionLife = 12 * time.Hour // in all
 	maxSessions = 256
+	ofOne       = 16 // sessions of one person
+	loginsOfOne = 4  // logins of one source that are looked at together
 	loginWait   = 10 * time.Second
 	rightsAge   = 30 * time.Second // how long an answer about a right is used
 	maxRights   = 256
@@ -75,15 +78,27 @@ func (s *sessions) add(p *person) {
 	if s.all == nil {
 		s.all = map[string]*person{}
 	}
-	var oldest *person
+	var oldest, oldestOwn *person
+	same := 0
 	for id, old := range s.all {
 		if old.over(now) {
 			delete(s.all, id)
-		} else if oldest == nil || old.used.Before(oldest.used) {
+			continue
+		}
+		if oldest == nil || old.used.Before(oldest.used) {
 			oldest = old
 		}
+		if old.name == p.name {
+			same++
+			if oldestOwn == nil || old.used.Before(oldestOwn.used) {
+				oldestOwn = old
+			}
+		}
 	}
-	if len(s.all) >= maxSessions {
+	switch { // nobody logs others out by logging in again and again
+	case same >= ofOne:
+		delete(s.all, oldestOwn.id)
+	case len(s.all) >= maxSessions:
 		delete(s.all, oldest.id)
 	}
 	s.all[p.id] = p
@@ -126,6 +141,35 @@ func (s *sessions) list() []*person {
 		}
 	}
 	return out
+}
+
+// logins bounds what people who are not known yet make the console hold: bodies, what is made of them, and
+// calls of the API server. Its zero value is ready to use.
+type logins struct {
+	mu   sync.Mutex
+	from map[netip.Addr]int
+	read sync.Mutex // held while one kubeconfig is read: it takes a multiple of its size
+}
+
+// begin reports whether one more of a source is looked at. If so, end must be called.
+func (l *logins) begin(from netip.Addr) (end func(), ok bool) {
+	from = connlimit.Source(from)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.from == nil {
+		l.from = map[netip.Addr]int{}
+	}
+	if l.from[from] >= loginsOfOne {
+		return nil, false
+	}
+	l.from[from]++
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.from[from]--; l.from[from] == 0 {
+			delete(l.from, from)
+		}
+	}, true
 }
 
 // withSession refuses calls of nobody, and changes without the session's CSRF token.
@@ -194,13 +238,16 @@ func (s *Server) login(w http.ResponseWriter, r *http.Request) {
 		fail(w, http.StatusTooManyRequests, "", "too many wrong logins came from %s just now; try again in a few seconds", from)
 		return
 	}
-	var want loginRequest
-	if !readJSON(w, r, &want) {
+	end, ok := s.logins.begin(from)
+	if !ok {
+		fail(w, http.StatusTooManyRequests, "", "%d logins from %s are being looked at; try again in a few seconds", loginsOfOne, from)
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), loginWait)
-	defer cancel()
-	p, err := s.identify(ctx, want)
+	p, err := s.readLogin(w, r)
+	end()
+	if p == nil && err == nil {
+		return
+	}
 	var wrong *wrongLogin
 	switch {
 	case errors.As(err, &wrong):
@@ -226,6 +273,17 @@ func (s *Server) login(w http.ResponseWriter, r *http.Request) {
 	}
 	http.SetCookie(w, &http.Cookie{Name: cookieName, Value: p.id, Path: "/", Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode, MaxAge: int(sessionLife.Seconds())})
 	answer(w, http.StatusOK, s.sessionOf(p))
+}
+
+// readLogin returns who logs in; nobody and no error where it has answered.
+func (s *Server) readLogin(w http.ResponseWriter, r *http.Request) (*person, error) {
+	var want loginRequest
+	if !readJSON(w, r, &want) {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), loginWait)
+	defer cancel()
+	return s.identify(ctx, want)
 }
 
 func (s *Server) logout(w http.ResponseWriter, r *http.Request) {
@@ -257,7 +315,7 @@ func (s *Server) identify(ctx context.Context, want loginRequest) (*person, erro
 		}
 		return s.check(ctx, func(cfg *rest.Config) { cfg.BearerToken = token }, "")
 	case strings.TrimSpace(want.Kubeconfig) != "":
-		use, namespace, err := credentials(want.Kubeconfig)
+		use, namespace, err := s.logins.credentials(want.Kubeconfig)
 		if err != nil {
 			return nil, err
 		}
@@ -268,7 +326,7 @@ func (s *Server) identify(ctx context.Context, want loginRequest) (*person, erro
 
 // check asks the API server who has the credentials that use adds.
 func (s *Server) check(ctx context.Context, use func(*rest.Config), namespace string) (*person, error) {
-	p := &person{namespace: namespace, api: &apiClient{config: func() (*rest.Config, error) {
+	config := func() (*rest.Config, error) {
 		cfg, err := s.opts.API()
 		if err != nil {
 			return nil, err
@@ -276,8 +334,17 @@ func (s *Server) check(ctx context.Context, use func(*rest.Config), namespace st
 		cfg = rest.AnonymousClientConfig(cfg)
 		use(cfg)
 		return cfg, nil
-	}}}
-	name, groups, err := p.api.whoami(ctx)
+	}
+	p := &person{namespace: namespace, api: &apiClient{config: config}}
+	// Each certificate has connections of its own. Those of one that is refused would stay for a minute and a half.
+	ask := &apiClient{config: func() (*rest.Config, error) {
+		cfg, err := config()
+		if err == nil && len(cfg.CertData) > 0 {
+			cfg.Wrap(func(next http.RoundTripper) http.RoundTripper { return lastCall{next} })
+		}
+		return cfg, err
+	}}
+	name, groups, err := ask.whoami(ctx)
 	switch {
 	case apierrors.IsUnauthorized(err):
 		return nil, &wrongLogin{"the API server does not accept this login: it is wrong, has expired, or is of another cluster"}
@@ -292,7 +359,9 @@ func (s *Server) check(ctx context.Context, use func(*rest.Config), namespace st
 
 // credentials takes the token or the client certificate of a kubeconfig's current context, and
 // nothing else: neither the server's address, nor programs to run, nor files of this machine.
-func credentials(text string) (use func(*rest.Config), namespace string, err error) {
+func (l *logins) credentials(text string) (use func(*rest.Config), namespace string, err error) {
+	l.read.Lock()
+	defer l.read.Unlock()
 	cfg, err := clientcmd.Load([]byte(text))
 	if err != nil {
 		return nil, "", &wrongLogin{"this is not a kubeconfig"} // the parser's words could repeat a secret
@@ -348,7 +417,7 @@ func (p *person) may(ctx context.Context, want right, now time.Time) bool {
 		return known.yes
 	}
 	yes, err := p.api.may(ctx, want)
-	if err != nil {
+	if err != nil && (p.own || !apierrors.IsUnauthorized(err)) { // credentials that have ended have no rights
 		return known.yes || p.own
 	}
 	p.mu.Lock()
