@@ -171,7 +171,7 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) 
 		whoami(path, credential{config: cfg, token: string(token)})
 	}
 	// Any pod may be placed on a worker, so the accounts of those that are elsewhere now count as well.
-	for _, account := range c.accountsOfPods(t, server) {
+	for _, account := range c.accountsOfPods(t, server, worker) {
 		cfg := rest.CopyConfig(&base)
 		cfg.BearerToken = c.tokenOf(t, server, account)
 		whoami(account, credential{config: cfg, token: cfg.BearerToken})
@@ -262,14 +262,23 @@ func (c *cluster) tokenOf(t *testing.T, host, account string) string {
 	return r.Status.Token
 }
 
-// accountsOfPods lists the accounts of the product's pods, as users.
-func (c *cluster) accountsOfPods(t *testing.T, host string) (out []string) {
+// controlPlaneLabel keeps pods away from workers, which cannot take it (TestAdmission).
+const controlPlaneLabel = "node.kubernetes.io/microk8s-controlplane"
+
+// accountsOfPods lists the accounts of the product's pods that may be on a worker, as users.
+func (c *cluster) accountsOfPods(t *testing.T, host, worker string) (out []string) {
 	t.Helper()
 	pods, err := c.client(t, host).CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range pods.Items {
+		if p.Spec.NodeSelector[controlPlaneLabel] != "" {
+			if p.Spec.NodeName == worker {
+				t.Errorf("%s/%s runs on the worker %s, and is for control-plane nodes", p.Namespace, p.Name, worker)
+			}
+			continue
+		}
 		if p.Namespace != "default" && (p.Spec.AutomountServiceAccountToken == nil || *p.Spec.AutomountServiceAccountToken) {
 			out = append(out, "system:serviceaccount:"+p.Namespace+":"+p.Spec.ServiceAccountName)
 		}
