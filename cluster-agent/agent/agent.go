@@ -198,7 +198,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		})
 		group.Go(func() error {
 			return (&schedule.Controller{
-				Node: name, Core: core, Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "backup", "run"}, Log: log,
+				Node: name, Core: core, Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "backup", "run"}, Newest: env.NewestArchive(), Log: log,
 			}).Run(ctx)
 		})
 		group.Go(func() error { return (&agreement.Controller{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })

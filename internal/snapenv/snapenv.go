@@ -237,6 +237,12 @@ func (e Env) BackendLive() string { return filepath.Join(e.Common, "var/kubernet
 // not start.
 func (e Env) BackendMarker() string { return filepath.Join(e.Common, "var/kubernetes/backend.marker") }
 
+// NewestArchive says which archive of the cluster is the newest that was proven, for when the cluster itself
+// cannot be asked any more.
+func (e Env) NewestArchive() string {
+	return filepath.Join(e.Common, "var/kubernetes/newest-archive.json")
+}
+
 // DatastoreSocket is the etcd API socket; the file's name really ends in ":12379".
 func (e Env) DatastoreSocket() string { return filepath.Join(e.Backend(), "kine.sock:12379") }
 

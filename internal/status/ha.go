@@ -92,7 +92,7 @@ func (r *Report) haProblems() {
 			what, them = "of the datastore "+strings.Join(silent, ", ")+" do not answer", "those nodes"
 		}
 		if !r.HA.Quorum {
-			r.add("datastore.majority", "%s, and without a majority of the voters nothing can be read or written", what)("start " + them + ", or if they are gone for good see docs/datastore.md")
+			r.add("datastore.majority", "%s, and without a majority of the voters nothing can be read or written", what)("start " + them + ", or if they are gone for good see what is left with: sudo microk8s recover --dry-run")
 			return
 		}
 		r.add("datastore.members", "%s", what)("start " + them + ", or if gone for good run: microk8s remove-node " + name[0] + " --force")

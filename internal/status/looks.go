@@ -34,6 +34,7 @@ var Looks = func() map[string]string {
 		"ports.busy":         "ports that services need",
 		"containerd.answers": "containerd's socket",
 		"datastore.answers":  "the datastore's socket",
+		"datastore.damage":   "what the datastore on this node says about damage to its files",
 		"datastore.majority": "members of the datastore, as they see each other",
 		"datastore.members":  "members of the datastore, as they see each other",
 		"datastore.disk":     "disks of the datastore's members, as they report them",

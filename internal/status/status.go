@@ -244,6 +244,7 @@ func (p *Prober) probe(ctx context.Context, budget time.Duration) Report {
 			r.HA.Enabled = false // nobody knows who lives
 		}
 		r.haProblems()
+		r.damageProblem(p.Env, p.Now())
 		if !missed["address"] {
 			r.addressProblem(away)
 		}

@@ -24,7 +24,9 @@ type Controller struct {
 	Exec func(ctx context.Context, stdin io.Reader, argv ...string) error
 	// Command makes one archive by the settings and writes the record.
 	Command []string
-	Log     *slog.Logger
+	// Newest is a file of this node that says which archive is the newest that was proven; "" for none.
+	Newest string
+	Log    *slog.Logger
 
 	now   func() time.Time // nil is time.Now
 	claim time.Duration    // 0 is claimed
@@ -113,6 +115,9 @@ func (c *Controller) follow(ctx context.Context, core *kube.Core) error {
 			if err != nil {
 				c.Log.Warn("no backups are made", "err", err)
 				continue
+			}
+			if err := s.keepNewest(c.Newest); err != nil {
+				c.Log.Warn("cannot write down which archive is the newest", "err", err)
 			}
 			if s.Settings != nil {
 				timer.Reset(max(0, c.begin(s).Sub(c.now())))

@@ -28,6 +28,7 @@ import (
 	"microk8s/internal/datastore/replica"
 	"microk8s/internal/datastore/server"
 	"microk8s/internal/datastore/state"
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/snapenv"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -73,7 +74,7 @@ func run(args []string, stdout, stderr io.Writer, getenv func(string) string, ch
 		if env := snapenv.FromEnviron(getenv); sameFile(c.StorageDir, env.BackendLive()) {
 			c.marker = env.BackendMarker()
 		}
-		return Run(cmd.Context(), c, getenv("SNAP_INSTANCE_NAME"), log, nil)
+		return live(cmd.Context(), c, getenv("SNAP_INSTANCE_NAME"), log, nil)
 	}, versions)
 	cmd.SetOut(stdout)
 	cmd.SetErr(stderr)
@@ -160,6 +161,9 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 	if err := createHealthKey(ctx, r); err != nil {
 		return fmt.Errorf("the datastore takes no writes: %w", err)
 	}
+	if err := storedir.Dir(c.StorageDir).SettleDamage(time.Now().UTC()); err != nil {
+		log.Warn("cannot write down that the files are in order", "err", err)
+	}
 	log.Info("data loaded", "revision", e.Rev(), "keys", e.Keys(), "seconds", time.Since(begin).Seconds())
 
 	metrics := newMetrics(r)
@@ -228,6 +232,9 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		if err := serveHTTP(run, background, "profiling", c.ProfilingListen, mux); err != nil {
 			return err
 		}
+	}
+	if c.ScrubInterval > 0 {
+		background("the datastore's files", func() error { return scrub(run, c, log, r) })
 	}
 	if c.StorageInterval > 0 {
 		background("low storage", func() error { return watchStorage(run, c, log, m, r) })

@@ -36,6 +36,8 @@ type Config struct {
 	StorageMin      uint64        // bytes
 	StorageAction   string        // none, handover, terminate
 
+	ScrubInterval time.Duration // of the check of closed files, 0: none
+
 	ProgressInterval time.Duration
 
 	Quota int64 // bytes, 0 or less: none
@@ -88,6 +90,7 @@ func addFlags(fs *pflag.FlagSet, c *Config, raw *rawFlags) {
 	fs.DurationVar(&c.StorageInterval, "watch-storage-available-size-interval", 5*time.Second, "how often free space is checked; 0: never")
 	fs.Uint64Var(&c.StorageMin, "watch-storage-available-size-min-bytes", 10<<20, "free space below which the action is taken, in bytes")
 	fs.StringVar(&c.StorageAction, "low-available-storage-action", "none", "none (log), handover or terminate")
+	fs.DurationVar(&c.ScrubInterval, "check-files-interval", 24*time.Hour, "how often the files that are written no more are read and compared with their checksums; 0: at starts only")
 	fs.Int64Var(&c.Quota, "quota-backend-bytes", engine.DefaultQuota, "bytes of data (all versions that can be read) beyond which writes that grow it are refused until room is made and the alarm is ended; 0: etcd's default, below 0: no limit")
 	fs.DurationVar(&c.ProgressInterval, "watch-progress-notify-interval", 5*time.Second, "period of progress notifications of idle watches")
 

@@ -1,6 +1,7 @@
 package member
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -8,9 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // Raft's files, in dqlite's format 1. All numbers are little endian.
@@ -28,7 +32,7 @@ const (
 var (
 	closedName = regexp.MustCompile(`^(\d{16})-(\d{16})$`)
 	openName   = regexp.MustCompile(`^open-(\d+)$`)
-	metaName   = regexp.MustCompile(`^snapshot-\d+-\d+-\d+\.meta$`)
+	metaName   = regexp.MustCompile(`^snapshot-(\d+)-(\d+)-(\d+)\.meta$`)
 )
 
 // crcTable is of CRC-32 with the most significant bit first, polynomial 0x04c11db7, which
@@ -80,76 +84,250 @@ func remedy(dir string) string {
 	return fmt.Sprintf("if other members of the cluster run, get the data from them with k8s-dqlite reseed --storage-dir %s, otherwise restore the directory from a backup", dir)
 }
 
+// Damage says that a member's files cannot be used, and are not: what was acknowledged could get lost.
+type Damage struct {
+	File string // its name in the directory
+	What string // what is wrong with it, for a sentence about the file
+	Err  error  // all of it, with what to do
+}
+
+func (d *Damage) Error() string { return d.Err.Error() }
+func (d *Damage) Unwrap() error { return d.Err }
+
+// closedSegment is a closed segment: entries first to last.
+type closedSegment struct {
+	name        string
+	first, last uint64
+	bad         error
+}
+
+// closedSnapshot is one that is complete: description and data are there.
+type closedSnapshot struct {
+	name        string // of the data
+	term, index uint64
+	stamp       uint64
+	file        string // what is bad
+	bad         error
+}
+
+// closedFiles are those of Raft's files that nobody writes to any more, with what is wrong with each.
+type closedFiles struct {
+	segments  []closedSegment  // by their first entry
+	snapshots []closedSnapshot // in dqlite's order: the last one is used
+	empty     bool             // there is not even an unfinished one
+}
+
+// readClosed reads the closed segments and snapshots of a directory. read returns a file's content.
+func readClosed(dir string, read func(path string) ([]byte, error)) (c closedFiles, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return c, fmt.Errorf("cannot list %s: %w", dir, err)
+	}
+	c.empty = true
+	for _, e := range entries {
+		name := e.Name()
+		if m := closedName.FindStringSubmatch(name); m != nil {
+			c.empty = false
+			s := closedSegment{name: name}
+			s.first, _ = strconv.ParseUint(m[1], 10, 64) // 16 digits
+			s.last, _ = strconv.ParseUint(m[2], 10, 64)
+			data, err := read(filepath.Join(dir, name))
+			switch {
+			case errors.Is(err, unix.EIO):
+				s.bad = err // the disk has lost it
+			case err != nil:
+				return c, fmt.Errorf("cannot read the log: %w", err)
+			default:
+				s.bad = checkClosed(data, s.first, s.last)
+			}
+			c.segments = append(c.segments, s)
+		}
+		m := metaName.FindStringSubmatch(name)
+		if m == nil {
+			continue
+		}
+		c.empty = false
+		s := closedSnapshot{name: strings.TrimSuffix(name, ".meta")}
+		for i, n := range []*uint64{&s.term, &s.index, &s.stamp} {
+			if *n, err = strconv.ParseUint(m[i+1], 10, 64); err != nil {
+				return c, fmt.Errorf("%s is not the name of a snapshot: %w", name, err)
+			}
+		}
+		data, err := read(filepath.Join(dir, name))
+		if errors.Is(err, unix.EIO) {
+			s.file, s.bad = name, err
+			c.snapshots = append(c.snapshots, s)
+			continue
+		}
+		if err != nil {
+			return c, fmt.Errorf("cannot read a snapshot's description: %w", err)
+		}
+		// An empty one is of a snapshot that was not finished.
+		if len(data) == 0 {
+			continue
+		}
+		if s.bad = checkSnapshotMeta(data); s.bad != nil {
+			s.file = name
+			c.snapshots = append(c.snapshots, s)
+			continue
+		}
+		// The description comes first, the data appears whole: without it, a crash came
+		// between them, and dqlite takes the snapshot before.
+		data, err = read(filepath.Join(dir, s.name))
+		if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 {
+			continue
+		}
+		switch {
+		case errors.Is(err, unix.EIO):
+			s.bad = err
+		case err != nil:
+			return c, fmt.Errorf("cannot read a snapshot: %w", err)
+		default:
+			s.bad = checkSnapshotData(data)
+		}
+		if s.bad != nil {
+			s.file = s.name
+		}
+		c.snapshots = append(c.snapshots, s)
+	}
+	slices.SortFunc(c.segments, func(a, b closedSegment) int {
+		return cmp.Or(cmp.Compare(a.first, b.first), cmp.Compare(a.last, b.last))
+	})
+	slices.SortFunc(c.snapshots, func(a, b closedSnapshot) int {
+		return cmp.Or(cmp.Compare(a.term, b.term), cmp.Compare(a.index, b.index), cmp.Compare(a.stamp, b.stamp))
+	})
+	return c, nil
+}
+
+// damaged returns the first file that is bad, "" where there is none.
+func (c closedFiles) damaged() (name string, err error) {
+	for _, s := range c.segments {
+		if s.bad != nil {
+			return s.name, s.bad
+		}
+	}
+	for _, s := range c.snapshots {
+		if s.bad != nil {
+			return s.file, s.bad
+		}
+	}
+	return c.gap()
+}
+
+// gap returns the segment before which entries are missing, "" where there is none. dqlite passes over older
+// segments that do not lead up to the last one, if a snapshot makes them superfluous (uvFilterSegments in its
+// raft/uv.c).
+func (c closedFiles) gap() (name string, err error) {
+	if len(c.segments) == 0 {
+		return "", nil
+	}
+	first := c.lastRun()
+	from := uint64(0)
+	if n := len(c.snapshots); n > 0 {
+		from = c.snapshots[n-1].index
+	} else if first > 0 {
+		from = c.segments[first-1].last // without a snapshot all of them are needed
+	}
+	if s := c.segments[first]; s.first > from+1 {
+		return s.name, fmt.Errorf("%w: it begins with entry %d, and entry %d is in no other file", errBefore, s.first, from+1)
+	}
+	return "", nil
+}
+
+// lastRun is the first of the segments that lead up to the last one without a gap.
+func (c closedFiles) lastRun() int {
+	i := len(c.segments) - 1
+	for i > 0 && c.segments[i-1].last+1 >= c.segments[i].first {
+		i--
+	}
+	return i
+}
+
+// superfluous returns the files of a directory with damage without which it is whole, because what is in them
+// is in others as well: segments that a newer snapshot covers, and snapshots in whose place an older one can be
+// used with the segments after it. ok is false where something that is damaged is needed.
+func (c closedFiles) superfluous() (names []string, ok bool) {
+	rest := closedFiles{segments: c.segments}
+	newest := uint64(0) // entry of a bad snapshot
+	for _, s := range c.snapshots {
+		if s.bad == nil {
+			rest.snapshots = append(rest.snapshots, s)
+			continue
+		}
+		names = append(names, s.name, s.name+".meta")
+		newest = max(newest, s.index)
+	}
+	bad := -1
+	for i, s := range c.segments {
+		if s.bad != nil {
+			bad = i
+		}
+	}
+	n := len(rest.snapshots)
+	if bad >= 0 {
+		last := c.segments[bad].last
+		// Open segments do not say with which entry they begin: it is the one after the last closed segment, or
+		// after the snapshot where there is none.
+		if n == 0 || rest.snapshots[n-1].index < last || bad == len(c.segments)-1 && rest.snapshots[n-1].index != last {
+			return nil, false
+		}
+		for _, s := range c.segments[:bad+1] {
+			names = append(names, s.name)
+		}
+		rest.segments = c.segments[bad+1:]
+	}
+	if newest > 0 && (n == 0 || rest.snapshots[n-1].index < newest) {
+		k := len(rest.segments)
+		if n == 0 || k == 0 || rest.segments[k-1].last < newest {
+			return nil, false
+		}
+	}
+	if _, err := rest.gap(); err != nil {
+		return nil, false
+	}
+	return names, len(names) > 0
+}
+
 // CheckFiles reads Raft's files as dqlite is going to, and refuses those whose damage dqlite
 // would not notice or would make good by dropping what was acknowledged: a bad batch with a
 // good one after it, a bad closed segment or description of a snapshot, and lost metadata.
 // A bad batch at the very end is what a crash leaves, and cannot be told from damage to it.
+// What is refused is a [*Damage].
 func CheckFiles(dir string) error {
+	damaged := func(name string, err error) error {
+		return &Damage{name, err.Error(), fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: %s", filepath.Join(dir, name), err, remedy(dir))}
+	}
+	closed, err := readClosed(dir, os.ReadFile)
+	if err != nil {
+		return err
+	}
+	if name, err := closed.damaged(); err != nil {
+		return damaged(name, err)
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return fmt.Errorf("cannot list %s: %w", dir, err)
-	}
-	damaged := func(name string, err error) error {
-		return fmt.Errorf("%s is damaged: %w; the node does not start, so that nothing gets lost: %s", filepath.Join(dir, name), err, remedy(dir))
 	}
 	type numbered struct {
 		name string
 		n    uint64
 	}
 	var open []numbered
-	log := false
 	for _, e := range entries {
-		name := e.Name()
-		switch {
-		case closedName.MatchString(name):
-			log = true
-			m := closedName.FindStringSubmatch(name)
-			first, _ := strconv.ParseUint(m[1], 10, 64) // 16 digits
-			last, _ := strconv.ParseUint(m[2], 10, 64)
-			data, err := os.ReadFile(filepath.Join(dir, name))
-			if err != nil {
-				return fmt.Errorf("cannot read the log: %w", err)
-			}
-			if err := checkClosed(data, first, last); err != nil {
-				return damaged(name, err)
-			}
-		case openName.MatchString(name):
-			n, err := strconv.ParseUint(openName.FindStringSubmatch(name)[1], 10, 64)
-			if err == nil {
-				open = append(open, numbered{name, n})
-			}
-		case metaName.MatchString(name):
-			log = true
-			data, err := os.ReadFile(filepath.Join(dir, name))
-			if err != nil {
-				return fmt.Errorf("cannot read a snapshot's description: %w", err)
-			}
-			// An empty one is of a snapshot that was not finished.
-			if len(data) == 0 {
-				continue
-			}
-			if err := checkSnapshotMeta(data); err != nil {
-				return damaged(name, err)
-			}
-			// The description comes first, the data appears whole: without it, a crash came
-			// between them, and dqlite takes the snapshot before.
-			name = strings.TrimSuffix(name, ".meta")
-			data, err = os.ReadFile(filepath.Join(dir, name))
-			if errors.Is(err, fs.ErrNotExist) || err == nil && len(data) == 0 {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("cannot read a snapshot: %w", err)
-			}
-			if err := checkSnapshotData(data); err != nil {
-				return damaged(name, err)
+		if m := openName.FindStringSubmatch(e.Name()); m != nil {
+			if n, err := strconv.ParseUint(m[1], 10, 64); err == nil {
+				open = append(open, numbered{e.Name(), n})
 			}
 		}
 	}
 	sort.Slice(open, func(i, j int) bool { return open[i].n < open[j].n })
+	log := !closed.empty
 	torn, tornErr := "", error(nil)
 	for _, o := range open {
 		data, err := os.ReadFile(filepath.Join(dir, o.name))
+		if errors.Is(err, unix.EIO) {
+			return damaged(o.name, err)
+		}
 		if err != nil {
 			return fmt.Errorf("cannot read the log: %w", err)
 		}
@@ -191,7 +369,8 @@ func checkMetadata(dir string) error {
 			return nil // the other may be missing on a young node, or torn by a crash
 		}
 	}
-	return fmt.Errorf("%s has a log, but the node's term and vote are lost: %w; %s", dir, errors.Join(reasons...), remedy(dir))
+	lost := errors.Join(reasons...)
+	return &Damage{"metadata1", "the node's term and vote are lost", fmt.Errorf("%s has a log, but the node's term and vote are lost: %w; %s", dir, lost, remedy(dir))}
 }
 
 var (
@@ -200,6 +379,7 @@ var (
 	errData    = errors.New("the checksum of a batch's data is wrong")
 	errLength  = errors.New("a batch is longer than the file")
 	errFormat  = errors.New("it is not in the format of dqlite")
+	errBefore  = errors.New("what comes before it is missing")
 	errMissing = errors.New("the number of entries is not the one in the file's name")
 )
 

@@ -109,7 +109,13 @@ func read[T any](d directory, name string, decode func([]byte) (T, error)) (v T,
 }
 
 func (d directory) write(name, content string) error {
-	return atomicfile.Write(d.File(name), []byte(content), 0o660, nil)
+	if err := atomicfile.Write(d.File(name), []byte(content), 0o660, nil); err != nil {
+		return err
+	}
+	if name == storedir.InfoFile || name == storedir.ClusterFile {
+		return d.copyIdentity(name, []byte(content))
+	}
+	return nil
 }
 
 // prepare reads the files that say who this node is, carries out init.yaml and update.yaml,

@@ -53,6 +53,54 @@ func lastIndex(dir string) (snapshot, last uint64, err error) {
 	return snapshot, max(last, snapshot), nil
 }
 
+// logEnd returns the index of the last entry of the log of a member that does not run, those in its open segments
+// counted, or one that it has at least.
+func logEnd(dir string) (uint64, error) {
+	_, last, err := lastIndex(dir)
+	if err != nil {
+		return 0, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	closed := false
+	for _, e := range entries {
+		closed = closed || closedName.MatchString(e.Name())
+	}
+	if !closed {
+		return last, nil // nothing says with which entry the first open segment begins
+	}
+	end := uint64(0)
+	for _, e := range entries {
+		if m := closedName.FindStringSubmatch(e.Name()); m != nil {
+			if n, err := strconv.ParseUint(m[2], 10, 64); err == nil {
+				end = max(end, n)
+			}
+		}
+	}
+	for _, e := range entries {
+		if !openName.MatchString(e.Name()) {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return 0, err
+		}
+		if len(data) < 8 {
+			continue
+		}
+		for off := 8; ; {
+			n, next, err := batch(data, off)
+			if err != nil {
+				break
+			}
+			end, off = end+n, next
+		}
+	}
+	return max(last, end), nil
+}
+
 // markers keeps the marker of one member; the zero value keeps none.
 type markers struct {
 	file, dir string
@@ -93,9 +141,9 @@ func (m markers) check() error {
 		return nil
 	}
 	now, _ := readMetadata(m.dir)
-	_, last, err := lastIndex(m.dir)
+	last, err := logEnd(m.dir)
 	if err != nil {
-		return fmt.Errorf("cannot list the datastore's files: %w", err)
+		return fmt.Errorf("cannot read the datastore's files: %w", err)
 	}
 	if now.version >= was.Version && now.term >= was.Term && last >= was.Index {
 		return nil
@@ -104,9 +152,9 @@ func (m markers) check() error {
 	if was.Revision != "" {
 		by = " under revision " + was.Revision
 	}
-	return fmt.Errorf("the datastore in %s is an old copy: it has term %d and entry %d, and this node's had come to term %d and entry %d%s; put the newer one back. "+
+	return &Damage{"metadata1", "the directory is an old copy of itself", fmt.Errorf("the datastore in %s is an old copy: it has term %d and entry %d, and this node's had come to term %d and entry %d%s; put the newer one back. "+
 		"If it is lost: a member of a cluster must leave it (microk8s remove-node --force on another node, microk8s leave here) and join again; "+
-		"a node that is alone may go on without what was written since: remove %s and start it", m.dir, now.term, last, was.Term, was.Index, by, m.file)
+		"a node that is alone may go on without what was written since: remove %s and start it", m.dir, now.term, last, was.Term, was.Index, by, m.file)}
 }
 
 // note writes the marker. Closed is after the member has ended in good order.
@@ -118,13 +166,15 @@ func (m markers) note(closed bool) {
 	if !ok {
 		return // a young node
 	}
-	snapshot, last, err := lastIndex(m.dir)
+	snapshot, _, err := lastIndex(m.dir)
 	if err == nil {
 		now := marker{ID: m.id, Version: v.version, Term: v.term, Index: snapshot, Revision: m.revision}
 		if closed {
-			now.Index = last
+			now.Index, err = logEnd(m.dir)
 		}
-		err = m.write(now)
+		if err == nil {
+			err = m.write(now)
+		}
 	}
 	if err != nil {
 		m.log.Warn("cannot keep the marker of the datastore", "err", err)

@@ -104,6 +104,14 @@ func Start(opt Options) (_ *Member, err error) {
 	if fi, err := os.Stat(opt.Dir); err != nil || !fi.IsDir() {
 		return nil, fmt.Errorf("the storage directory %s is missing; run: microk8s start, or give the right --storage-dir", opt.Dir)
 	}
+	if kept, found, err := d.finishReseed(); err != nil {
+		return nil, err
+	} else if found {
+		opt.Logger.Warn("damaged files were moved away; this member joins the others again and gets its data from them", "kept", kept)
+	}
+	if err := d.restoreIdentity(opt.Logger); err != nil {
+		return nil, err
+	}
 	tuning, warnings, err := d.tuning()
 	if err != nil {
 		return nil, err
@@ -152,6 +160,9 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, err
 	}
 	marks.note(false)
+	if err := d.rememberPair(); err != nil {
+		opt.Logger.Warn("cannot keep a copy of the members' key pair", "err", err)
+	}
 
 	m := &Member{marks: marks, opt: opt, node: node, dir: d, domain: domain, dialLimit: max(time.Second, 10*tuning.NetworkLatency), changed: make(chan struct{}, 1), peers: newPeerListener(node.Address)}
 	m.listing.m = m
@@ -202,7 +213,7 @@ func Start(opt Options) (_ *Member, err error) {
 		return nil, fmt.Errorf("cannot create the dqlite node in %s: %w", opt.Dir, err)
 	}
 	if err = m.dqlite.Start(); err != nil {
-		return nil, fmt.Errorf("cannot start dqlite in %s: %w; if the files are damaged, restore the directory from a backup", opt.Dir, err)
+		return nil, unreadable(fmt.Errorf("cannot start dqlite in %s: %w; if the files are damaged, restore the directory from a backup", opt.Dir, err))
 	}
 	if m.events, err = m.viewEvents(); err != nil {
 		return nil, errors.Join(err, m.dqlite.Close())
@@ -211,6 +222,31 @@ func Start(opt Options) (_ *Member, err error) {
 	go m.accept(ctx, listenTLS)
 	go m.watchView(m.events)
 	return m, nil
+}
+
+// unreadable makes an error of dqlite's start a [*Damage] if it is about what the files hold. What this package has
+// checked before leaves little: a segment that was never used, and is not empty.
+func unreadable(err error) error {
+	text := err.Error()
+	const load = "raft_start(): io: "
+	for _, other := range []unix.Errno{unix.EACCES, unix.EMFILE, unix.ENFILE, unix.ENOSPC, unix.ENOMEM, unix.EROFS} {
+		if strings.Contains(strings.ToLower(text), strings.ToLower(other.Error())) {
+			return err
+		}
+	}
+	_, what, found := strings.Cut(text, load)
+	if !found {
+		return err
+	}
+	name := "metadata1" // or something that is about all of them
+	for _, word := range strings.FieldsFunc(what, func(r rune) bool { return r == ' ' || r == ':' || r == ',' }) {
+		if openName.MatchString(word) || closedName.MatchString(word) || strings.HasPrefix(word, "snapshot-") {
+			name = word
+			break
+		}
+	}
+	what, _, _ = strings.Cut(what, "; if the files")
+	return &Damage{name, what, err}
 }
 
 // Reconfigure rewrites the membership in the files of a member that does not run. Upstream's

@@ -21,15 +21,22 @@ import (
 	"github.com/canonical/go-dqlite/v3/client"
 )
 
+// ErrAlone says that a member has no others to get data from.
+var ErrAlone = errors.New("this is the only member: there are no others to get the data from; restore a backup instead")
+
 // Reseed makes the directory of a stopped member of a cluster that of a node that joins the
 // same cluster again, so that it gets all data from the others. The old files are kept in a
 // hidden folder of the directory, whose path is returned. The others need a leader: the old
-// member is removed first. Interrupted at any point, it may be run again.
+// member is removed first. Interrupted at any point, it may be run again, and the next start finishes it
+// where the member is removed.
 func Reseed(ctx context.Context, dir string) (kept string, err error) {
 	if err := notRunning(dir); err != nil {
 		return "", err
 	}
 	d := at(dir)
+	if kept, found, err := d.finishReseed(); found {
+		return kept, err
+	}
 	ini, begun, err := read(d, storedir.InitFile, storedir.ParseInit)
 	if err != nil {
 		return "", err
@@ -59,7 +66,7 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 			}
 		}
 		if len(ini.Cluster) == 0 {
-			return "", errors.New("this is the only member: there are no others to get the data from; restore a backup instead")
+			return "", ErrAlone
 		}
 		const unchanged = "the others go on with the old member, and nothing was changed: %w"
 		local, err := net.InterfaceAddrs()
@@ -71,36 +78,98 @@ func Reseed(ctx context.Context, dir string) (kept string, err error) {
 			return "", fmt.Errorf(unchanged, err)
 		}
 		if err := mayReseed(info, known, local); err != nil {
-			return "", fmt.Errorf(unchanged, err)
+			return "", fmt.Errorf(unchanged, errors.Join(ErrNotOurs, err))
 		}
 		if err := peers.RemoveMember(ctx, dir, info.ID, info.Address); err != nil && !errors.Is(err, peers.ErrNotMember) {
 			return "", fmt.Errorf(unchanged, err)
 		}
-		// From here on the directory is not one that starts with its old files.
-		if err := d.Begin(ini, func(_ string, data []byte) error { return d.write(storedir.InitFile, string(data)) }); err != nil {
-			return "", err
-		}
 	}
-	kept = filepath.Join(dir, ".damaged-"+time.Now().UTC().Format("2006-01-02-15-04-05"))
-	if err := os.MkdirAll(kept, 0o700); err != nil {
-		return "", err
-	}
-	entries, err := os.ReadDir(dir)
+	data, err := ini.Encode()
 	if err != nil {
 		return "", err
+	}
+	// From here on the directory is not one that starts with its old files.
+	if err := d.write(storedir.ReseedFile, string(data)); err != nil {
+		return "", err
+	}
+	kept, _, err = d.finishReseed()
+	return kept, err
+}
+
+// finishReseed moves the old files of a member away that was removed to be seeded again, and asks for the
+// new one. found is false where that was not begun.
+func (d directory) finishReseed() (kept string, found bool, err error) {
+	ini, found, err := read(d, storedir.ReseedFile, storedir.ParseInit)
+	if err != nil || !found {
+		return "", found, err
+	}
+	var names []string
+	entries, err := os.ReadDir(string(d.Dir))
+	if err != nil {
+		return "", true, err
 	}
 	for _, e := range entries {
 		switch name := e.Name(); {
 		case name == storedir.InitFile, name == storedir.CertFile, name == storedir.KeyFile, name == storedir.FailureDomainFile, name == storedir.TuningFile, name == storedir.EncryptionFile,
 			strings.HasPrefix(name, "."), e.Type()&fs.ModeSocket != 0:
 		default:
-			if err := os.Rename(filepath.Join(dir, name), filepath.Join(kept, name)); err != nil {
-				return "", fmt.Errorf("cannot move the old files away: %w; run the command again", err)
-			}
+			names = append(names, name)
+		}
+	}
+	if kept, err = d.quarantine(names); err != nil {
+		return "", true, fmt.Errorf("cannot move the old files away: %w; run the command again", err)
+	}
+	if err := d.Begin(ini, func(_ string, data []byte) error { return d.write(storedir.InitFile, string(data)) }); err != nil {
+		return "", true, err
+	}
+	return kept, true, os.Remove(d.File(storedir.ReseedFile))
+}
+
+const (
+	quarantined = ".damaged-"
+	keepDamaged = 2 // newest folders of damaged files
+)
+
+// quarantine moves files into a hidden folder of the directory, and removes older such folders.
+func (d directory) quarantine(names []string) (kept string, err error) {
+	old, err := filepath.Glob(d.File(quarantined + "*"))
+	if err != nil {
+		return "", err
+	}
+	for _, o := range old[:max(0, len(old)-keepDamaged+1)] { // by their dates
+		if err := os.RemoveAll(o); err != nil {
+			return "", err
+		}
+	}
+	kept = d.File(quarantined + time.Now().UTC().Format("2006-01-02-15-04-05.000"))
+	if err := os.MkdirAll(kept, 0o700); err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		if err := os.Rename(d.File(name), filepath.Join(kept, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return "", err
 		}
 	}
 	return kept, nil
 }
+
+// SetAside moves damaged files of a stopped member away that it does not need, because what is in them is
+// in other files of its as well. kept is "" where there is nothing that would make it whole.
+func SetAside(dir string) (kept string, names []string, err error) {
+	closed, err := readClosed(dir, os.ReadFile)
+	if err != nil {
+		return "", nil, err
+	}
+	names, ok := closed.superfluous()
+	if !ok {
+		return "", nil, nil
+	}
+	kept, err = at(dir).quarantine(names)
+	return kept, names, err
+}
+
+// ErrNotOurs says that a directory is not, or not any more, the one of the member that it names.
+var ErrNotOurs = errors.New("the directory is not this machine's member")
 
 // mayReseed refuses a directory that is not the one of the member which it names: a copy on another
 // machine, or one of a member that was replaced since. Who has no more than the address of a member

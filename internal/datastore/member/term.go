@@ -85,15 +85,15 @@ func checkTerm(dir string) error {
 	path := filepath.Join(dir, termFile)
 	ours, ok := parseTermVote(data)
 	if !ok || len(data) != metadataSize+4 || crc(0, data[:metadataSize]) != binary.LittleEndian.Uint32(data[metadataSize:]) {
-		return fmt.Errorf("%s is damaged; if the disk is sound otherwise, remove this file (it is a copy) and start again", path)
+		return &Damage{termFile, "its checksum is wrong", fmt.Errorf("%s is damaged; if the disk is sound otherwise, remove this file (it is a copy) and start again", path)}
 	}
 	theirs, ok := readMetadata(dir)
 	switch {
 	case !ok:
-		return fmt.Errorf("the metadata files in %s are lost or damaged: term %d and vote are known to have been there; %s", dir, ours.term, remedy(dir))
+		return &Damage{"metadata1", "term and vote are lost", fmt.Errorf("the metadata files in %s are lost or damaged: term %d and vote are known to have been there; %s", dir, ours.term, remedy(dir))}
 	case theirs.version < ours.version, theirs.term < ours.term, theirs.version == ours.version && theirs != ours:
-		return fmt.Errorf("the metadata files in %s are damaged or from another time: they say term %d, vote %d (version %d), and %s says term %d, vote %d (version %d); %s",
-			dir, theirs.term, theirs.vote, theirs.version, termFile, ours.term, ours.vote, ours.version, remedy(dir))
+		return &Damage{"metadata1", "term and vote are not those that were written last", fmt.Errorf("the metadata files in %s are damaged or from another time: they say term %d, vote %d (version %d), and %s says term %d, vote %d (version %d); %s",
+			dir, theirs.term, theirs.vote, theirs.version, termFile, ours.term, ours.vote, ours.version, remedy(dir))}
 	}
 	return nil
 }

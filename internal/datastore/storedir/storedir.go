@@ -46,6 +46,9 @@ const (
 	FailureDomainFile = "failure-domain"  // a number
 	TuningFile        = "tuning.yaml"     // see member.Tuning
 	EncryptionFile    = "encryption.yaml" // the API server's keys for what is in the directory; see internal/encryption
+	ReseedFile        = ".reseed"         // what init.yaml is to be when the old files are moved away: a reseed that is under way
+	IdentityFolder    = ".identity"       // copies of the four files that say who this member is, and let it reach the others
+	DamageFile        = ".damage.json"    // what was wrong with the files; see Damage
 	MembersSocket     = "members.sock"    // where the daemon says who the members are; see package peers
 )
 
