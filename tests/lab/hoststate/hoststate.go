@@ -124,6 +124,9 @@ func mounts() ([]string, error) {
 		if len(f) < 6 {
 			return nil, fmt.Errorf("cannot parse %q", scan.Text())
 		}
+		if f[4] == "/run/netns" {
+			continue // the first namespace with a name brings it, whoever makes that; the names are compared
+		}
 		// Without the numbers, which are assigned again; with the propagation, but not its peers.
 		var propagation []string
 		for _, o := range f[6:] {
