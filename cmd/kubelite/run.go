@@ -220,7 +220,6 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 			return keepOwnDNS(ctx, config.NodeName, kubeletKubeconfig(env, kubeletArgs), env, log)
 		})
 	}
-	group.Start(parsed[daemons.Proxy])
 	watch := hostwatch.New(log)
 	group.Go("watch of the host's network", func(ctx context.Context) error {
 		proxy := watch.Register(ctx, hostnet.ProxyOwner(daemons.ResyncProxy))
@@ -228,6 +227,7 @@ func serve(env snapenv.Env, f *flags, log *slog.Logger) error {
 		watch.Run(ctx)
 		return nil
 	})
+	group.Start(parsed[daemons.Proxy]) // the watch has to see its first transaction
 	if admin != nil {
 		group.Go("address of the API", func(ctx context.Context) error {
 			return keepAPIAddress(ctx, env, admin, config.NodeName, watch, log)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -112,50 +113,78 @@ END
 	}
 }
 
-// TestServicesComeBack has a fake of kube-proxy, which writes all its rules when it is told to.
+// TestServicesComeBack has a fake of kube-proxy, which writes all its rules when it is told to, with an nft that is called
+// as that of the package is.
 func TestServicesComeBack(t *testing.T) {
 	if !hosttest.Alone(t) {
 		return
 	}
+	nft, err := exec.LookPath("nft")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := filepath.Join(t.TempDir(), proxyProgram)
+	if err := os.Symlink(nft, own); err != nil {
+		t.Fatal(err)
+	}
+	const service = "service-ABC-default/kubernetes/tcp/https"
 	rules := `table ip kube-proxy {
 		map service-ips { type ipv4_addr . inet_proto . inet_service : verdict; }
 		chain nat-prerouting { type nat hook prerouting priority dstnat; }
-		chain services { ip daddr . meta l4proto . th dport vmap @service-ips; }
-		chain service-ABC-default/kubernetes/tcp/https { counter; }
+		chain services { }
+		chain ` + service + ` { }
 	}
 	flush chain ip kube-proxy nat-prerouting
-	add rule ip kube-proxy nat-prerouting jump services
-	add element ip kube-proxy service-ips { 10.152.183.1 . tcp . 443 : goto service-ABC-default/kubernetes/tcp/https }`
+	flush chain ip kube-proxy services
+	flush chain ip kube-proxy ` + service + `
+	flush map ip kube-proxy service-ips
+	table ip kube-proxy {
+		chain nat-prerouting { jump services; }
+		chain services { ip daddr . meta l4proto . th dport vmap @service-ips; }
+		chain ` + service + ` { counter; }
+	}
+	add element ip kube-proxy service-ips { 10.152.183.1 . tcp . 443 : goto ` + service + ` }`
 	var calls atomic.Int32
 	write := func() error {
 		calls.Add(1)
-		run(t, rules, "nft", "-f", "-")
+		run(t, rules, own, "-f", "-")
 		return nil
 	}
 	watch(t, ProxyOwner(write))
+	list := func() string { return run(t, "", "nft", "-s", "list", "ruleset") }
+	settle := func() { run(t, "", "sleep", "0.5") } // for what must not happen
+	run(t, rules, "nft", "-f", "-")
+	settle()
 	if calls.Load() != 0 {
 		t.Error("kube-proxy was told to write before it had")
 	}
-	run(t, rules, "nft", "-f", "-")
-	present := func() bool {
-		out := ruleset(t)
-		return strings.Contains(out, "jump services") && strings.Contains(out, "10.152.183.1")
+	for probe := int32(0); probe == calls.Load(); settle() { // until the subscription stands
+		run(t, rules, own, "-f", "-")
+		run(t, "add chain ip kube-proxy mine", "nft", "-f", "-")
 	}
+	run(t, "flush ruleset", "nft", "-f", "-")
+	await(t, "Services after a flush", func() bool { return strings.Contains(list(), "10.152.183.1") })
+	settle()
+	want := list()
 	for _, fault := range []string{
 		"flush ruleset", "delete table ip kube-proxy", "flush table ip kube-proxy", "flush chain ip kube-proxy nat-prerouting", "flush map ip kube-proxy service-ips",
+		"flush chain ip kube-proxy " + service,
+		"insert rule ip kube-proxy " + service + " drop",
+		"delete element ip kube-proxy service-ips { 10.152.183.1 . tcp . 443 }",
+		"delete element ip kube-proxy service-ips { 10.152.183.1 . tcp . 443 }; add element ip kube-proxy service-ips { 10.152.183.1 . tcp . 443 : drop }",
 	} {
 		before := calls.Load()
-		await(t, "the watch to have seen the rules", func() bool { return present() })
-		run(t, "", "sleep", "0.5") // kube-proxy's table has to be noticed before it is lost
 		run(t, fault, "nft", "-f", "-")
-		await(t, "Services after: "+fault, func() bool { return present() && calls.Load() > before })
+		await(t, "Services after: "+fault, func() bool { return list() == want && calls.Load() > before })
 	}
-	// What kube-proxy itself does all the time is none of it.
+	settle()
+	// What kube-proxy itself does all the time is none of it, and neither is what others do elsewhere.
 	before := calls.Load()
-	run(t, "flush chain ip kube-proxy service-ABC-default/kubernetes/tcp/https", "nft", "-f", "-")
-	run(t, "", "sleep", "0.5")
+	run(t, "flush chain ip kube-proxy "+service, own, "-f", "-")
+	run(t, "add table ip other; add chain ip other kube-proxy; delete table ip other", "nft", "-f", "-")
+	settle()
 	if calls.Load() != before {
-		t.Error("kube-proxy was told to write after a change of one Service")
+		t.Error("kube-proxy was told to write after it did")
 	}
 }
 

@@ -29,6 +29,7 @@ const (
 	Rule                 // an nftables rule
 	Set                  // an nftables set or map
 	Element              // elements of an nftables set or map
+	Transaction          // the end of an nftables transaction: the changes since the one before were all made by Program
 )
 
 // Change is one event of the kernel.
@@ -44,6 +45,10 @@ type Change struct {
 	Family byte   // AF_INET and the like; for nftables the table's family, NFPROTO_IPV4 and the like
 	Table  string // nftables: the table
 	Object string // nftables: the chain, also of a rule; the set, also of an element
+
+	// Program is for Transaction what the thread that made it is called, cut to 15 bytes as the kernel does; "" if the
+	// kernel does not say.
+	Program string
 }
 
 // Nftables reports whether the change is one of the ruleset.
@@ -187,6 +192,10 @@ func decodeRuleset(m netlink.Message) (c Change, ok bool) {
 	const header = 4 // struct nfgenmsg: the family is its first byte
 	if m.Header.Type>>8 != unix.NFNL_SUBSYS_NFTABLES || len(m.Data) < header {
 		return c, false
+	}
+	if m.Header.Type&0xff == unix.NFT_MSG_NEWGEN {
+		const program = 3 // NFTA_GEN_PROC_NAME
+		return Change{Kind: Transaction, Port: m.Header.PID, Program: attributeText(m.Data[header:], program)}, true
 	}
 	o, ok := objects[uint16(m.Header.Type&0xff)]
 	if !ok {

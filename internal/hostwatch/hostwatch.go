@@ -40,8 +40,8 @@ type Owner struct {
 	Name string // for logs: "pod network"
 
 	// Concerns reports whether a change may have touched the owner's state. It is called for every
-	// event of the kernel, from one goroutine, and must be fast and not block; nil means none. The owner's
-	// own writes are events, too: Sync then finds no difference.
+	// event of the kernel and for [Lost], one after the other, and must be fast and not block; nil means none. What
+	// it says of Lost has no effect: Sync is called. The owner's own writes are events, too: Sync then finds no difference.
 	Concerns func(Change) bool
 
 	// Sync compares the host with what the owner wants, writes what differs, and returns in words
@@ -189,7 +189,7 @@ func (w *Watcher) distribute(c Change) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for r := range w.owners {
-		if c.Kind == Lost || r.owner.Concerns != nil && r.owner.Concerns(c) {
+		if r.owner.Concerns != nil && r.owner.Concerns(c) || c.Kind == Lost {
 			r.Trigger()
 		}
 	}

@@ -24,6 +24,8 @@ var faults = []struct{ name, do string }{
 	{"iptables flushed", "iptables -F; iptables -t nat -F; iptables -X"},
 	{"kube-proxy's table", "nft delete table ip kube-proxy"},
 	{"kube-proxy's rules", "nft flush table ip kube-proxy"},
+	{"rules of one Service", `for c in $(nft list table ip kube-proxy | awk '$1 == "chain" && /default\/web\// { print $2 }'); do nft flush chain ip kube-proxy "$c"; done`},
+	{"one Service", fmt.Sprintf("nft delete element ip kube-proxy service-nodeports '{ tcp . %d }'", nodePort)},
 	{"host ports", "nft delete table ip cni_hostport"},
 	{"masquerading", "nft delete table ip microk8s-pods"},
 	{"route to Services", "ip route flush proto 109"}, // a host of the lab has no default route
