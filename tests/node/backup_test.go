@@ -58,7 +58,7 @@ func (n *node) testBackup(t *testing.T) {
 	if out := shell("backup look"); !strings.Contains(out, name) || !strings.Contains(out, "can be restored: ") {
 		t.Errorf("%s", out)
 	}
-	if out := n.run(t, "microk8s", "status"); !strings.Contains(out, "backup: newest proven archive ") {
+	if out := n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status"); !strings.Contains(out, "backup: newest proven archive ") {
 		t.Errorf("%s", out)
 	}
 	if err := maps.Delete(t.Context(), "kept", metav1.DeleteOptions{}); err != nil {
@@ -71,6 +71,7 @@ func (n *node) testBackup(t *testing.T) {
 		t.Errorf("%s", out)
 	}
 	shell("restore")
+	n.waitReady(t)
 	if _, err := maps.Get(t.Context(), "kept", metav1.GetOptions{}); err != nil {
 		t.Errorf("after the restore: %v", err)
 	}

@@ -94,7 +94,7 @@ func (n *node) testVersion(t *testing.T) {
 
 func (n *node) testStatus(t *testing.T) {
 	n.run(t, "microk8s", "status", "--wait-ready", "--timeout", "60")
-	out := n.run(t, "microk8s", "status")
+	out := n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status")
 	for _, want := range []string{
 		"microk8s is running\n", "high-availability: no\n", "  datastore master nodes: 127.0.0.1:19001\n", "  datastore standby nodes: none\n",
 		"addons:\n", "ha-cluster",
@@ -104,7 +104,7 @@ func (n *node) testStatus(t *testing.T) {
 		}
 	}
 	var parsed map[string]any
-	if err := json.Unmarshal([]byte(n.run(t, "microk8s", "status", "--format", "json")), &parsed); err != nil {
+	if err := json.Unmarshal([]byte(n.run(t, "env", "MICROK8S_STATUS_BUDGET=30s", "microk8s", "status", "--format", "json")), &parsed); err != nil {
 		t.Errorf("status --format json: %v", err)
 	}
 }
