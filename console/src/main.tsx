@@ -125,6 +125,9 @@ function App() {
   if (!state.session) return <Login code={!!state.code} why={state.why ?? ''} onLogin={enter} />
   const out = async () => {
     const s = state.session!
+    // What the page still asks for ends before the session does, or it would be refused.
+    set(null)
+    await new Promise((done) => setTimeout(done))
     await fetch('/api/logout', { method: 'POST', headers: { 'X-CSRF-Token': s.csrf }, credentials: 'same-origin' }).catch(() => {})
     setSession(null, () => {})
     set({ code: s.own || !!state.code })
