@@ -68,15 +68,18 @@ func Parse(argv []string, out io.Writer) (Flags, error) {
 	set.StringVar(&minTLS, "min-tls-version", "tls12", "tls12 or tls13")
 	set.BoolVar(&f.Launch, "launch-configurations-enable", true, "apply the launch configurations that appear in $SNAP_COMMON/etc/launcher")
 	set.Duration("launch-configurations-interval", 5*time.Second, "has no effect: new launch configurations are noticed at once")
-	if err := set.Parse(argv); err != nil {
+	if err := set.Parse(argv); errors.Is(err, pflag.ErrHelp) {
+		fmt.Fprintf(out, "\nLaunch configurations are applied by: cluster-agent %s --config-file FILE\n", InitCommand)
 		return f, err
+	} else if err != nil {
+		return f, fmt.Errorf("%w; see cluster-agent --help, and for launch configurations cluster-agent %s --help", err, InitCommand)
 	}
 	f.Timeout = time.Duration(seconds) * time.Second
 	versions := map[string]uint16{"tls12": tls.VersionTLS12, "tls13": tls.VersionTLS13}
 	f.MinTLS = versions[minTLS]
 	switch {
 	case set.NArg() > 0:
-		return f, fmt.Errorf("unknown argument %q", set.Arg(0))
+		return f, fmt.Errorf("unknown argument %q; see cluster-agent --help, and for launch configurations cluster-agent %s --help", set.Arg(0), InitCommand)
 	case f.MinTLS == 0:
 		return f, fmt.Errorf("cannot use --min-tls-version=%s: only tls12 and tls13 are safe", minTLS)
 	case seconds < 1:

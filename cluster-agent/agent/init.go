@@ -87,7 +87,7 @@ func readConfig(path string, in io.Reader) ([]byte, error) {
 	} else {
 		f, err := os.Open(path)
 		if err != nil {
-			return nil, fmt.Errorf("failed to read config file %s: %w", path, err)
+			return nil, fmt.Errorf("failed to read config file %s: %w; name one with --config-file FILE", path, err)
 		}
 		defer f.Close()
 		source = f
@@ -95,9 +95,9 @@ func readConfig(path string, in io.Reader) ([]byte, error) {
 	text, err := io.ReadAll(io.LimitReader(source, launchconf.MaxSize+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("failed to read config %s: %w", name, err)
+		return nil, fmt.Errorf("failed to read config %s: %w; name one with --config-file FILE", name, err)
 	case len(text) == 0:
-		return nil, fmt.Errorf("failed to read config %s: it is empty", name)
+		return nil, fmt.Errorf("failed to read config %s: it is empty; what a launch configuration may say is in docs/launch.md", name)
 	}
 	return text, nil
 }

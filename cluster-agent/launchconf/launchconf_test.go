@@ -327,7 +327,15 @@ func TestInvalid(t *testing.T) {
 		says       []string
 	}{
 		{"no YAML", "a: [", []string{"could not parse configuration"}},
-		{"addons as texts", "version: 0.1.0\naddons: [dns]\n", []string{"could not parse configuration"}},
+		{"addons as texts", "version: 0.1.0\naddons: [dns]\n", []string{"could not parse configuration: line 2: an addon is written as {name: NAME}"}},
+		{"addons as a map", "version: 0.1.0\naddons: {dns: true}\n", []string{"line 2: addons are a list, each written as - name: NAME"}},
+		{"join as a text", "version: 0.1.0\njoin: 10.0.0.1:25000/0123456789abcdef0123456789abcdef\n", []string{"line 2: join is written as {url: "}},
+		{"arguments as a list", "version: 0.1.0\nextraKubeletArgs: [--v=3]\n", []string{"line 2: options are written as --name: value"}},
+		{"worker as a word", "version: 0.1.0\njoin: {url: x, worker: perhaps}\n", []string{"line 2: true or false is required here"}},
+		{"names as a text", "version: 0.1.0\nextraSANs: a.example\n", []string{"line 2: a list is required here, each entry written as - TEXT"}},
+		{"files as a list", "version: 0.1.0\nextraConfigFiles: [a]\n", []string{"line 2: files are written as NAME: TEXT"}},
+		{"a list", "- version: 0.1.0\n", []string{"line 1: a document is a list of fields"}},
+		{"where to read more", "version: 0.2\n", []string{"such as 0.2.0", "docs/launch.md"}},
 		{"no version", "addons: [{name: dns}]\n", []string{`could not parse config file version ""`}},
 		{"no semantic version", "version: abc\n", []string{`could not parse config file version "abc"`}},
 		{"too new", "version: 0.3.0\n", []string{"config file version is 0.3.0 but the maximum version supported is 0.2.0"}},
@@ -468,7 +476,8 @@ func TestWatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	good, bad := filepath.Join(Dir(h.Env), "10-good.yaml"), filepath.Join(Dir(h.Env), "20-bad.yaml")
-	for path, text := range map[string]string{good: "version: 0.1.0\naddons: [{name: dns}]\n", bad: "version: 7\n"} {
+	yml, other := filepath.Join(Dir(h.Env), "05.yml"), filepath.Join(Dir(h.Env), "05.json")
+	for path, text := range map[string]string{good: "version: 0.1.0\naddons: [{name: dns}]\n", yml: "version: 0.2.0\n", other: `{"version": "0.2.0"}`, bad: "version: 7\n"} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -480,8 +489,13 @@ func TestWatch(t *testing.T) {
 	if st, err := os.Stat(good + Applied); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("the good one: %v", err)
 	}
+	for _, path := range []string{yml, other} {
+		if _, err := os.Stat(path + Applied); err != nil {
+			t.Error(err)
+		}
+	}
 	text, err := os.ReadFile(bad + Failed)
-	if err != nil || !strings.Contains(string(text), `could not parse config file version "7"`) {
+	if err != nil || !strings.Contains(string(text), `could not parse config file version "7"`) || !strings.Contains(string(text), "docs/launch.md; see this node with: microk8s status") {
 		t.Errorf("%q, %v", text, err)
 	}
 	if err := os.WriteFile(bad, []byte("version: 0.2.0\n"), 0o644); err != nil { // mended

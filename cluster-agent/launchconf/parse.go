@@ -153,7 +153,7 @@ func Parse(data []byte) (docs []Document, warnings []string, err error) {
 		}
 		var d Document
 		if err := raw.Decode(&d); err != nil {
-			errs = append(errs, fmt.Errorf("document %d: could not parse configuration: %w", number, err))
+			errs = append(errs, fmt.Errorf("document %d: could not parse configuration: %w", number, plain(err)))
 			if mismatch := new(yaml.TypeError); !errors.As(err, &mismatch) {
 				continue
 			} // the rest of it was read, and may have mistakes too
@@ -167,9 +167,44 @@ func Parse(data []byte) (docs []Document, warnings []string, err error) {
 		docs = append(docs, d)
 	}
 	if len(errs) > 0 {
-		return nil, warnings, errors.Join(errs...)
+		return nil, warnings, errors.Join(append(errs, errors.New("what a launch configuration may say is in docs/launch.md"))...)
 	}
 	return docs, warnings, nil
+}
+
+// unmarshalled is what the parser says of a value of the wrong kind.
+var unmarshalled = regexp.MustCompile("cannot unmarshal !!\\w+(?: `[^`]*`)? into (\\S+)")
+
+// shapes say how a value is written, by the type that takes it.
+var shapes = map[string]string{
+	"launchconf.Document":          "a document is a list of fields, such as version: 0.2.0",
+	"launchconf.Addon":             "an addon is written as {name: NAME}",
+	"[]launchconf.Addon":           "addons are a list, each written as - name: NAME",
+	"launchconf.AddonRepository":   "a repository is written as {name: NAME, url: URL}",
+	"[]launchconf.AddonRepository": "repositories are a list, each written as - {name: NAME, url: URL}",
+	"launchconf.Join":              "join is written as {url: \"HOST:PORT/TOKEN\"}",
+	"launchconf.Arguments":         "options are written as --name: value, each on its own line",
+	"map[string]launchconf.Text":   "files are written as NAME: TEXT",
+	"[]launchconf.Text":            "a list is required here, each entry written as - TEXT",
+	"bool":                         "true or false is required here",
+}
+
+// plain says what should have been written, instead of which type of the program did not take it.
+func plain(err error) error {
+	var mismatch *yaml.TypeError
+	if !errors.As(err, &mismatch) {
+		return err
+	}
+	lines := make([]string, len(mismatch.Errors))
+	for i, line := range mismatch.Errors {
+		lines[i] = unmarshalled.ReplaceAllStringFunc(line, func(s string) string {
+			if shape := shapes[unmarshalled.FindStringSubmatch(s)[1]]; shape != "" {
+				return shape
+			}
+			return s
+		})
+	}
+	return errors.New(strings.Join(lines, "; "))
 }
 
 // plainJSON returns a JSON text as YAML reads it, and any other text as it is. JSON is YAML but
@@ -218,7 +253,7 @@ var (
 func (d *Document) checkVersion() error {
 	m := semantic.FindStringSubmatch(string(d.Version))
 	if m == nil {
-		return fmt.Errorf("could not parse config file version %q: it must be of the form x.y.z", d.Version)
+		return fmt.Errorf("could not parse config file version %q: it must be of the form x.y.z, such as 0.2.0", d.Version)
 	}
 	var v [3]int
 	for i := range v {

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"microk8s/internal/atomicfile"
@@ -15,8 +16,12 @@ import (
 	"microk8s/internal/snapenv"
 )
 
-// Dir is where a running node looks for configurations: *.yaml, in the order of their names.
+// Dir is where a running node looks for configurations: files with one of these endings, in the order of their names.
 func Dir(env snapenv.Env) string { return env.LaunchDir() }
+
+var endings = []string{".yaml", ".yml", ".json"}
+
+func isConfiguration(path string) bool { return slices.Contains(endings, filepath.Ext(path)) }
 
 // Times of a Watch.
 const (
@@ -41,7 +46,7 @@ func (a *Applier) Watch(ctx context.Context) error {
 		return fmt.Errorf("cannot watch for launch configurations: %w", err)
 	}
 	files, err := filewatch.Watch(ctx, filewatch.Options{
-		Settle: settle, Written: true, Match: func(path string) bool { return filepath.Ext(path) == ".yaml" },
+		Settle: settle, Written: true, Match: isConfiguration,
 	}, dir)
 	if err != nil {
 		return fmt.Errorf("cannot watch for launch configurations: %w", err)
@@ -74,24 +79,31 @@ func (a *Applier) Watch(ctx context.Context) error {
 
 // Look applies every file of Dir once; failed says that one of them must be tried again.
 func (a *Applier) Look(ctx context.Context) (failed bool) {
-	paths, err := filepath.Glob(filepath.Join(Dir(a.Env), "*.yaml"))
+	entries, err := os.ReadDir(Dir(a.Env)) // sorted
 	if err != nil {
 		return false
 	}
-	for _, path := range paths {
+	for _, e := range entries {
+		path := filepath.Join(Dir(a.Env), e.Name())
+		if !isConfiguration(path) {
+			continue
+		}
 		if err := a.file(ctx, path); err != nil {
 			failed = true
 			if ctx.Err() != nil {
 				return true
 			}
 			a.Log.Error("a launch configuration was not applied", "file", path, "err", err)
-			if err := atomicfile.Write(path+Failed, []byte(err.Error()+"\n"), 0o600, nil); err != nil {
+			if err := atomicfile.Write(path+Failed, []byte(err.Error()+"\n"+whatNext), 0o600, nil); err != nil {
 				a.Log.Warn("cannot say so beside it", "err", err)
 			}
 		}
 	}
 	return failed
 }
+
+// whatNext ends the file that says why a configuration was not applied.
+const whatNext = "It is tried again when the file changes, and from time to time. What it may say is in docs/launch.md; see this node with: microk8s status\n"
 
 func (a *Applier) file(ctx context.Context, path string) error {
 	st, err := os.Stat(path)

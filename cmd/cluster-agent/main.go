@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -31,7 +32,7 @@ func run() int {
 		case errors.Is(err, pflag.ErrHelp):
 			return 0
 		case err != nil:
-			log.Error("cannot apply the launch configuration", "err", err)
+			fmt.Fprintln(os.Stderr, "cluster-agent: cannot apply the launch configuration:", err) // for a person
 			return 1
 		}
 		return 0

@@ -150,25 +150,44 @@ func (a *App) sayNextStep(argv []string, text string) {
 		return
 	}
 	step, known := nextSteps[words(argv)[0]]
-	if !known {
+	if !known { // a command that people do not type
 		step = "see what is wrong with: microk8s status, and more with: microk8s inspect"
 	}
 	fmt.Fprintln(a.Err, "  "+step)
 }
 
-// nextSteps are the lines of commands whose errors have more often to do with what was given to them than
-// with the state of the node.
+// nextSteps are the lines of the commands, for errors that do not say how to go on.
 var nextSteps = map[string]string{
-	"addons":        "see the repositories with: microk8s addons repo list; what is wrong with: microk8s status",
-	"config":        "see what there is with: microk8s config --help; what is wrong with: microk8s status",
-	"dbctl":         "archives are made with: microk8s dbctl backup; see the datastore with: microk8s status",
-	"disable":       "see the addons with: microk8s status; what is wrong with: microk8s inspect",
-	"enable":        "see the addons with: microk8s status, and what each takes with: microk8s enable ADDON --help",
-	"images":        "see the images with: microk8s images list; what is wrong with: microk8s status",
-	"inspect":       "free some space in /var/snap, and see the services with: microk8s logs",
-	"logs":          "see the services with: microk8s status; without snapd their logs are files in /var/snap/microk8s/common/var/log, see docs/install.md",
-	"refresh-certs": "see the certificates with: microk8s refresh-certs --check; undo the last change with: microk8s refresh-certs --undo",
-	"version":       "the package is damaged: install it again, with snapd: snap refresh microk8s; without: see docs/install.md",
+	"add-node":        "see the nodes with: microk8s kubectl get nodes; what is wrong with: microk8s status",
+	"addons":          "see the repositories with: microk8s addons repo list; what is wrong with: microk8s status",
+	"backup":          "see the archives with: microk8s backup list; what is wrong with: microk8s status; more in docs/operations.md",
+	"completion":      "see the shells with: microk8s completion --help",
+	"config":          "see what there is with: microk8s config --help; what is wrong with: microk8s status",
+	"ctr":             "see what is wrong with: microk8s status; the log of containerd with: microk8s logs containerd",
+	"dashboard-proxy": "see what it takes with: microk8s dashboard-proxy --help; what is wrong with: microk8s status",
+	"dbctl":           "archives are made with: microk8s dbctl backup; see the datastore with: microk8s status",
+	"disable":         "see the addons with: microk8s status; what is wrong with: microk8s inspect",
+	"enable":          "see the addons with: microk8s status, and what each takes with: microk8s enable ADDON --help",
+	"encryption":      "see how far it is with: microk8s encryption status; run the same command again to go on",
+	"helm":            "see what is wrong with: microk8s status, and more with: microk8s inspect",
+	"helm3":           "see what is wrong with: microk8s status, and more with: microk8s inspect",
+	"images":          "see the images with: microk8s images list; what is wrong with: microk8s status",
+	"inspect":         "free some space in /var/snap, and see the services with: microk8s logs",
+	"join":            "run the same join again, with a new line of microk8s add-node where the token has ended; see this node with: microk8s status; more in docs/cluster.md",
+	"kubectl":         "see what is wrong with: microk8s status, and more with: microk8s inspect",
+	"leave":           "run it again: microk8s leave goes on where it ended; see this node with: microk8s status; more in docs/cluster.md",
+	"logs":            "see the services with: microk8s status; without snapd their logs are files in /var/snap/microk8s/common/var/log, see docs/install.md",
+	"network":         "see the ways between nodes with: microk8s network check; what is wrong with: microk8s status",
+	"pod-security":    "see the namespaces with: microk8s pod-security status; what is wrong with: microk8s status",
+	"recover":         "what is stored was kept; see the datastore with: microk8s status; more in docs/operations.md",
+	"refresh-certs":   "see the certificates with: microk8s refresh-certs --check; undo the last change with: microk8s refresh-certs --undo",
+	"remove-node":     "see the nodes with: microk8s kubectl get nodes -o wide, and the members of the datastore with: microk8s status",
+	"reset":           "run microk8s reset again: it goes on where it ended; see what is wrong with: microk8s status",
+	"restore":         "run the same command again: it goes on, or begins again; see what is wrong with: microk8s status; more in docs/operations.md",
+	"start":           "see what is wrong with: microk8s status; the services' own words with: microk8s logs",
+	"status":          "see the services' own words with: microk8s logs, and more with: microk8s inspect",
+	"stop":            "see the services' own words with: microk8s logs; run microk8s stop again",
+	"version":         "the package is damaged: install it again, with snapd: snap refresh microk8s; without: see docs/install.md",
 }
 
 // exitInterrupted is what a shell reports of a program that SIGINT ended.

@@ -377,13 +377,10 @@ func (a *App) sayInferred(r request) {
 func (a *App) refuseAddon(err error) error {
 	fmt.Fprintln(a.Err, err)
 	var unknown *addon.UnknownError
-	switch {
-	case errors.As(err, &unknown) && unknown.Why != "": // which says what to do
-	case unknown != nil && unknown.Nearest != "":
+	if errors.As(err, &unknown) && unknown.Why == "" && unknown.Nearest != "" {
 		fmt.Fprintf(a.Err, "Did you mean %s?\n", unknown.Nearest)
-	default:
-		fmt.Fprintln(a.Err, "  see the addons with: microk8s status")
 	}
+	fmt.Fprintln(a.Err, "  see the addons with: microk8s status")
 	return exitError(ExitError)
 }
 

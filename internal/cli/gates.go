@@ -102,6 +102,9 @@ func (a *App) stoppedStatus() error {
 
 const workerText = "This MicroK8s deployment is acting as a node in a cluster."
 
+// workerStatus is what status advises on a worker.
+const workerStatus = "\nPlease use the control plane node."
+
 // worker refuses on a worker. advice follows on the same line, or on the next where it begins
 // with a line break.
 func (a *App) worker(advice string, code int) gate {
@@ -116,6 +119,9 @@ func (a *App) worker(advice string, code int) gate {
 		fmt.Fprintln(a.Out, workerText+sep+advice)
 		for _, why := range status.Local(a.Env, a.Now()) {
 			fmt.Fprintln(a.Out, why)
+		}
+		if advice != workerStatus {
+			fmt.Fprintln(a.Err, "  for this node there are: microk8s status, microk8s inspect, microk8s logs and microk8s leave")
 		}
 		return exitError(code)
 	}

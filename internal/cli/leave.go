@@ -80,6 +80,7 @@ func (a *App) leave(ctx context.Context, o cluster.LeaveOptions) error {
 		return nil
 	case errors.Is(err, cluster.ErrNotMember):
 		fmt.Fprintln(a.Out, notClustered)
+		fmt.Fprintln(a.Err, "  see this node with: microk8s status")
 		return exitError(ExitError)
 	case errors.Is(err, cluster.ErrLast):
 		fmt.Fprintln(a.Err, "This is the only node of its cluster; its data is kept. To delete it: microk8s reset")

@@ -5,11 +5,17 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/spf13/cobra"
 
 	"microk8s/internal/service"
 )
@@ -141,6 +147,105 @@ stop --force
 completion
 completion tcsh
 `
+
+// TestEachCommandHasANextStep: an error that nobody thought of ends with what to type, too, and with
+// what concerns the command.
+func TestEachCommandHasANextStep(t *testing.T) {
+	a := newApp(t)
+	for _, c := range a.commands() {
+		if c.hidden {
+			continue
+		}
+		a.err.Reset()
+		a.sayNextStep([]string{"microk8s", c.name}, "the sky has fallen")
+		if got := a.err.String(); nextSteps[c.name] == "" || !nextStep.MatchString(got) {
+			t.Errorf("%s: %q", c.name, got)
+		}
+	}
+	for name := range nextSteps {
+		if !slices.ContainsFunc(a.commands(), func(c command) bool { return c.name == name }) {
+			t.Errorf("there is no command %s", name)
+		}
+	}
+}
+
+// hinted is a command in a message: what stands before it says that it is to be typed.
+var hinted = regexp.MustCompile("(?:^|[:;,(`'] ?|\\b(?:with|run|see|and|or|then|by|again) )(?:sudo )?microk8s ([a-z][a-z0-9-]*)((?: (?:--?[a-z][a-z-]*|[a-z][a-z0-9-]*|[A-Z_|]+|%s))*)")
+
+// TestHintsAreCommands: what messages tell people to type exists, with its subcommand and flags, and
+// so do the pages that they name.
+func TestHintsAreCommands(t *testing.T) {
+	const top = "../.."
+	root := newApp(t).Tree()
+	raw := []string{"kubectl", "helm", "helm3", "ctr", "enable", "disable", "daemon", "hook"}
+	page := regexp.MustCompile(`\bdocs/[a-z0-9/-]+\.md`)
+	found := 0
+	check := func(at, text string) {
+		for _, p := range page.FindAllString(text, -1) {
+			if _, err := os.Stat(filepath.Join(top, p)); err != nil {
+				t.Errorf("%s: %v", at, err)
+			}
+		}
+		for _, m := range hinted.FindAllStringSubmatch(text, -1) {
+			i := slices.IndexFunc(root.Commands(), func(c *cobra.Command) bool { return c.Name() == m[1] })
+			if i < 0 && slices.Contains([]string{"is", "server", "node"}, m[1]) {
+				continue // a sentence, or the name of a protocol
+			}
+			if i < 0 {
+				t.Errorf("%s: there is no microk8s %s: %s", at, m[1], text)
+				continue
+			}
+			found++
+			if slices.Contains(raw, m[1]) {
+				continue
+			}
+			cmd := root.Commands()[i]
+			for _, w := range strings.Fields(m[2]) {
+				if sub := slices.IndexFunc(cmd.Commands(), func(c *cobra.Command) bool { return c.Name() == w }); sub >= 0 {
+					cmd = cmd.Commands()[sub]
+					continue
+				}
+				if w == "and" || w == "or" {
+					break
+				}
+				name, long := strings.CutPrefix(w, "--")
+				cmd.InitDefaultHelpFlag()
+				switch {
+				case long && cmd.Flags().Lookup(name) == nil && cmd.InheritedFlags().Lookup(name) == nil,
+					!long && strings.HasPrefix(w, "-") && cmd.Flags().ShorthandLookup(w[1:]) == nil:
+					t.Errorf("%s: microk8s %s has no flag %s: %s", at, m[1], w, text)
+				}
+			}
+		}
+	}
+	files := token.NewFileSet()
+	for _, dir := range []string{"internal", "cluster-agent", "cmd", "apiserver-proxy"} {
+		err := filepath.WalkDir(filepath.Join(top, dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || filepath.Ext(path) != ".go" || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			file, err := parser.ParseFile(files, path, nil, 0)
+			if err != nil {
+				return err
+			}
+			ast.Inspect(file, func(n ast.Node) bool {
+				if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+					if text, err := strconv.Unquote(lit.Value); err == nil {
+						check(files.Position(lit.Pos()).String(), text)
+					}
+				}
+				return true
+			})
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if found < 200 {
+		t.Fatalf("only %d commands were found: the test looks in the wrong place", found)
+	}
+}
 
 // TestFailuresHaveHints: no command fails with a failure whose next step is left empty.
 func TestFailuresHaveHints(t *testing.T) {

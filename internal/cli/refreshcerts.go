@@ -186,6 +186,7 @@ func (a *App) checkCerts(store *certs.Store, out *output) error {
 func (a *App) undoCerts(ctx context.Context, store *certs.Store) error {
 	if _, err := os.Stat(store.BackupDir()); errors.Is(err, os.ErrNotExist) {
 		fmt.Fprintln(a.Out, "No previous backup found")
+		fmt.Fprintln(a.Err, "  the certificates were never renewed here; see them with: microk8s refresh-certs --check")
 		return exitError(ExitError)
 	}
 	if err := store.Undo(); err != nil {

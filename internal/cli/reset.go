@@ -85,6 +85,7 @@ func (a *App) reset(ctx context.Context, destroy, noCopy bool) error {
 	if len(nodes.Items) > 1 {
 		fmt.Fprintln(a.Out, "This is a multi-node MicroK8s deployment. Reset is applicable for single node clusters.")
 		fmt.Fprintln(a.Out, "Please remove all joined nodes before calling reset.")
+		fmt.Fprintln(a.Err, "  see them with: microk8s kubectl get nodes; remove each with: microk8s leave there, and then here: microk8s remove-node NAME")
 		return exitError(ExitOK)
 	}
 	if err := a.soleNode(ctx, false, "reset this node", "it would delete everything that they have, too", ""); err != nil {

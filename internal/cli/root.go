@@ -75,7 +75,7 @@ func (a *App) commands() []command {
 		{name: "reset", group: groupNode, usage: ExitUsage, gates: []gate{a.rootOnly, a.perm(a.Out), a.worker("\nPlease use the master node.", ExitError), a.stoppedUnlessResetting}, exits: exitsRoot, build: a.newReset},
 		{name: "restore", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew, a.worker("\nPlease use the master node.", ExitError)}, sudo: true, exits: exitsBackup, build: a.newRestore},
 		{name: "start", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("start"), a.permUnlessNew}, sudo: true, build: a.newStart},
-		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker("\nPlease use the control plane node.", ExitOK), a.lowMemory, a.stoppedStatus}, exits: exitsStatus, build: a.newStatus},
+		{name: "status", group: groupNode, usage: ExitUsage, gates: []gate{a.perm(a.Out), a.worker(workerStatus, ExitOK), a.lowMemory, a.stoppedStatus}, exits: exitsStatus, build: a.newStatus},
 		{name: "stop", group: groupNode, usage: ExitError, gates: []gate{a.workerSnap("stop"), a.permUnlessNew}, sudo: true, build: a.newStop},
 		{name: "version", group: groupNode, usage: ExitError, gates: []gate{a.permUnlessNew}, build: a.newVersion},
 

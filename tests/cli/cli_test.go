@@ -148,6 +148,9 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	if fmt.Sprint(code) != args[0] {
 		ts.Fatalf("%v: exit code %d, want %s", args[1:], code, args[0])
 	}
+	if text := ts.ReadFile("stdout") + ts.ReadFile("stderr"); code != 0 && text != "" && talks(args[1:]) && !steps.MatchString(text) {
+		ts.Fatalf("%v: nothing of what it prints is a next step that can be pasted:\n%s", args[1:], text)
+	}
 	if text := ts.ReadFile("stderr"); code != 0 && ourErrors.MatchString(text) && talks(args[1:]) && !steps.MatchString(ourErrors.ReplaceAllString(text, "$1")) {
 		ts.Fatalf("%v: the message has no next step that can be pasted:\n%s", args[1:], text)
 	}
@@ -157,12 +160,12 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 var ourErrors = regexp.MustCompile(`(?m)^microk8s: (.*)$`)
 
 // talks reports whether what a command prints are messages of ours to a person: not the log of a service,
-// the state of an addon, or what another program says.
+// the state of an addon, or what another program says (other is a plugin of the scripts).
 func talks(args []string) bool {
 	if filepath.Base(args[0]) != "microk8s" || len(args) < 2 {
 		return false
 	}
-	return !slices.Contains([]string{"daemon", "hook", "supervise", "ctr", "kubectl", "helm", "helm3"}, args[1]) &&
+	return !slices.Contains([]string{"daemon", "hook", "supervise", "ctr", "kubectl", "helm", "helm3", "other"}, args[1]) &&
 		!slices.Contains(args, "-a") && !slices.Contains(args, "--addon")
 }
 
