@@ -103,9 +103,7 @@ func TestRecover(t *testing.T) {
 		}
 		c.waitReady(t, "n1", "n1")
 		c.wantMark(t, "n1", "acknowledged")
-		if out := c.run(t, "n1", "microk8s", "kubectl", "exec", "keeper-n1-0", "--", "/web", "cat", "/data/file"); strings.TrimSpace(out) != "kept on n1" {
-			t.Errorf("%q", out)
-		}
+		c.keeps(t, "n1", time.Minute)
 	})
 	for i, h := range hosts[1:] {
 		step(h+" joins again", func(t *testing.T) {
@@ -127,13 +125,7 @@ func TestRecover(t *testing.T) {
 			if err != nil || len(files) != 1 {
 				t.Errorf("volumes on %s: %q, %v", h, files, err)
 			}
-			eventually(t, 5*time.Minute, func() error {
-				r := c.try(t, "n1", "microk8s", "kubectl", "exec", "keeper-"+h+"-0", "--", "/web", "cat", "/data/file")
-				if strings.TrimSpace(r.out) != "kept on "+h {
-					return fmt.Errorf("%s", r)
-				}
-				return nil
-			})
+			c.keeps(t, h, 5*time.Minute)
 		})
 	}
 	step("each of them takes writes", func(t *testing.T) {
@@ -149,6 +141,18 @@ func TestRecover(t *testing.T) {
 	})
 	step("a member heals its files", func(t *testing.T) {
 		c.testDamage(t, "n3", func() result { return doc(t, "n3", "damage look") })
+	})
+}
+
+// keeps waits until the pod on a node has what it had written to its volume.
+func (c *cluster) keeps(t *testing.T, host string, limit time.Duration) {
+	t.Helper()
+	eventually(t, limit, func() error {
+		r := c.try(t, "n1", "microk8s", "kubectl", "exec", "keeper-"+host+"-0", "--", "/web", "cat", "/data/file")
+		if strings.TrimSpace(r.out) != "kept on "+host {
+			return fmt.Errorf("%s", r)
+		}
+		return nil
 	})
 }
 

@@ -122,6 +122,9 @@ func Run(ctx context.Context, c *Config, snapInstance string, log *slog.Logger, 
 		}
 		defer stop()
 	}
+	if err := replica.Recall(ctx, c.StorageDir, c.MinTLSVersion, !c.EnableTLS, log); err != nil {
+		return err
+	}
 	m, err := member.Start(member.Options{
 		Dir: c.StorageDir, Logger: log, MinTLSVersion: c.MinTLSVersion, TLSSessionCache: c.TLSCache,
 		DisableTLS: !c.EnableTLS, SnapInstance: snapInstance, FromOwn: c.fromOwn,

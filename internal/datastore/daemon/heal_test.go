@@ -3,6 +3,7 @@ package daemon
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
+	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/longtest"
 )
@@ -353,4 +355,107 @@ func TestHealsAfterAnOldCopy(t *testing.T) {
 		t.Errorf("%d of 20 keys are there", got)
 	}
 	c.waitRoles(3)
+}
+
+// A whole machine that was put back from a snapshot has an older marker, too. The other members remember how far its
+// member had come, and it takes its data from them.
+func TestHealsAfterASnapshotOfTheMachine(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	m := c.leader()
+	for i := range 20 {
+		m.put(t, fmt.Sprintf("/r/%d", i), "x")
+	}
+	m.kill(t)
+	old := image(t, m.dir)
+	c.start(m)
+	c.waitRoles(3)
+	_, before, _ := member.ProgressOf(old)
+	// A vote is forgotten, and a write.
+	id := storedirSelf(t, m).ID
+	within(t, "the others have seen another term of the member", func() bool {
+		_, _ = c.tool(m, ".transfer "+m.address)
+		_, _ = c.tool(m, ".transfer "+c.other(m).address)
+		return c.seen(t, c.other(m), id).Version > before.Version && c.seen(t, c.other(m, c.other(m)), id).Version > before.Version
+	})
+	m.kill(t)
+	c.other(m).put(t, "/r/later", "x")
+	now, err := os.ReadDir(m.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range now {
+		os.RemoveAll(filepath.Join(m.dir, e.Name()))
+	}
+	if err := os.CopyFS(m.dir, os.DirFS(old)); err != nil {
+		t.Fatal(err)
+	}
+	c.start(m)
+	if x := m.damage(t, storedir.DamageHealed); !strings.Contains(x.What, "old copy") {
+		t.Errorf("%+v", x)
+	}
+	if got := m.count(t); got != 21 {
+		t.Errorf("%d of 21 keys are there", got)
+	}
+	c.waitRoles(3)
+	if again := storedirSelf(t, m).ID; again == id {
+		t.Error("it has the ID with which it has voted")
+	}
+}
+
+// Two of three that were left out of a recovery would be the majority of the cluster that was. When they come back
+// they hear of it, and do not start.
+func TestLeftOutMembersDoNotGoOn(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	a, b, d := c.members[0], c.members[1], c.members[2]
+	a.put(t, "/r/before", "x")
+	for _, m := range c.members {
+		m.kill(t)
+	}
+	if out, err := repair(a, "recover", "--others-are-gone"); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	c.start(a)
+	a.put(t, "/r/after", "x")
+	c.launch(b)
+	c.launch(d)
+	for _, m := range []*testMember{b, d} {
+		if err := m.cmd.Wait(); err == nil {
+			t.Error("it ended in good order")
+		}
+		text, err := os.ReadFile(m.log)
+		if err != nil || !strings.Contains(string(text), "was recovered without this member") || !strings.Contains(string(text), "microk8s leave --force --yes") {
+			t.Errorf("%s, %v", text, err)
+		}
+	}
+	if got := a.count(t); got != 2 {
+		t.Errorf("%d of 2 keys are there", got)
+	}
+	if l := a.list(t); len(l) != 1 || !l[0].Leader {
+		t.Errorf("the members: %v", l)
+	}
+}
+
+func storedirSelf(t *testing.T, m *testMember) storedir.Member {
+	t.Helper()
+	self, err := storedir.Dir(m.dir).Self()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return self
+}
+
+// seen is how far a member has seen another one, as it has written down.
+func (*testCluster) seen(t *testing.T, m *testMember, id uint64) (p member.Progress) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(m.dir, storedir.SeenFile))
+	if err != nil {
+		return p
+	}
+	var s member.Seen
+	if err := json.Unmarshal(data, &s); err != nil {
+		t.Fatal(err)
+	}
+	return s[id]
 }

@@ -188,6 +188,7 @@ func TestUnreadable(t *testing.T) {
 		"cannot start dqlite in /d: raft_start(): io: last entry on disk has index 3, which is behind last snapshot's index 9":                  "metadata1",
 		"cannot start dqlite in /d: raft_start(): io: open open-1: too many open files":                                                         "",
 		"cannot start dqlite in /d: raft_start(): io: open open-1: permission denied":                                                           "",
+		"cannot create the dqlite node in /d: raft_init(): io: decode content of metadata2: bad format version 0":                               "metadata1",
 		"cannot start dqlite in /d: failed to bind":                                                                                             "",
 	} {
 		var d *Damage

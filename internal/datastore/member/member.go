@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -210,7 +211,7 @@ func Start(opt Options) (_ *Member, err error) {
 		dqlite.WithAutoRecovery(false), // it makes damage good by dropping what was acknowledged
 	)
 	if err != nil {
-		return nil, fmt.Errorf("cannot create the dqlite node in %s: %w", opt.Dir, err)
+		return nil, unreadable(fmt.Errorf("cannot create the dqlite node in %s: %w", opt.Dir, err))
 	}
 	if err = m.dqlite.Start(); err != nil {
 		return nil, unreadable(fmt.Errorf("cannot start dqlite in %s: %w; if the files are damaged, restore the directory from a backup", opt.Dir, err))
@@ -228,13 +229,15 @@ func Start(opt Options) (_ *Member, err error) {
 // checked before leaves little: a segment that was never used, and is not empty.
 func unreadable(err error) error {
 	text := err.Error()
-	const load = "raft_start(): io: "
 	for _, other := range []unix.Errno{unix.EACCES, unix.EMFILE, unix.ENFILE, unix.ENOSPC, unix.ENOMEM, unix.EROFS} {
 		if strings.Contains(strings.ToLower(text), strings.ToLower(other.Error())) {
 			return err
 		}
 	}
-	_, what, found := strings.Cut(text, load)
+	_, what, found := strings.Cut(text, "raft_start(): io: ")
+	if !found {
+		_, what, found = strings.Cut(text, "raft_init(): io: ") // term and vote
+	}
 	if !found {
 		return err
 	}
@@ -256,6 +259,10 @@ func Reconfigure(dir string, members []client.NodeInfo) error {
 		return err
 	}
 	if err := forgetTerm(dir); err != nil {
+		return err
+	}
+	// What the others had come to was before this, too.
+	if err := os.Remove(at(dir).File(storedir.SeenFile)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return dqlite.ReconfigureMembershipExt(dir, members)

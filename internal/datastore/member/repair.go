@@ -103,7 +103,7 @@ func (d directory) finishReseed() (kept string, found bool, err error) {
 	if err != nil || !found {
 		return "", found, err
 	}
-	var names []string
+	names := []string{storedir.SeenFile} // what was seen may be of before a recovery
 	entries, err := os.ReadDir(string(d.Dir))
 	if err != nil {
 		return "", true, err
@@ -322,6 +322,9 @@ func Recover(dir string, others []string, saved string) error {
 		return fmt.Errorf("cannot save the directory: %w", err)
 	}
 	info.Role = storedir.Voter
+	if err := d.leaveOut(info, time.Now()); err != nil {
+		return err
+	}
 	if err := Reconfigure(dir, []client.NodeInfo{{ID: info.ID, Address: info.Address, Role: client.Voter}}); err != nil {
 		return fmt.Errorf("cannot rewrite the membership: %w; the directory is saved in %s", err, saved)
 	}

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	dslog "microk8s/internal/datastore/log"
+	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
 	"microk8s/internal/datastore/storedir"
 
@@ -32,7 +33,10 @@ func TestBytesOfMessages(t *testing.T) {
 		text    string // JSON
 		hex     string // of the others
 	}{
-		"ping": {message: &pingRequest{ID: 5, Address: "10.0.0.1:19001"}, text: `{"ID":5,"Address":"10.0.0.1:19001"}`},
+		"ping":          {message: &pingRequest{ID: 5, Address: "10.0.0.1:19001"}, text: `{"ID":5,"Address":"10.0.0.1:19001"}`},
+		"progress":      {message: &pingRequest{ID: 5, Address: "a:1", Progress: member.Progress{Version: 4, Term: 3, Index: 9}}, text: `{"ID":5,"Address":"a:1","Progress":{"Version":4,"Term":3,"Index":9}}`},
+		"recall":        {message: &recallRequest{ID: 5}, text: `{"ID":5}`},
+		"recall answer": {message: &recallAnswer{Progress: member.Progress{Version: 4, Term: 3, Index: 9}}, text: `{"Progress":{"Version":4,"Term":3,"Index":9}}`},
 		"ping answer": {
 			message: &pingAnswer{ID: 5, LeaderID: 6, LeaderAddress: "a:1", Leads: true, Members: []storedir.Member{{ID: 6, Address: "a:1", Role: storedir.StandBy}}, Weight: 2, Domain: 3, Size: 7, InUse: 4},
 			text:    `{"ID":5,"LeaderID":6,"LeaderAddress":"a:1","Leads":true,"Members":[{"ID":6,"Address":"a:1","Role":1}],"Stopping":false,"LowDisk":false,"Full":false,"Domain":3,"Weight":2,"Size":7,"InUse":4}`,

@@ -75,7 +75,7 @@ func (r *Replica) watch(ctx context.Context, p *peer) {
 		conn := p.conn
 		r.mu.Unlock()
 		begin := time.Now()
-		a, err := callTimed[pingAnswer](ctx, pingLimit, conn, "Ping", &pingRequest{ID: own.ID, Address: own.Address})
+		a, err := callTimed[pingAnswer](ctx, pingLimit, conn, "Ping", &pingRequest{ID: own.ID, Address: own.Address, Progress: *r.progress.Load()})
 		if ctx.Err() != nil {
 			return
 		}
@@ -141,6 +141,7 @@ func (r *Replica) connTo(address string) *grpc.ClientConn {
 func (r *Replica) servePing(_ context.Context, q *pingRequest) (*pingAnswer, error) {
 	r.mu.Lock()
 	r.pinged[q.ID] = time.Now()
+	r.sees(q.ID, q.Progress)
 	r.mu.Unlock()
 	n := r.m.Node()
 	a := &pingAnswer{ID: n.ID, Domain: r.m.FailureDomain(), Stopping: r.stopping.Load(), LowDisk: r.lowDisk.Load(), Full: r.full.Load()}

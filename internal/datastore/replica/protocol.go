@@ -10,6 +10,7 @@ import (
 	"time"
 
 	dslog "microk8s/internal/datastore/log"
+	"microk8s/internal/datastore/member"
 	"microk8s/internal/datastore/state"
 	"microk8s/internal/datastore/storedir"
 
@@ -41,6 +42,17 @@ func isNotLeading(err error) bool {
 type pingRequest struct {
 	ID      uint64
 	Address string
+	// Progress is what the asker's files have reached for certain.
+	Progress member.Progress `json:",omitzero"`
+}
+
+// recallRequest asks, before a member starts, what is known of it.
+type recallRequest struct{ ID uint64 }
+
+// recallAnswer says how far the member had come, and whether the datastore was recovered without it.
+type recallAnswer struct {
+	Progress  member.Progress     `json:",omitzero"`
+	Recovered *storedir.Recovered `json:",omitempty"`
 }
 
 // pingAnswer is what a daemon says of itself.
@@ -363,6 +375,7 @@ var serviceDesc = grpc.ServiceDesc{
 	Methods: []grpc.MethodDesc{
 		handler("Ping", (*Replica).servePing),
 		handler("Who", (*Replica).serveWho),
+		handler("Recall", (*Replica).serveRecall),
 		handler("Barrier", (*Replica).serveBarrier),
 		handler("Write", (*Replica).serveWrite),
 		handler("Join", (*Replica).serveJoin),

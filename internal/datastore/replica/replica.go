@@ -103,6 +103,10 @@ type Replica struct {
 	why     string               // nothing can be served yet
 	weight  uint64               // of this node, as dqlite keeps it
 	pinged  map[uint64]time.Time // when other members asked last, by id
+	seen    member.Seen          // how far they have come
+	seenNew bool                 // it is not written down yet
+
+	progress atomic.Pointer[member.Progress] // of this member's files
 }
 
 // following is a stream from the daemon that leads.
@@ -127,6 +131,8 @@ func Start(opt Options) *Replica {
 		peers: map[string]*peer{}, pinged: map[uint64]time.Time{}, turn: make(chan struct{}), why: "nobody leads yet",
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
+	r.seen = r.m.ReadSeen()
+	r.progress.Store(&member.Progress{})
 	r.e = engine.New(engine.Options{Logger: r.log, Alone: r.alone.Load, Confirm: r.confirm, Full: r.noRoom.Load, Compacted: r.turned, Trim: member.Trim, Quota: opt.Quota, Member: r.m.Node().ID})
 	r.confirms.run = func(ctx context.Context) (int64, error) {
 		ctx, cancel := context.WithTimeout(ctx, askLimit)
@@ -152,6 +158,7 @@ func Start(opt Options) *Replica {
 	r.spawn(r.run)
 	r.spawn(r.watchDisk)
 	r.spawn(r.watchNode)
+	r.spawn(r.keepSeen)
 	if r.m.Joining() {
 		r.spawn(r.join)
 	}

@@ -8,6 +8,7 @@ package storedir
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"sigs.k8s.io/yaml"
 )
@@ -49,11 +51,24 @@ const (
 	ReseedFile        = ".reseed"         // what init.yaml is to be when the old files are moved away: a reseed that is under way
 	IdentityFolder    = ".identity"       // copies of the four files that say who this member is, and let it reach the others
 	DamageFile        = ".damage.json"    // what was wrong with the files; see Damage
+	SeenFile          = ".seen.json"      // how far the other members were known to have come
+	RecoveredFile     = ".recovered.json" // which members a recovery has left out; see Recovered
 	MembersSocket     = "members.sock"    // where the daemon says who the members are; see package peers
 )
 
 // MetadataFiles are dqlite's own: Raft's term and vote, in the newer of the two.
 var MetadataFiles = []string{"metadata1", "metadata2"}
+
+// Recovered is a recovery of the datastore from one member: the others that it left out must not go on with
+// their data, which a majority of them could.
+type Recovered struct {
+	At      time.Time `json:"at"`
+	By      string    `json:"by"`      // address of the member
+	LeftOut []uint64  `json:"leftOut"` // IDs
+}
+
+// ParseRecovered reads the file.
+func ParseRecovered(data []byte) (r Recovered, err error) { return r, json.Unmarshal(data, &r) }
 
 // Role is what a member does, with dqlite's numbers.
 type Role int
