@@ -68,11 +68,7 @@ func OpenDqlite(ctx context.Context, address string, dial func(context.Context) 
 			if a != address {
 				return nil, fmt.Errorf("%s leads, not this node (%s)", a, address)
 			}
-			conn, err := dial(ctx)
-			if err != nil {
-				return nil, err
-			}
-			return Together(conn), nil
+			return dial(ctx)
 		},
 	}
 	attempt, cancel := context.WithTimeout(ctx, openTimeout)

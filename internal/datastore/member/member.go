@@ -307,7 +307,7 @@ func (m *Member) OpenLog(ctx context.Context) (dslog.Log, error) {
 	const pause, report = 50 * time.Millisecond, 10 * time.Second
 	reported := time.Now()
 	for {
-		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.DialOwn, m.leading, m.logf)
+		l, err := dslog.OpenDqlite(ctx, m.node.Address, m.DialHere, m.leading, m.logf)
 		switch {
 		case err == nil:
 			if mig := l.Migrated; mig != nil {
