@@ -30,6 +30,7 @@ import (
 	"slices"
 	"strings"
 	"text/template"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -64,6 +65,8 @@ var (
 	configMaps = schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}
 	services   = schema.GroupVersionResource{Version: "v1", Resource: "services"}
 	nodes      = schema.GroupVersionResource{Version: "v1", Resource: "nodes"}
+
+	definitions = schema.GroupVersionResource{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}
 )
 
 // part is what an addon does beyond its manifests.
@@ -76,10 +79,17 @@ type part struct {
 	needs  func(args []string) []string                                  // addons that must be on before; nil: none
 	admit  func(ctx context.Context, s *Set, args []string) error        // what a person's arguments would get in the way of; nil: nothing
 	ask    string                                                        // question for its argument, where it is enabled without one
+	asks   func(s *Set) question                                         // what it is to answer besides what its objects promise; nil: nothing
 }
 
 // parts are the addons that can be enabled.
 var parts = map[string]part{
+	"cert-manager": {
+		values: none, asks: (*Set).issuerWebhook,
+		notes: []string{
+			"Certificates come from an Issuer or ClusterIssuer that you make: self-signed, a CA of yours, ACME, Vault. There is none for Venafi.",
+		},
+	},
 	"dashboard": {
 		check: check(readDashboard), values: values(readDashboard), needs: dashboardNeeds, title: "Dashboard",
 		usage: `dashboard [--host NAME]
@@ -168,6 +178,12 @@ func Usages() []string {
 // Notes is what a person who enables the addon should know.
 func (a Addon) Notes() []string { return a.part().notes }
 
+// Keeps reports whether the addon brings kinds, which stay with all their objects when it is disabled.
+func (a Addon) Keeps() bool { return a.Repository == CoreRepository && slices.Contains(kinds, a.Name) }
+
+// kinds are the addons with kinds of their own.
+var kinds = []string{"cert-manager", "ingress", "metallb"}
+
 // Question is what to ask a person who enables the addon without arguments, "" for nothing.
 func (a Addon) Question() string { return a.part().ask }
 
@@ -208,6 +224,8 @@ type Set struct {
 	Adopt bool
 	// Online has nodes pull the images of an addon that is in a pack from registries.
 	Online bool
+	// Everything has Disable delete what stays otherwise, too: kinds with all objects of these, and namespaces.
+	Everything bool
 	// Left is called for objects that Disable leaves because others made them; nil logs them.
 	Left func(bootstrap.Foreign)
 
@@ -240,8 +258,10 @@ type Record struct {
 	Online bool
 
 	removing bool
-	applied  string                    // sum of the objects that are in the cluster completely, or ""
-	kinds    []schema.GroupVersionKind // of the objects it may have
+	// everything: when it was disabled, what stays otherwise was to go too.
+	everything bool
+	applied    string                    // sum of the objects that are in the cluster completely, or ""
+	kinds      []schema.GroupVersionKind // of the objects it may have
 	// UIDs of the objects that were made for the addon, and of those that were taken over.
 	owned, adopted []types.UID
 }
@@ -331,6 +351,8 @@ func (s *Set) Enabled(ctx context.Context, name string) (r Record, on bool, err 
 type Applied struct {
 	Objects []*unstructured.Unstructured
 	Values  any
+
+	asks func(s *Set) question
 }
 
 // Enable turns an addon on, or brings one that is on in line with args and with this version.
@@ -367,7 +389,7 @@ func (s *Set) enable(ctx context.Context, a Addon, args []string, online bool, d
 		return Applied{}, err
 	}
 	if sum == done {
-		return Applied{objects, values}, nil
+		return Applied{objects, values, p.asks}, nil
 	}
 	record := Record{Name: a.Name, Version: a.Version, Args: args, Online: online}
 	for _, o := range objects {
@@ -405,7 +427,7 @@ func (s *Set) enable(ctx context.Context, a Addon, args []string, online bool, d
 	}
 	s.left(result.Left)
 	record.applied, record.owned, record.adopted = sum, result.Owned, result.Adopted
-	return Applied{objects, values}, s.write(ctx, record)
+	return Applied{objects, values, p.asks}, s.write(ctx, record)
 }
 
 func union(a, b []types.UID) []types.UID {
@@ -441,11 +463,16 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	record.removing, record.applied = true, ""
+	record.removing, record.applied, record.everything = true, "", record.everything || s.Everything
 	if err := s.write(ctx, record); err != nil {
 		return err
 	}
-	set := bootstrap.Set{Label: Label, Value: name, Kinds: record.kinds, Owned: record.owned, Adopted: record.adopted}
+	set := bootstrap.Set{Label: Label, Value: name, Kinds: record.kinds, Owned: record.owned, Adopted: record.adopted, Everything: record.everything}
+	if record.everything {
+		if err := s.deleteKinds(ctx, set); err != nil {
+			return err
+		}
+	}
 	result, err := bootstrap.Sync(ctx, s.config, set, s.Log)
 	if err != nil {
 		return err
@@ -456,6 +483,41 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 		return fmt.Errorf("cannot record that %s is disabled: %w", name, err)
 	}
 	return nil
+}
+
+// kindsGone bounds the wait for the end of kinds, whose objects may have to be finished by the addon's own pods.
+const kindsGone = time.Minute
+
+// deleteKinds deletes the kinds that an addon brought, and waits until they are gone: as long as there are objects of theirs, the
+// addon's pods must run, which finish these.
+func (s *Set) deleteKinds(ctx context.Context, set bootstrap.Set) error {
+	set.Kinds = []schema.GroupVersionKind{definitions.GroupVersion().WithKind("CustomResourceDefinition")}
+	if _, err := bootstrap.Sync(ctx, s.config, set, s.Log); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, kindsGone)
+	defer cancel()
+	tick := time.NewTicker(look)
+	defer tick.Stop()
+	for {
+		list, err := s.client.Resource(definitions).List(ctx, metav1.ListOptions{LabelSelector: Label + "=" + set.Value})
+		var ending []string
+		if err == nil {
+			for i := range list.Items {
+				if list.Items[i].GetDeletionTimestamp() != nil {
+					ending = append(ending, list.Items[i].GetName())
+				}
+			}
+			if len(ending) == 0 {
+				return nil
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("kinds that are deleted are not gone, because objects of theirs have finalizers: %s", strings.Join(ending, ", "))
+		}
+	}
 }
 
 // Reconcile brings the cluster in line with what is written down; on a cluster that was just
@@ -622,12 +684,13 @@ func (r *Record) add(k schema.GroupVersionKind) {
 
 // form is a record as JSON, in the ConfigMap's key "record".
 type form struct {
-	Version  string   `json:"version"`
-	Args     []string `json:"arguments"`
-	Online   bool     `json:"online,omitempty"`
-	Removing bool     `json:"removing,omitempty"`
-	Applied  string   `json:"applied,omitempty"`
-	Kinds    []kind   `json:"kinds"`
+	Version    string   `json:"version"`
+	Args       []string `json:"arguments"`
+	Online     bool     `json:"online,omitempty"`
+	Removing   bool     `json:"removing,omitempty"`
+	Everything bool     `json:"everything,omitempty"`
+	Applied    string   `json:"applied,omitempty"`
+	Kinds      []kind   `json:"kinds"`
 
 	Owned   []types.UID `json:"owned,omitempty"`
 	Adopted []types.UID `json:"adopted,omitempty"`
@@ -639,7 +702,7 @@ type kind struct {
 }
 
 func (s *Set) write(ctx context.Context, r Record) error {
-	f := form{Version: r.Version, Args: r.Args, Online: r.Online, Removing: r.removing, Applied: r.applied, Owned: r.owned, Adopted: r.adopted}
+	f := form{Version: r.Version, Args: r.Args, Online: r.Online, Removing: r.removing, Everything: r.everything, Applied: r.applied, Owned: r.owned, Adopted: r.adopted}
 	for _, k := range r.kinds {
 		version, name := k.ToAPIVersionAndKind()
 		f.Kinds = append(f.Kinds, kind{version, name})
@@ -666,7 +729,7 @@ func parseRecord(object, name, text string) (Record, error) {
 	if err := json.Unmarshal([]byte(text), &f); err != nil {
 		return Record{}, fmt.Errorf("cannot read the record of an addon, ConfigMap kube-system/%s: %w; delete it and enable the addon again", object, err)
 	}
-	r := Record{Name: name, Version: f.Version, Args: f.Args, Online: f.Online, removing: f.Removing, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
+	r := Record{Name: name, Version: f.Version, Args: f.Args, Online: f.Online, removing: f.Removing, everything: f.Everything, applied: f.Applied, owned: f.Owned, adopted: f.Adopted}
 	for _, k := range f.Kinds {
 		r.add(schema.FromAPIVersionAndKind(k.APIVersion, k.Kind))
 	}

@@ -89,6 +89,9 @@ func await(ctx context.Context, q question, say func(string)) error {
 // questions returns what the applied objects promise to answer.
 func (s *Set) questions(ctx context.Context, applied Applied, here string) (out []question, err error) {
 	addresses := s.nodeAddresses(ctx, here)
+	if applied.asks != nil {
+		defer func() { out = append(out, applied.asks(s)) }() // last: it needs the ports
+	}
 	for _, o := range applied.Objects {
 		switch o.GetKind() {
 		case "Service":

@@ -35,7 +35,7 @@ type Addon struct {
 	Alias string `json:"alias"`
 
 	// Images are those that are not in the snap but in a pack, by full name; Online, by the names of the
-	// containers that use them, are the images of registries that do the same.
+	// containers that use them or of the arguments that name them, are the images of registries that do the same.
 	Images []string          `json:"images"`
 	Online map[string]string `json:"online"`
 
@@ -174,7 +174,6 @@ var errInvalidName = errors.New("Invalid addon name") //nolint:staticcheck // up
 // notOffered are the core addons of upstream that the product does not have, with what to do
 // instead. docs/scope.md has the reasons.
 var notOffered = map[string]string{
-	"cert-manager":  "install its Helm chart with microk8s helm",
 	"cis-hardening": "its settings are arguments of the services, in args/, and RBAC and Node authorization are on already",
 	"gpu":           "install NVIDIA's GPU operator with microk8s helm",
 	"kube-ovn":      "bring a pod network of your own as args/cni-network/cni.yaml",

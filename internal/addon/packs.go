@@ -3,6 +3,7 @@ package addon
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
@@ -41,7 +42,7 @@ func Packed(env snapenv.Env) []string {
 }
 
 // pull makes the containers of an addon's pods use the images of the registries that the addon names, by
-// the containers' names.
+// the containers' names, and those of their arguments that name an image.
 func pull(a Addon, objects []*unstructured.Unstructured) error {
 	for _, o := range objects {
 		if _, ok := workloads[o.GetKind()]; !ok {
@@ -66,6 +67,17 @@ func pull(a Addon, objects []*unstructured.Unstructured) error {
 					return fmt.Errorf("addon %s names no registry for container %v", a.Name, container["name"])
 				}
 				container["image"], container["imagePullPolicy"] = online, "IfNotPresent"
+				args, _ := container["args"].([]any)
+				for i, arg := range args {
+					name, value, _ := strings.Cut(fmt.Sprint(arg), "=")
+					if !slices.Contains(a.Images, value) {
+						continue
+					}
+					if online = a.Online[name]; online == "" {
+						return fmt.Errorf("addon %s names no registry for argument %s", a.Name, name)
+					}
+					args[i] = name + "=" + online
+				}
 			}
 			if err := unstructured.SetNestedSlice(o.Object, containers, path...); err != nil {
 				return err

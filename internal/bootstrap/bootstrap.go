@@ -111,6 +111,8 @@ type Set struct {
 	Owned, Adopted []types.UID
 	// Adopt takes over objects that others made. Those of kinds in replaceable stay theirs.
 	Adopt bool
+	// Everything removes objects with KeepAnnotation too.
+	Everything bool
 }
 
 // Sync makes the cluster have the objects of a set, labels them, and removes what has the
@@ -259,7 +261,7 @@ func (c *cluster) sync(ctx context.Context, set Set) (Result, error) {
 		for i := range list.Items {
 			o := &list.Items[i]
 			o.SetGroupVersionKind(gvk)
-			if _, stays := o.GetAnnotations()[KeepAnnotation]; stays || keep[describe(o)] {
+			if _, stays := o.GetAnnotations()[KeepAnnotation]; stays && !set.Everything || keep[describe(o)] {
 				continue
 			}
 			if set.standing(o) != mine {

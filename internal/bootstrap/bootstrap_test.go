@@ -89,6 +89,29 @@ func TestApplyAndPrune(t *testing.T) {
 	}
 }
 
+// TestKept: what holds data of people's stays when the rest of a set goes, until everything is to go.
+func TestKept(t *testing.T) {
+	f, cfg := newFake(t)
+	object := func() []*unstructured.Unstructured {
+		return []*unstructured.Unstructured{{Object: map[string]any{"apiVersion": "v1", "kind": "Namespace",
+			"metadata": map[string]any{"name": "ns", "annotations": map[string]any{KeepAnnotation: "data"}}}}}
+	}
+	for _, everything := range []bool{false, true} {
+		set := Set{Label: Label, Value: "x", Objects: object()}
+		result, err := Sync(t.Context(), cfg, set, quietly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		set = Set{Label: Label, Value: "x", Kinds: []schema.GroupVersionKind{{Version: "v1", Kind: "Namespace"}}, Owned: result.Owned, Everything: everything}
+		if _, err := Sync(t.Context(), cfg, set, quietly); err != nil {
+			t.Fatal(err)
+		}
+		if left := f.Paths(); (len(left) == 0) != everything {
+			t.Errorf("everything: %v: left are %v", everything, left)
+		}
+	}
+}
+
 // without is everything but the objects whose path has a part.
 func without(part string) []string {
 	return slices.DeleteFunc(slices.Clone(everything), func(path string) bool { return strings.Contains(path, part) })

@@ -96,9 +96,12 @@ that have not, or with --no-wait at once.
 
     microk8s disable dns
     microk8s disable hostpath-storage [destroy-storage]
+    microk8s disable cert-manager [destroy-objects]
 
 Disabling an addon that is not enabled does nothing. Data in volumes is kept, unless
-destroy-storage is given or the question is answered with y.`, a.disable)
+destroy-storage is given or the question is answered with y. Kinds that an addon brought (cert-manager,
+ingress, metallb) are kept with all objects of them, and so is a namespace with Secrets of yours; with
+destroy-objects they are deleted too.`, a.disable)
 }
 
 func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
@@ -319,7 +322,12 @@ func (a *App) hookEnviron() []string {
 
 // checkDisable checks the arguments of a disable, which one addon only has.
 func checkDisable(r request) error {
-	if r.addon.Name != storageAddon {
+	switch {
+	case r.addon.Keeps() && len(r.args) == 1 && strings.TrimPrefix(r.args[0], "--") == "destroy-objects":
+		return nil
+	case r.addon.Keeps():
+		return fmt.Errorf("it takes destroy-objects or nothing, and got %q", r.args)
+	case r.addon.Name != storageAddon:
 		return fmt.Errorf("it takes no arguments, and got %q", r.args)
 	}
 	_, err := destroyStorage(r.args)
@@ -536,6 +544,7 @@ func (a *App) disable(ctx context.Context, set *addon.Set, r request, wait bool)
 			return err
 		}
 	}
+	set.Everything = r.addon.Keeps() && len(r.args) > 0
 	left, err := set.Leftover(ctx, r.addon.Name)
 	if err != nil {
 		return err

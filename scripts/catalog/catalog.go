@@ -39,6 +39,8 @@ type Component struct {
 	Row string
 	// Module is the Go module that the programs are from.
 	Module string
+	// Inside says that the component's own module is named as if it were below Module, whose internal packages it imports.
+	Inside bool
 	// Licence is the module's, as an SPDX licence expression.
 	Licence string
 	// Source is where the module's source is published.
@@ -167,6 +169,12 @@ var Components = []Component{
 		Unset: map[string]string{"gitCommit": commit, "gitBranch": commit},
 	},
 	{
+		Name: "cert-manager", Module: "github.com/cert-manager/cert-manager", Inside: true, Licence: "Apache-2.0",
+		Source: "https://github.com/cert-manager/cert-manager", Place: Pack,
+		Variables: []Variable{{"github.com/cert-manager/cert-manager/pkg/util.AppVersion", "{version}"}},
+		Unset:     map[string]string{"AppGitCommit": commit, "AppGitState": commit},
+	},
+	{
 		Name: "helm", Module: "helm.sh/helm/v3", Licence: "Apache-2.0",
 		Source: "https://github.com/helm/helm", Place: Snap, Dir: "bin", Later: true,
 		// Where it has no cluster, helm acts as the Kubernetes of these four, and of 1.20 without them.
@@ -205,6 +213,11 @@ var Components = []Component{
 		Name: "versitygw", Module: "github.com/versity/versitygw", Licence: "Apache-2.0",
 		Source: "https://github.com/versity/versitygw", Place: Peer,
 		Unset: map[string]string{"Version": "never shown", "Build": commit, "BuildTime": "a build has no date, so that it can be repeated"},
+	},
+	{
+		Name: "pebble", Module: "github.com/letsencrypt/pebble/v2", Licence: "MPL-2.0",
+		Source: "https://github.com/letsencrypt/pebble", Place: Peer,
+		Unset: map[string]string{"version": "never shown"},
 	},
 }
 
@@ -371,8 +384,16 @@ func parse(gomod string) (*modfile.File, error) {
 	return modfile.Parse(gomod, data, nil)
 }
 
-// ModulePrefix begins the names of the components' modules: each is that and its name.
+// ModulePrefix begins the names of the components' modules: each is that and its name, but those Inside of another.
 const ModulePrefix = "microk8s/scripts/components/"
+
+// Own is the name of the component's own module.
+func (c Component) Own() string {
+	if c.Inside {
+		return c.Module + "/" + c.Name
+	}
+	return ModulePrefix + c.Name
+}
 
 // goLine is the go line of every component's module: the highest that one of them needs.
 const goLine = "1.26.4"
@@ -387,7 +408,8 @@ func Check(root string) []error {
 	}
 	for _, file := range mods {
 		name := filepath.Base(filepath.Dir(file))
-		if _, err := Find(name); err != nil {
+		c, err := Find(name)
+		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", file, err))
 			continue
 		}
@@ -396,8 +418,8 @@ func Check(root string) []error {
 		case err != nil:
 			errs = append(errs, err)
 			continue
-		case mod.Module.Mod.Path != ModulePrefix+name:
-			errs = append(errs, fmt.Errorf("%s: the module is called %s, not %s", file, mod.Module.Mod.Path, ModulePrefix+name))
+		case mod.Module.Mod.Path != c.Own():
+			errs = append(errs, fmt.Errorf("%s: the module is called %s, not %s", file, mod.Module.Mod.Path, c.Own()))
 		}
 		if mod.Go == nil || mod.Go.Version != goLine {
 			errs = append(errs, fmt.Errorf("%s: its go line is not go %s", file, goLine))

@@ -2,6 +2,7 @@ package catalog
 
 import (
 	"encoding/json"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
@@ -44,6 +45,7 @@ func TestRuleForModules(t *testing.T) {
 	for name, tc := range map[string]struct{ folder, mod, want string }{
 		"another name":     {"helm", "module microk8s/components/helm\n\ngo " + goLine + "\n", "the module is called microk8s/components/helm"},
 		"another go line":  {"helm", "module " + ModulePrefix + "helm\n\ngo 1.26\n", "its go line is not go " + goLine},
+		"inside of another": {"cert-manager", "module " + ModulePrefix + "cert-manager\n\ngo " + goLine + "\n", ", not github.com/cert-manager/cert-manager/cert-manager"},
 		"not in the table": {"other", "module " + ModulePrefix + "other\n\ngo " + goLine + "\n", `there is no component "other"`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -148,20 +150,29 @@ func moduleDir(t *testing.T, c Component) string {
 	return got.Dir
 }
 
-// TestKindsOfMetalLB: the kinds that the addon brings are those of the module, with our annotation that keeps them.
-func TestKindsOfMetalLB(t *testing.T) {
-	c, err := Find("metallb")
-	if err != nil {
-		t.Fatal(err)
-	}
-	theirs := definitions(t, filepath.Join(moduleDir(t, c), "config/manifests/metallb-native.yaml"))
-	ours := definitions(t, filepath.Join(root, "addons/core/addons/metallb/crds.yaml"))
-	if len(theirs) == 0 || len(theirs) != len(ours) {
-		t.Errorf("the module has %d kinds, the addon %d", len(theirs), len(ours))
-	}
-	for name, spec := range theirs {
-		if !reflect.DeepEqual(spec, ours[name]) {
-			t.Errorf("%s is another one in the module", name)
+// TestKindsOfModules: the kinds that an addon brings are those of its module, with our annotation that keeps them.
+func TestKindsOfModules(t *testing.T) {
+	for name, files := range map[string]string{"metallb": "config/manifests/metallb-native.yaml", "cert-manager": "deploy/crds/*.yaml"} {
+		c, err := Find(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, err := filepath.Glob(filepath.Join(moduleDir(t, c), files))
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs := map[string]any{}
+		for _, file := range found {
+			maps.Copy(theirs, definitions(t, file))
+		}
+		ours := definitions(t, filepath.Join(root, "addons/core/addons", name, "crds.yaml"))
+		if len(theirs) == 0 || len(theirs) != len(ours) {
+			t.Errorf("the module of %s has %d kinds, the addon %d", name, len(theirs), len(ours))
+		}
+		for kind, spec := range theirs {
+			if !reflect.DeepEqual(spec, ours[kind]) {
+				t.Errorf("%s is another one in the module", kind)
+			}
 		}
 	}
 }

@@ -30,7 +30,7 @@ const (
 // pack returns the OCI archive of an image that holds the programs: files on this machine, of which
 // the first becomes img.program and the others those of img.more.
 func (img image) pack(arch string, programs ...string) ([]byte, error) {
-	layer, err := programLayer(programs, append([]string{img.program}, img.more...))
+	layer, err := programLayer(programs, append([]string{img.program}, img.more...), img.links)
 	if err != nil {
 		return nil, err
 	}
@@ -84,8 +84,8 @@ func (img image) labels() (map[string]string, error) {
 	return labels, nil
 }
 
-// programLayer is a layer with executable files that belong to root, dated 1970.
-func programLayer(sources, targets []string) (v1.Layer, error) {
+// programLayer is a layer with executable files that belong to root, dated 1970, and links to the first.
+func programLayer(sources, targets, links []string) (v1.Layer, error) {
 	if len(sources) != len(targets) {
 		return nil, fmt.Errorf("%d programs for %d places", len(sources), len(targets))
 	}
@@ -101,6 +101,12 @@ func programLayer(sources, targets []string) (v1.Layer, error) {
 			return nil, err
 		}
 		if _, err := w.Write(data); err != nil {
+			return nil, err
+		}
+	}
+	for _, link := range links {
+		h := tar.Header{Typeflag: tar.TypeSymlink, Name: strings.TrimPrefix(link, "/"), Linkname: targets[0], Mode: 0o777, Format: tar.FormatPAX}
+		if err := w.WriteHeader(&h); err != nil {
 			return nil, err
 		}
 	}

@@ -121,6 +121,36 @@ func TestArchiveIsComplete(t *testing.T) {
 	}
 }
 
+// TestLinks: one program may have several names.
+func TestLinks(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "x")
+	if err := os.WriteFile(program, []byte("program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	layer, err := programLayer([]string{program}, []string{"/app/x"}, []string{"/app/y"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := layer.Uncompressed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	for r := tar.NewReader(plain); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[h.Name] = h.Linkname
+	}
+	if to, ok := got["app/y"]; !ok || to != "/app/x" {
+		t.Errorf("the layer has %v", got)
+	}
+}
+
 func TestUnchangedArchiveIsNotTouched(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "dir", "x.tar")
 	for _, step := range []struct {

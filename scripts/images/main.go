@@ -41,6 +41,7 @@ type image struct {
 	test    bool     // for the tests only: goes to --test-out
 	packed  bool     // for packs of addons: which ones, addons.yaml says
 	more    []string // paths of further programs of the component
+	links   []string // paths that are links to the program, which does what the name says by which it is called
 	// component is the program of scripts/components that the image holds; where there is none,
 	// build makes the program.
 	component string
@@ -144,6 +145,18 @@ var images = []image{
 		title:     "metallb",
 		note:      "MetalLB's controller and speaker, with layer 2 and native BGP, built from its module.",
 		component: "metallb",
+		packed:    true,
+	},
+	{
+		archive: "cert-manager",
+		refs:    []string{"microk8s.io/cert-manager:1.21.2"},
+		// The paths are those of cert-manager's own images; the controller starts the solver without a command.
+		program:   "/app/cmd/acmesolver/acmesolver",
+		links:     []string{"/app/cmd/controller/controller", "/app/cmd/webhook/webhook", "/app/cmd/cainjector/cainjector"},
+		user:      "65532:65532",
+		title:     "cert-manager",
+		note:      "cert-manager's controller, webhook, CA injector and ACME solver in one program, without the issuer for Venafi, built from its module.",
+		component: "cert-manager",
 		packed:    true,
 	},
 	{

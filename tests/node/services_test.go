@@ -46,6 +46,7 @@ func TestAddonsServices(t *testing.T) {
 	step("images", n.testImages)
 	step("metrics", n.testMetrics)
 	step("ingress", n.testIngress)
+	step("certificates", n.testCertificates)
 	step("dashboard", n.testDashboard)
 	step("host access", n.testHostAccess)
 }
