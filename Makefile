@@ -55,7 +55,7 @@ snap: build ## Pack build/snap into build/microk8s_<version>_<arch>.snap, with i
 sbom: build ## Write the bill of materials: build/microk8s_<version>_<arch>.{spdx,cdx}.json
 	@go run ./scripts/sbom --tree $(SNAP) --out build
 
-RELEASE = $(wildcard build/microk8s_*.snap build/microk8s_*.spdx.json build/microk8s_*.cdx.json $(addprefix build/packs/*.,tar tar.gz tar.zst))
+RELEASE = $(wildcard build/microk8s_*.snap build/microk8s_*.spdx.json build/microk8s_*.cdx.json $(addprefix build/packs/*.,tar tar.gz tar.zst spdx.json cdx.json))
 .PHONY: sign
 sign: ## Sign the snap, its bill of materials and packs with a key file (KEY=FILE)
 	@go run ./scripts/sign --key "$(KEY)" $(RELEASE)
@@ -104,9 +104,10 @@ tree: ## Make build/snap of what is built already
 	@go run ./scripts/snaptree --out $(SNAP) $(if $(BUILT),--built)
 
 .PHONY: addons
-addons: deps ## Build the packs of the larger addons into build/packs
+addons: deps ## Build the packs of the larger addons into build/packs, with their bill of materials
 	@go run ./scripts/components pack
 	@go run ./scripts/images --packs build/packs
+	@go run ./scripts/sbom --packs build/packs
 
 .PHONY: clean
 clean: ## Remove build/ (nodes of the lab must be down)

@@ -34,8 +34,8 @@ func SPDX(inv Inventory, created time.Time) ([]byte, error) {
 	}
 	doc := &v2_3.Document{
 		SPDXVersion: v2_3.Version, DataLicense: v2_3.DataLicense, SPDXIdentifier: "DOCUMENT",
-		DocumentName:      fmt.Sprintf("microk8s_%s_%s", inv.Version, inv.Arch),
-		DocumentNamespace: fmt.Sprintf("https://spdx.org/spdxdocs/microk8s_%s_%s-%x", inv.Version, inv.Arch, digest[:16]),
+		DocumentName:      inv.file(),
+		DocumentNamespace: fmt.Sprintf("https://spdx.org/spdxdocs/%s-%x", inv.file(), digest[:16]),
 		CreationInfo: &v2_3.CreationInfo{
 			Creators: []common.Creator{{CreatorType: "Tool", Creator: tool}},
 			Created:  created.UTC().Format(time.RFC3339),
@@ -59,7 +59,7 @@ func SPDX(inv Inventory, created time.Time) ([]byte, error) {
 		return p.PackageSPDXIdentifier
 	}
 	snap := add(&v2_3.Package{
-		PackageName: "microk8s", PackageVersion: inv.Version, PackageSPDXIdentifier: "Snap",
+		PackageName: inv.Name, PackageVersion: inv.Version, PackageSPDXIdentifier: "Snap",
 		PackageLicenseConcluded: productLicence, PrimaryPackagePurpose: "APPLICATION",
 		PackageExternalReferences: purl(inv.purl()),
 	})
@@ -103,7 +103,10 @@ func SPDX(inv Inventory, created time.Time) ([]byte, error) {
 }
 
 // purl is the package URL of the whole.
-func (inv Inventory) purl() string { return "pkg:generic/microk8s@" + escape(inv.Version) }
+func (inv Inventory) purl() string { return "pkg:generic/" + inv.Name + "@" + escape(inv.Version) }
+
+// file is the name of its documents, without the ending.
+func (inv Inventory) file() string { return fmt.Sprintf("%s_%s_%s", inv.Name, inv.Version, inv.Arch) }
 
 func purl(key string) []*v2_3.PackageExternalReference {
 	return []*v2_3.PackageExternalReference{{Category: common.CategoryPackageManager, RefType: common.TypePackageManagerPURL, Locator: key}}
@@ -131,7 +134,7 @@ func CycloneDX(inv Inventory, created time.Time) ([]byte, error) {
 	bom.Metadata = &cdx.Metadata{
 		Timestamp: created.UTC().Format(time.RFC3339),
 		Tools:     &cdx.ToolsChoice{Components: &[]cdx.Component{{Type: cdx.ComponentTypeApplication, Name: tool}}},
-		Component: &cdx.Component{BOMRef: inv.purl(), Type: cdx.ComponentTypeApplication, Name: "microk8s", Version: inv.Version, PackageURL: inv.purl(), Licenses: expression(productLicence)},
+		Component: &cdx.Component{BOMRef: inv.purl(), Type: cdx.ComponentTypeApplication, Name: inv.Name, Version: inv.Version, PackageURL: inv.purl(), Licenses: expression(productLicence)},
 	}
 	var components []cdx.Component
 	var dependencies []cdx.Dependency

@@ -53,8 +53,9 @@ func (p Program) ID() string {
 // Image is a container image that travels with the product.
 type Image struct{ Ref, Digest, Licence string }
 
-// Inventory is everything that one snap consists of.
+// Inventory is everything that one snap, or the packs of addons, consist of.
 type Inventory struct {
+	Name     string // of what it is about
 	Version  string // of the product
 	Arch     string
 	Programs []Program          // by ID
@@ -71,11 +72,11 @@ type collector struct {
 	nft      map[string]Package           // by the name of a file of lib/nft
 }
 
-// Collect makes the inventory of a tree of the snap, with its images, that was built from the
+// Collect makes the inventory called name of a tree, with the images in its folder images, that was built from the
 // repository at root. A program of which nothing says what it is is an error.
-func Collect(root, tree, version, arch string) (Inventory, error) {
+func Collect(name, root, tree, version, arch string) (Inventory, error) {
 	c := &collector{root: root, owner: map[string]catalog.Component{}, nft: map[string]Package{}}
-	c.Version, c.Arch, c.Packages = version, arch, map[string]Package{}
+	c.Name, c.Version, c.Arch, c.Packages = name, version, arch, map[string]Package{}
 	for _, component := range catalog.Components {
 		names, err := component.Binaries(root)
 		if err != nil {
@@ -201,7 +202,8 @@ func (c *collector) modules(info *debug.BuildInfo) ([]string, error) {
 
 // ours reports whether a module is of this repository.
 func ours(module string) bool {
-	return module == "microk8s" || strings.HasPrefix(module, "microk8s/")
+	return module == "microk8s" || strings.HasPrefix(module, "microk8s/") ||
+		slices.ContainsFunc(catalog.Components, func(c catalog.Component) bool { return module == c.Own() })
 }
 
 func (c *collector) library(key string) (Package, error) {

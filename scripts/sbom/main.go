@@ -3,6 +3,7 @@
 // CycloneDX 1.6, both in JSON.
 //
 //	go run ./scripts/sbom --tree build/snap --out build
+//	go run ./scripts/sbom --packs build/packs            # of the packs of addons, beside them
 //
 // What is in a Go program is read from the program itself (debug/buildinfo); licences from the
 // modules' licence files; C libraries and third-party programs from scripts/catalog. The same
@@ -16,20 +17,27 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"time"
 
 	"sigs.k8s.io/yaml"
 
 	"microk8s/internal/atomicfile"
+	"microk8s/scripts/catalog"
 )
 
 func main() {
 	root := flag.String("root", ".", "root of the repository, holding build/")
 	tree := flag.String("tree", "build/snap", "tree of the snap")
 	out := flag.String("out", "build", "folder of the documents")
+	packs := flag.String("packs", "", "folder of the packs, of which the documents are to be instead")
 	flag.Parse()
-	if err := run(*root, *tree, *out); err != nil {
+	do := func() error { return run(*root, *tree, *out) }
+	if *packs != "" {
+		do = func() error { return runPacks(*root, *packs) }
+	}
+	if err := do(); err != nil {
 		fmt.Fprintln(os.Stderr, "sbom:", err)
 		os.Exit(1)
 	}
@@ -50,11 +58,31 @@ func run(root, tree, out string) error {
 	if len(meta.Architectures) != 1 {
 		return errors.New("meta/snap.yaml names not one architecture")
 	}
-	created, err := epoch(os.Getenv("SOURCE_DATE_EPOCH"))
+	inv, err := Collect("microk8s", root, tree, meta.Version, meta.Architectures[0])
 	if err != nil {
 		return err
 	}
-	inv, err := Collect(root, tree, meta.Version, meta.Architectures[0])
+	return write(inv, out)
+}
+
+// runPacks writes the documents about the packs that scripts/images made in dir.
+func runPacks(root, dir string) error {
+	version, err := catalog.Required(filepath.Join(root, "go.mod"), "k8s.io/kubernetes")
+	if err != nil {
+		return err
+	}
+	inv, err := Collect("microk8s-addons", root, dir, version, runtime.GOARCH)
+	if err != nil {
+		return err
+	}
+	if len(inv.Images) == 0 {
+		return fmt.Errorf("there are no images in %s; run: make addons", filepath.Join(dir, "images"))
+	}
+	return write(inv, dir)
+}
+
+func write(inv Inventory, out string) error {
+	created, err := epoch(os.Getenv("SOURCE_DATE_EPOCH"))
 	if err != nil {
 		return err
 	}
@@ -66,7 +94,7 @@ func run(root, tree, out string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", doc.ending, err)
 		}
-		file := filepath.Join(out, fmt.Sprintf("microk8s_%s_%s.%s", inv.Version, inv.Arch, doc.ending))
+		file := filepath.Join(out, inv.file()+"."+doc.ending)
 		if err := atomicfile.Write(file, text, 0o644, nil); err != nil {
 			return err
 		}

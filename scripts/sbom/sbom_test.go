@@ -201,9 +201,28 @@ func TestUnknownProgram(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "bin/other"), []byte("\x7fELF, of nobody knows what"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	_, err := Collect(root, dir, "v1", runtime.GOARCH)
+	_, err := Collect("microk8s", root, dir, "v1", runtime.GOARCH)
 	if err == nil || !strings.Contains(err.Error(), "bin/other is a program, and nothing says what is in it") {
 		t.Errorf("error is %v", err)
+	}
+}
+
+// TestPacks: the packs have documents of their own, beside them.
+func TestPacks(t *testing.T) {
+	root, dir := tree(t)
+	if err := runPacks(root, dir); err == nil || !strings.Contains(err.Error(), "run: make addons") {
+		t.Errorf("without images: %v", err)
+	}
+	inv, err := Collect("microk8s-addons", root, dir, "v1", "amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := write(inv, dir); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "microk8s-addons_v1_amd64.spdx.json"))
+	if err != nil || !bytes.Contains(text, []byte(`"pkg:generic/microk8s-addons@v1"`)) {
+		t.Errorf("%v: %.200s", err, text)
 	}
 }
 
