@@ -137,11 +137,12 @@ func TestCertManager(t *testing.T) {
 	n := newNode(t, "resolver")
 	step := n.steps(t)
 	const shop = "shop.example.com"
-	ca, server := "", labtest.Resolver(t, n.lab, "resolver", filepath.Join(build, "components/bin/coredns"), shop, n.ip(t))
+	server := labtest.Resolver(t, n.lab, "resolver", filepath.Join(build, "components/bin/coredns"), shop, n.ip(t))
 	n.run(t, "microk8s", "start")
 	n.connect(t)
 	n.waitReady(t)
 	n.loadWebImage(t)
+	ca := n.pebble(t, "resolver")
 
 	step("self-signed, kept by disable", n.testCertificates)
 	step("enabled again, it goes on", func(t *testing.T) {
@@ -166,7 +167,6 @@ func TestCertManager(t *testing.T) {
 		n.runIn(t, "apiVersion: v1\nkind: Namespace\nmetadata: {name: default, labels: {pod-security.kubernetes.io/enforce: restricted}}\n",
 			"microk8s", "kubectl", "apply", "--server-side", "-f", "-") // what answers the challenge is as it wants pods
 		n.runIn(t, "apiVersion: v1\nkind: Service\nmetadata: {name: shop}\nspec: {selector: {app: shop}, ports: [{port: 80, targetPort: 8080}]}\n", "microk8s", "kubectl", "apply", "-f", "-")
-		ca = n.pebble(t, "resolver")
 		n.issue(t, "acme", "shop-tls",
 			"server: https://acme-v02.api.letsencrypt.org/directory",
 			"server: https://"+server+":14000/dir\n    caBundle: "+base64.StdEncoding.EncodeToString([]byte(ca)))
