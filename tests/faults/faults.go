@@ -227,8 +227,13 @@ var Catalogue = func() []Fault {
 		{Name: "name server on the loopback", ID: "dns.loop", Inspect: true, Says: "all name servers of this host are on its loopback (127.0.0.53)", Do: "microk8s enable dns ADDRESS",
 			Break: "cp /etc/resolv.conf /root/fault-resolv 2>/dev/null || : >/root/fault-resolv; echo nameserver 127.0.0.53 >/etc/resolv.conf", Repair: "cat /root/fault-resolv >/etc/resolv.conf",
 			Files: map[string]string{"etc/resolv.conf": "nameserver 127.0.0.53\n", "run/systemd/resolve/resolv.conf": "-"}},
-		{Name: "no module vxlan", ID: "kernel.modules", Inspect: true, Says: "the kernel module vxlan is missing: pods of different nodes", Do: "modprobe vxlan", Why: "the kernel is the machine's",
-			Files: map[string]string{"sys/module/vxlan/refcnt": "-"}},
+		{Name: "no module vxlan", ID: "kernel.modules", Inspect: true, Says: "the kernel module vxlan is missing: pods of different nodes", Do: "modprobe vxlan",
+			// What the kernel has is hidden, and /lib is the machine's: the list of modules on the disk lies elsewhere, where the
+			// kernel's release leads.
+			Break: "mkdir -p /root/fault-modules; for f in overlay nf_tables nf_conntrack br_netfilter; do echo kernel/fault/$f.ko:; done >/root/fault-modules/modules.dep; " +
+				"echo ../../root/fault-modules >/root/fault-release; mount --bind /root/fault-release /proc/sys/kernel/osrelease; mount -t tmpfs fault /sys/module",
+			Repair: "umount -l /sys/module; umount -l /proc/sys/kernel/osrelease",
+			Files:  map[string]string{"sys/module/vxlan/refcnt": "-"}},
 		{Name: "no module br_netfilter", ID: "kernel.modules", Inspect: true, Says: "the kernel module br_netfilter is missing", Do: "modprobe br_netfilter", Why: "the kernel is the machine's, and a mount that hides a folder of /proc/sys does not stay",
 			Files: map[string]string{"sys/module/br_netfilter/refcnt": "-", "proc/sys/net/bridge/bridge-nf-call-iptables": "-"}},
 		{Name: "no machine ID", ID: "host.machine-id", Inspect: true, Says: "this machine has no machine ID", Do: "systemd-machine-id-setup",

@@ -131,6 +131,68 @@ func TestRevertToBeforeTheJoin(t *testing.T) {
 	tr.check(t, []*machine{n1, n2})
 }
 
+// Machines join by launch configurations, as images of clouds have them: one of the control plane by the file that is there
+// before the snap is installed, a worker by one that appears on a running node. The cluster agent, which applies them,
+// is stopped by the join that it begins.
+func TestJoinByLaunchConfiguration(t *testing.T) {
+	longtest.Only(t)
+	prepare(t)
+	const secret = "5d0c6e1f9b7a48e2a3c4f60718293b5d"
+	n1, n2, n3 := newMachine(t, "n1"), newMachine(t, "n2"), newMachine(t, "n3")
+	install := func(m *machine) { m.run(t, "snap", "install", "--dangerous", "--classic", packed(t)) }
+	install(n1)
+	n1.connect(t)
+	n1.waitReady(t)
+	n1.run(t, "microk8s", "add-node", "--token", secret, "--token-ttl", "7200")
+	address := "10.77.0.11:25000/" + secret
+	const common = "/var/snap/microk8s/common/"
+	put := func(m *machine, path, text string) {
+		m.runIn(t, strings.NewReader(text), "sh", "-c", "install -D -m 600 /dev/stdin "+path)
+	}
+	joined := func(m *machine) {
+		t.Helper()
+		eventually(t, 6*time.Minute, func() error {
+			node, err := n1.client.CoreV1().Nodes().Get(t.Context(), m.name, metav1.GetOptions{})
+			if err != nil {
+				said, _ := m.try(t, "sh", "-c", "cat "+common+"var/log/detached.log "+common+"etc/launcher/*.error")
+				return fmt.Errorf("%w\n%s", err, said)
+			}
+			for _, c := range node.Status.Conditions {
+				if c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue {
+					return nil
+				}
+			}
+			return fmt.Errorf("%s is not Ready", m.name)
+		})
+		eventually(t, 3*time.Minute, func() error { // done, and taken note of
+			if out, code := m.try(t, "sh", "-c", "ls "+common+"etc/launcher"); code != 0 || !strings.Contains(out, ".applied") || strings.Contains(out, ".error") {
+				return fmt.Errorf("etc/launcher has %s", out)
+			}
+			return nil
+		})
+		if out := m.run(t, "systemctl", "list-units", "--failed", "--no-legend", "--plain", "snap.*"); out != "" {
+			t.Errorf("units of %s failed:\n%s", m.name, out)
+		}
+	}
+
+	put(n2, common+".microk8s.yaml", "version: 0.2.0\njoin:\n  url: "+address+"\n")
+	install(n2)
+	joined(n2)
+	n1.waitVoters(t, 2)
+	n2.connect(t)
+	n2.waitReady(t)
+	n2.testServicesActive(t)
+
+	install(n3)
+	n3.connect(t)
+	n3.waitReady(t)
+	put(n3, common+"etc/launcher/join.json", `{"version": "0.2.0", "join": {"url": "`+address+`", "worker": true}}`)
+	joined(n3)
+	if got := n3.services(t)["apiserver-proxy"]; got != "enabled active" {
+		t.Errorf("the proxy of the worker is %s", got)
+	}
+}
+
 // voters counts the living voters that a node's datastore knows of.
 func (m *machine) voters(t *testing.T) int {
 	t.Helper()
