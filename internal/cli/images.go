@@ -120,7 +120,7 @@ func (a *App) importImages(ctx context.Context, file string, stall time.Duration
 	cluster := fanout.Cluster{Env: a.Env}
 	targets, err := cluster.Targets(ctx)
 	if err != nil {
-		return fmt.Errorf("cannot list the nodes: %w", err)
+		return err
 	}
 	say := a.Out
 	if out.document() {
@@ -321,8 +321,11 @@ func (a *App) exportImages(ctx context.Context, output string, names []string) e
 	}
 	defer os.Remove(f.Name()) // not there any more when all went well
 	err = images.Export(ctx, a.Env, f, names, say)
-	if err = errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
-		return explain("cannot write "+output, err)
+	if written := errors.Join(f.Chmod(0o644), f.Sync(), f.Close()); written != nil || errors.Is(err, syscall.ENOSPC) {
+		return explain("cannot write "+output, errors.Join(err, written))
+	}
+	if err != nil {
+		return err
 	}
 	return os.Rename(f.Name(), output)
 }

@@ -69,7 +69,7 @@ func (a *App) importAddons(ctx context.Context, file string, stall time.Duration
 	cluster := fanout.Cluster{Env: a.Env}
 	fit, others, err := cluster.PackNodes(ctx, m)
 	if err != nil {
-		return fmt.Errorf("cannot list the nodes: %w", err)
+		return err
 	}
 	if len(fit) == 0 {
 		return failf("nothing was changed; get the file for "+runtime.GOARCH, "cannot import %s: it is for %s, and no node of the cluster is", file, m.Architecture)

@@ -189,7 +189,7 @@ func (a *App) ctr(user []string) error {
 	f, err := args.Load(file, args.GrammarFor("ctr"))
 	if errors.Is(err, fs.ErrNotExist) {
 		fmt.Fprintf(a.Out, "Arguments file %s is missing.\n", file)
-		fmt.Fprintln(a.Err, "  have it made again with: microk8s start")
+		fmt.Fprintf(a.Err, "  copy it again with: sudo cp %s %s\n", filepath.Join(a.Env.DefaultArgs(), "ctr"), file)
 		return exitError(ExitError)
 	}
 	if err != nil {

@@ -61,7 +61,7 @@ func (a *App) commands() []command {
 		{name: "encryption", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, sudo: true, build: a.newEncryption},
 		{name: "helm", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newHelm("helm")},
 		{name: "helm3", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s helm on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newHelm("helm3")},
-		{name: "images", group: groupWorkloads, usage: ExitUsage, gates: []gate{perm}, build: a.newImages},
+		{name: "images", group: groupWorkloads, usage: ExitUsage, gates: []gate{perm, a.stopped}, build: a.newImages},
 		{name: "inspect", group: groupNode, usage: ExitUsage, sudo: true, exits: exitsInspect, build: a.newInspect},
 		{name: "join", group: groupCluster, usage: ExitUsage, gates: []gate{a.permUnlessNew}, sudo: true, exits: exitsJoin, build: a.newJoin},
 		{name: "kubectl", group: groupTools, raw: true, gates: []gate{a.worker("Please use the microk8s kubectl on the master.", ExitOK), a.stopped}, exits: exitsPassed, build: a.newKubectl},

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"microk8s/internal/snapenv"
@@ -121,6 +122,18 @@ func Export(ctx context.Context, env snapenv.Env, w io.Writer, names []string, s
 	return explain(export(ctx, c, w, names, say))
 }
 
+// named returns the image of that name, or of the full name that is meant: as pods name it, web:1 is
+// docker.io/library/web:1.
+func named(ctx context.Context, store images.Store, name string) (images.Image, error) {
+	img, err := store.Get(ctx, name)
+	if errdefs.IsNotFound(err) {
+		if full, e := reference.ParseDockerRef(name); e == nil && full.String() != name {
+			return store.Get(ctx, full.String())
+		}
+	}
+	return img, err
+}
+
 func export(ctx context.Context, c *client.Client, w io.Writer, names []string, say func(name string)) error {
 	store := c.ImageService()
 	var chosen []images.Image
@@ -136,9 +149,9 @@ func export(ctx context.Context, c *client.Client, w io.Writer, names []string, 
 		}
 	}
 	for _, name := range names {
-		img, err := store.Get(ctx, name)
+		img, err := named(ctx, store, name)
 		if errdefs.IsNotFound(err) {
-			return fmt.Errorf("image %s is not on this node", name)
+			return fmt.Errorf("image %s is not on this node; see those that are with: microk8s images list", name)
 		}
 		if err != nil {
 			return fmt.Errorf("cannot look for image %s: %w", name, err)

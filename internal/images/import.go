@@ -193,7 +193,7 @@ func unusable(ctx context.Context, store content.Store, m ocispec.Descriptor, pl
 		ok, _, _, missing, err := images.Check(ctx, store, m, platform)
 		switch {
 		case errdefs.IsNotFound(err) || err == nil && !ok:
-			return "is not for " + here(platform)
+			return "is not for " + here(platform) + pullFor(platform)
 		case err != nil:
 			return "cannot be read: " + err.Error()
 		case len(missing) > 0:
@@ -205,7 +205,7 @@ func unusable(ctx context.Context, store content.Store, m ocispec.Descriptor, pl
 			return "cannot be read: " + err.Error()
 		}
 		if !slices.ContainsFunc(runs, platform.Match) && len(runs) > 0 {
-			return "is for " + platforms.Format(runs[0]) + ", not for " + here(platform)
+			return "is for " + platforms.Format(runs[0]) + ", not for " + here(platform) + pullFor(platform)
 		}
 		if _, _, _, missing, err := images.Check(ctx, store, m, platforms.All); err != nil || len(missing) > 0 {
 			return fmt.Sprintf("is not complete: %d of its blobs are not in the archive", max(1, len(missing)))
@@ -214,6 +214,11 @@ func unusable(ctx context.Context, store content.Store, m ocispec.Descriptor, pl
 		return "is not an image but " + m.MediaType
 	}
 	return ""
+}
+
+// pullFor says how an image for this machine is had.
+func pullFor(platform platforms.MatchComparer) string {
+	return ": before saving it, docker pull --platform " + here(platform) + " NAME:TAG"
 }
 
 // here names the platform that a matcher is for, as far as this machine is concerned.

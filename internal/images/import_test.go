@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -12,8 +13,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/images/archive"
 	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -187,6 +190,34 @@ func forms(t *testing.T, data []byte) map[string][]byte {
 		}
 	}
 	return map[string][]byte{"plain": data, "gzip": gz.Bytes(), "zstd": zs.Bytes()}
+}
+
+// store has images by name; the other methods are not called.
+type store struct {
+	images.Store
+	names []string
+}
+
+func (s store) Get(_ context.Context, name string) (images.Image, error) {
+	if !slices.Contains(s.names, name) {
+		return images.Image{}, errdefs.ErrNotFound
+	}
+	return images.Image{Name: name}, nil
+}
+
+// TestNamed: images are exported by the names that pods and docker have for them, too.
+func TestNamed(t *testing.T) {
+	s := store{names: []string{"docker.io/library/web:1", "docker.io/library/web:latest", "quay.io/a/b:2", "plain"}}
+	for name, want := range map[string]string{
+		"web:1": "docker.io/library/web:1", "web": "docker.io/library/web:latest", "library/web:1": "docker.io/library/web:1",
+		"quay.io/a/b:2": "quay.io/a/b:2", "plain": "plain", "docker.io/library/web:1": "docker.io/library/web:1",
+		"a/b:2": "", "Web:1": "", "": "",
+	} {
+		got, err := named(t.Context(), s, name)
+		if got.Name != want || (want == "") != errdefs.IsNotFound(err) {
+			t.Errorf("%q: %q, %v", name, got.Name, err)
+		}
+	}
 }
 
 func TestCheckRefuses(t *testing.T) {
