@@ -4,9 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
+
+	"golang.org/x/sys/unix"
 
 	"microk8s/internal/diskspace"
 )
@@ -46,6 +49,7 @@ type Incoming struct {
 	Manifest
 	Path string // of the file, complete, not yet under its name
 	dir  string
+	lock *os.File // shows that the file is in use, until Commit or Discard
 }
 
 // Receive writes a pack from a stream to a file in dir, which is made if it is not there, and checks it: one that is
@@ -55,12 +59,11 @@ func Receive(dir string, r io.Reader) (*Incoming, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("cannot keep the pack: %w", err)
 	}
-	f, err := os.CreateTemp(dir, ".incoming-*")
+	f, err := lockedTemp(dir)
 	if err != nil {
 		return nil, fmt.Errorf("cannot keep the pack: %w", err)
 	}
-	defer f.Close()
-	in := &Incoming{Path: f.Name(), dir: dir}
+	in := &Incoming{Path: f.Name(), dir: dir, lock: f}
 	write := &writer{f: f}
 	in.Manifest, err = Verify(io.TeeReader(r, write), runtime.GOARCH)
 	if write.err != nil {
@@ -79,6 +82,24 @@ func Receive(dir string, r io.Reader) (*Incoming, error) {
 		return nil, err
 	}
 	return in, nil
+}
+
+// lockedTemp makes a file that Clean of another process, or of this one, leaves alone until it is closed.
+func lockedTemp(dir string) (*os.File, error) {
+	for {
+		f, err := os.CreateTemp(dir, ".incoming-*")
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if _, gone := os.Lstat(f.Name()); err == nil && gone == nil {
+			return f, nil
+		}
+		f.Close() // Clean came between the two
+		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.Join(err, os.Remove(f.Name()))
+		}
+	}
 }
 
 // roomEvery is after how many bytes the disk is looked at again.
@@ -108,19 +129,23 @@ func (w *writer) Write(p []byte) (int, error) {
 
 // Commit puts the file under its name, in the place of one that was there.
 func (in *Incoming) Commit() error {
+	defer in.lock.Close()
 	return os.Rename(in.Path, filepath.Join(in.dir, in.File()))
 }
 
 // Discard removes the file, unless it was committed.
-func (in *Incoming) Discard() { _ = os.Remove(in.Path) }
+func (in *Incoming) Discard() {
+	_ = os.Remove(in.Path)
+	in.lock.Close()
+}
 
-// Clean removes what a node that stopped in the middle of receiving has left, and packs that neither
+// Clean removes what a node that stopped in the middle of receiving has left (what is received now stays), and packs that neither
 // the running version of the product nor a newer import needs: of each name the latest two stay.
 func Clean(dir string) error {
 	left, _ := filepath.Glob(filepath.Join(dir, ".incoming-*"))
 	var errs []error
 	for _, path := range left {
-		errs = append(errs, os.Remove(path))
+		errs = append(errs, removeUnlocked(path))
 	}
 	kept, _ := List(dir)
 	byName := map[string][]Kept{}
@@ -148,4 +173,23 @@ func modified(path string) int64 {
 		return 0
 	}
 	return fi.ModTime().UnixNano()
+}
+
+// removeUnlocked removes a file unless somebody has it locked, or it is gone already.
+func removeUnlocked(path string) error {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return nil
+	}
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }

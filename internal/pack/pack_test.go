@@ -201,6 +201,9 @@ func TestKeep(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if err := Clean(dir); err != nil { // kubelite starts while the agent receives a pack
+			t.Fatal(err)
+		}
 		if err := in.Commit(); err != nil {
 			t.Fatal(err)
 		}
