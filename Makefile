@@ -132,8 +132,11 @@ fuzz: deps ## Fuzz every decoder, each for TIME (10s)
 	scripts/fuzz $(or $(TIME),10s)
 
 .PHONY: bench
-bench: build addons $(if $(filter addons,$(MAKECMDGOALS)),,peers) ## Measure against the budgets; prints tables; make bench addons: the addons only
-	scripts/bench $(filter addons,$(MAKECMDGOALS))
+bench: build addons $(if $(filter addons network,$(MAKECMDGOALS)),,peers) ## Measure against the budgets; prints tables; make bench addons|network: one of them only
+	scripts/bench $(filter addons network,$(MAKECMDGOALS))
+.PHONY: network
+network: # of make bench network
+	@:
 
 .PHONY: lint
 lint: deps ## Linters for Go and shell; snapcraft.yaml

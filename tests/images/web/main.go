@@ -29,6 +29,10 @@ const usage = `usage: web [COMMAND]
   sleep DURATION    wait (30, 30s, 5m, forever)
   burn DURATION     use one core
   exit CODE         exit with this code
+  sink [PORT]       the far side of load and probe (default port 8090)
+  load stream|echo|connect ADDRESS DURATION
+                    print bytes a second, two latencies in µs (p50, p99), or new connections a second
+  probe ADDRESS     print when answers over UDP begin and end
 `
 
 func main() {
@@ -94,6 +98,12 @@ func run(ctx context.Context, args []string) (int, error) {
 		}
 		<-ctx.Done()
 		return 0, nil
+	case "sink":
+		return 0, sink(ctx, arg(0, "8090"))
+	case "load":
+		return 0, load(ctx, arg(0, ""), arg(1, ""), arg(2, "5"))
+	case "probe":
+		return 0, probe(ctx, arg(0, ""))
 	case "exit":
 		return strconv.Atoi(arg(0, "0"))
 	}
