@@ -210,6 +210,10 @@ var Components = []Component{
 		Unset: map[string]string{"Version": "never shown", "GitCommit": commit},
 	},
 	{
+		Name: "gobgp", Module: "github.com/osrg/gobgp/v4", Licence: "Apache-2.0",
+		Source: "https://github.com/osrg/gobgp", Place: Peer,
+	},
+	{
 		Name: "versitygw", Module: "github.com/versity/versitygw", Licence: "Apache-2.0",
 		Source: "https://github.com/versity/versitygw", Place: Peer,
 		Unset: map[string]string{"Version": "never shown", "Build": commit, "BuildTime": "a build has no date, so that it can be repeated"},

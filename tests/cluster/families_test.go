@@ -168,10 +168,10 @@ func (c *cluster) testFamilies(t *testing.T, control string, hosts []string, fam
 }
 
 // TestIPv6 has a cluster on hosts without IPv4: three members of the control plane and a worker, joined by the printed lines, with
-// what each family has to do, policies, a loss of the leader, and shares for more nodes than the first range had.
+// what each family has to do, policies, addresses of load balancers and of the API, a loss of the leader, and shares for more nodes than the first range had.
 func TestIPv6(t *testing.T) {
 	longtest.Only(t)
-	c := newClusterOn(t, lab.Options{IPv6: lab.OnlyIPv6}, "n1", "n2", "n3", "w1")
+	c := newClusterOn(t, lab.Options{IPv6: lab.OnlyIPv6}, "n1", "n2", "n3", "w1", "out")
 	controlPlane, hosts := []string{"n1", "n2", "n3"}, []string{"n1", "n2", "n3", "w1"}
 	step := steps(t)
 	step("IPv4 is refused, and IPv6 chosen", func(t *testing.T) {
@@ -257,6 +257,15 @@ func TestIPv6(t *testing.T) {
 		})
 		c.run(t, "w1", "nft", "delete", "table", "inet", "t")
 		c.wantWays(t, "n1")
+	})
+	step("addresses of load balancers", func(t *testing.T) {
+		c.testPack(t, "n1")
+		c.run(t, "n1", "microk8s", "kubectl", "label", "pod", "asker-n1", "asker-w1", "lb=web")
+		c.testBalancer(t, "n1", "w1", "out")
+	})
+	step("an address for the API", func(t *testing.T) {
+		c.testAPIAddress(t, "out")
+		c.testAPIAddressMoves(t, "out", controlPlane...)
 	})
 	step("the leader is lost", func(t *testing.T) {
 		leader := c.leader(t, controlPlane)

@@ -75,6 +75,9 @@ func TestHA(t *testing.T) {
 		c.testFault(t, controlPlane, leader, "killed",
 			func() error { return c.lab.Kill(t.Context(), leader) }, func() error { return c.lab.Start(t.Context(), leader) })
 		c.wantOneHolder(t, "w1", controlPlane...)
+		if longtest.Enabled() {
+			c.testAPIAddressMoves(t, "w1", controlPlane...)
+		}
 		c.run(t, "n1", "microk8s", "network", "api-address", "none")
 	})
 	faults := []func(){}

@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -64,8 +65,7 @@ func (c *cluster) testPack(t *testing.T, host string) {
 
 // pool is a range of the hosts' network that nothing has.
 func (c *cluster) pool(t *testing.T, host string) string {
-	ip := c.ip(t, host)
-	return ip[:strings.LastIndexByte(ip, '.')+1] + "200-" + ip[:strings.LastIndexByte(ip, '.')+1] + "220"
+	return c.neighbour(t, host, "200") + "-" + c.neighbour(t, host, "220")
 }
 
 // testBalancer makes Services of type LoadBalancer for the pods with label lb=web until one has its address on the node at,
@@ -99,7 +99,7 @@ func (c *cluster) testBalancer(t *testing.T, host, at, outside string) string {
 			return nil
 		})
 		eventually(t, time.Minute, func() error {
-			_, err := c.httpGet(outside, "http://"+address+"/")
+			_, err := c.httpGet(outside, "http://"+net.JoinHostPort(address, "80")+"/")
 			return err
 		})
 		if holder == at {
@@ -114,7 +114,7 @@ func (c *cluster) testBalancer(t *testing.T, host, at, outside string) string {
 func (c *cluster) testMoves(t *testing.T, address, outside string) {
 	died := time.Now()
 	eventually(t, time.Minute, func() error {
-		_, err := c.httpGet(outside, "http://"+address+"/")
+		_, err := c.httpGet(outside, "http://"+net.JoinHostPort(address, "80")+"/")
 		return err
 	})
 	t.Logf("the address %s of a dead node answers again after %s", address, time.Since(died).Round(10*time.Millisecond))
