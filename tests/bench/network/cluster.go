@@ -450,18 +450,31 @@ func (c *cluster) probe(ctx context.Context, address string) (<-chan event, func
 	}, nil
 }
 
-// await returns when the next event of a kind happened.
-func await(events <-chan event, what string, limit time.Duration) (time.Time, error) {
+// calm is how long nothing may change before a change counts: on a busy machine a question may go unanswered once.
+const calm = 500 * time.Millisecond
+
+// await returns since when it is so that a probe finds a way open or closed: the last change to that, after a moment,
+// behind which nothing changed.
+func await(events <-chan event, what string, since time.Time, limit time.Duration) (at time.Time, err error) {
 	deadline := time.After(limit)
 	for {
+		var quiet <-chan time.Time
+		if !at.IsZero() {
+			quiet = time.After(calm)
+		}
 		select {
 		case e, ok := <-events:
 			if !ok {
 				return time.Time{}, errors.New("the probe ended")
 			}
-			if e.what == what {
-				return e.at, nil
+			switch {
+			case e.what != what:
+				at = time.Time{}
+			case e.at.After(since):
+				at = e.at
 			}
+		case <-quiet:
+			return at, nil
 		case <-deadline:
 			return time.Time{}, fmt.Errorf("not %s within %v", what, limit)
 		}
@@ -481,7 +494,7 @@ func gate(label string) *networkingv1.NetworkPolicy {
 	}
 }
 
-// toggle changes a policy and measures from before the request until the first packet is judged by it.
+// toggle changes a policy and measures from before the request until the first packet is judged by it, and all that follow.
 func (c *cluster) toggle(ctx context.Context, times int) (closed, opened []time.Duration, err error) {
 	policies := c.api.NetworkingV1().NetworkPolicies(namespace)
 	if _, err := policies.Create(ctx, gate("client"), metav1.CreateOptions{}); err != nil {
@@ -492,7 +505,7 @@ func (c *cluster) toggle(ctx context.Context, times int) (closed, opened []time.
 		return nil, nil, err
 	}
 	defer stop()
-	if _, err := await(events, "open", patience); err != nil {
+	if _, err := await(events, "open", time.Time{}, patience); err != nil {
 		return nil, nil, err
 	}
 	for range times {
@@ -500,12 +513,11 @@ func (c *cluster) toggle(ctx context.Context, times int) (closed, opened []time.
 			label, what string
 			into        *[]time.Duration
 		}{{"nobody", "closed", &closed}, {"client", "open", &opened}} {
-			time.Sleep(300 * time.Millisecond)
 			began := time.Now()
 			if _, err := policies.Update(ctx, gate(step.label), metav1.UpdateOptions{}); err != nil {
 				return nil, nil, err
 			}
-			at, err := await(events, step.what, patience)
+			at, err := await(events, step.what, began, patience)
 			if err != nil {
 				return nil, nil, err
 			}
@@ -642,17 +654,27 @@ func (c *cluster) healed(ctx context.Context, limit time.Duration) (string, erro
 		return "", err
 	}
 	defer stop()
-	if _, err := await(events, "open", patience); err != nil {
+	if _, err := await(events, "open", time.Time{}, patience); err != nil {
 		return "", err
 	}
 	began := time.Now()
 	if _, err := c.lab.Output(ctx, hosts[0], "nft", "flush", "ruleset"); err != nil {
 		return "", err
 	}
-	if _, err := await(events, "closed", patience); err != nil {
-		return "", err
+	closed := false
+	gone := time.After(patience)
+	for !closed {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				return "", errors.New("the probe ended")
+			}
+			closed = e.what == "closed" && e.at.After(began)
+		case <-gone:
+			return "", errors.New("a flushed ruleset makes no difference")
+		}
 	}
-	at, err := await(events, "open", limit)
+	at, err := await(events, "open", began, limit)
 	if err != nil {
 		return fmt.Sprintf("not within %v", limit), nil
 	}

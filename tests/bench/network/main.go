@@ -139,7 +139,7 @@ func (b *bench) cell(state, than, what string, scale float64) string {
 	if len(v) == 0 {
 		return "–"
 	}
-	text := fmt.Sprintf("%.3g", v[len(v)/2]/scale)
+	text := fmt.Sprintf("%.1f", v[len(v)/2]/scale)
 	if base := b.values(than, what); than != "" && len(base) > 0 {
 		text += fmt.Sprintf(" (%+.1f %%)", 100*(v[len(v)/2]/base[len(base)/2]-1))
 	}
