@@ -1,5 +1,5 @@
-// Command security measures what the audit log and encryption at rest cost: one node in the lab, the
-// same build, in turns without and with both, in one run. It prints a table of ratios; nothing fails
+// Command security measures what the audit log and encryption at rest cost: two nodes in the lab, of the
+// same build, one with and one without both, in turns, in one run. It prints a table of ratios; nothing fails
 // because of a figure.
 package main
 
@@ -30,20 +30,19 @@ import (
 
 func main() {
 	build := flag.String("build", "build", "the folder of `make build`")
-	rounds := flag.Int("rounds", 3, "how often both are switched on, between times without")
-	during := flag.Duration("during", 15*time.Second, "how long each figure is measured")
+	pairs := flag.Int("pairs", 16, "how many pairs of turns there are")
+	during := flag.Duration("during", 4*time.Second, "how long each figure of a turn is measured")
 	page := report.Flag()
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *build, *page, *rounds, *during); err != nil {
+	if err := run(ctx, *build, *page, *pairs, *during); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
 const (
-	host    = "n1"
 	callers = 32   // of the write rate
 	size    = 1000 // bytes of each ConfigMap
 )
@@ -61,11 +60,17 @@ cp /root/kube-apiserver.on $d/args/kube-apiserver; cp /root/encryption.on $d/var
 	restart = `microk8s stop && microk8s start && microk8s status --wait-ready --timeout 180`
 )
 
-// figures are of one round: writes a second; milliseconds; milliseconds of CPU that kubelite takes for a write
+// figures are of one turn: writes a second; milliseconds; milliseconds of CPU that kubelite takes for a write
 // of many callers, which other work on the machine changes least.
 type figures struct{ rate, median, p99, cpu float64 }
 
-func run(ctx context.Context, build, page string, rounds int, during time.Duration) (err error) {
+// pair is two turns that follow each other.
+type pair struct{ without, with figures }
+
+// run measures on two nodes of one machine, of which one has both switched off. They take turns of seconds, so
+// that what else the machine does meets both alike, and change their parts half way, so that what differs
+// between the nodes counts for nothing.
+func run(ctx context.Context, build, page string, pairs int, during time.Duration) (err error) {
 	l, err := lab.New(lab.Config{Instance: "benchsecurity", Snap: filepath.Join(build, "snap")})
 	if err != nil {
 		return err
@@ -74,41 +79,60 @@ func run(ctx context.Context, build, page string, rounds int, during time.Durati
 		return err
 	}
 	defer func() { err = errors.Join(err, l.Down(context.WithoutCancel(ctx))) }()
-	if err := l.Up(ctx, host, lab.Options{}); err != nil {
-		return err
+	hosts := []string{"n1", "n2"}
+	for _, host := range hosts {
+		if err := l.Up(ctx, host, lab.Options{}); err != nil {
+			return err
+		}
+		if _, err := l.Output(ctx, host, "microk8s", "start"); err != nil {
+			return err
+		}
 	}
-	if _, err := l.Output(ctx, host, "microk8s", "start"); err != nil {
-		return err
-	}
-	var without, with []figures
-	for i := range 2*rounds + 1 { // it begins and ends without: drifts show
-		script, list := off, &without
-		if i%2 == 1 {
-			script, list = on, &with
+	var all []pair
+	for half := range 2 {
+		without, with := hosts[half], hosts[1-half]
+		var turns [2]*turn
+		for i, host := range []string{without, with} {
+			script := off
+			if i == 1 {
+				script = off + "\n" + on
+			}
+			if _, err := l.Output(ctx, host, "sh", "-c", script+"\n"+restart); err != nil {
+				return err
+			}
+			if turns[i], err = begin(ctx, l, host); err != nil {
+				return err
+			}
 		}
-		if _, err := l.Output(ctx, host, "sh", "-c", script+"\n"+restart); err != nil {
-			return err
+		for n := -1; n < (pairs+half)/2; n++ { // the first pair is to warm up
+			var got [2]figures
+			for i := range got {
+				if n%2 != 0 { // without first, then with first
+					i = 1 - i
+				}
+				if got[i], err = turns[i].write(ctx, during); err != nil {
+					return err
+				}
+			}
+			fmt.Fprintf(os.Stderr, "%s without: %.0f writes/s, median %.2f ms, CPU %.3f ms a write; %s with: %.0f, %.2f, %.3f\n",
+				without, got[0].rate, got[0].median, got[0].cpu, with, got[1].rate, got[1].median, got[1].cpu)
+			if n >= 0 {
+				all = append(all, pair{got[0], got[1]})
+			}
 		}
-		client, err := connect(ctx, l)
-		if err != nil {
-			return err
-		}
-		f, err := write(ctx, client, during, func() (float64, error) { return used(ctx, l) })
-		if err != nil {
-			return err
-		}
-		fmt.Fprintf(os.Stderr, "round %d (%s): %.0f writes/s, median %.2f ms, p99 %.2f ms, CPU %.3f ms a write\n", i, map[bool]string{false: "without", true: "with"}[i%2 == 1], f.rate, f.median, f.p99, f.cpu)
-		*list = append(*list, f)
 	}
 	row := func(what, unit string, of func(figures) float64) []string {
-		a, b := middle(without, of), middle(with, of)
-		low, high := spread(without, of)
-		return []string{what, fmt.Sprintf("%.2f %s", a, unit), fmt.Sprintf("%.2f %s", b, unit), fmt.Sprintf("%+.1f %%", 100*(b/a-1)), fmt.Sprintf("%+.1f to %+.1f %%", 100*(low/a-1), 100*(high/a-1))}
+		var a, b, ratios []float64
+		for _, p := range all {
+			a, b, ratios = append(a, of(p.without)), append(b, of(p.with)), append(ratios, 100*(of(p.with)/of(p.without)-1))
+		}
+		return []string{what, fmt.Sprintf("%.2f %s", at(a, 2), unit), fmt.Sprintf("%.2f %s", at(b, 2), unit), fmt.Sprintf("%+.1f %%", at(ratios, 2)), fmt.Sprintf("%+.1f to %+.1f %%", at(ratios, 1), at(ratios, 3))}
 	}
 	table := &report.Table{
 		Title: "What the audit log and encryption at rest cost", Part: "security",
-		Head:  []string{"what", "without both", "with both", "difference", "rounds without among themselves"},
-		About: fmt.Sprintf("Updates of ConfigMaps of %d bytes on one node, in %d rounds with both between %d without, %v for each figure; medians of the rounds. Wanted: at most 5 %%.", size, rounds, rounds+1, during),
+		Head: []string{"what", "without both", "with both", "difference in a pair", "half of the pairs"},
+		About: fmt.Sprintf("Updates of ConfigMaps of %d bytes on two nodes of one machine, which take turns of %v for each figure: one has both, the other neither, and after half of the %d pairs they change parts. "+
+			"Medians; the difference is the median of those within the pairs. Wanted: at most 5 %%.", size, during, len(all)),
 		Rows: [][]string{
 			row(fmt.Sprintf("writes, %d callers", callers), "/s", func(f figures) float64 { return f.rate }),
 			row("latency of one caller, median", "ms", func(f figures) float64 { return f.median }),
@@ -119,22 +143,13 @@ func run(ctx context.Context, build, page string, rounds int, during time.Durati
 	return table.Write(os.Stdout, page)
 }
 
-func values(list []figures, of func(figures) float64) (out []float64) {
-	for _, f := range list {
-		out = append(out, of(f))
-	}
-	slices.Sort(out)
-	return out
+// at returns a quarter of sorted values: 2 is the median.
+func at(values []float64, quarter int) float64 {
+	sorted := slices.Sorted(slices.Values(values))
+	return sorted[(len(sorted)-1)*quarter/4]
 }
 
-func middle(list []figures, of func(figures) float64) float64 { return values(list, of)[len(list)/2] }
-
-func spread(list []figures, of func(figures) float64) (low, high float64) {
-	v := values(list, of)
-	return v[0], v[len(v)-1]
-}
-
-func connect(ctx context.Context, l *lab.Lab) (*kubernetes.Clientset, error) {
+func connect(ctx context.Context, l *lab.Lab, host string) (*kubernetes.Clientset, error) {
 	text, err := l.Output(ctx, host, "microk8s", "config", "--use-loopback")
 	if err != nil {
 		return nil, err
@@ -152,7 +167,7 @@ func connect(ctx context.Context, l *lab.Lab) (*kubernetes.Clientset, error) {
 }
 
 // used returns the CPU time that kubelite has taken, in milliseconds.
-func used(ctx context.Context, l *lab.Lab) (float64, error) {
+func used(ctx context.Context, l *lab.Lab, host string) (float64, error) {
 	text, err := l.Output(ctx, host, "sh", "-c", "cat /proc/$(pidof -s kubelite)/stat; getconf CLK_TCK")
 	if err != nil {
 		return 0, err
@@ -169,45 +184,59 @@ func used(ctx context.Context, l *lab.Lab) (float64, error) {
 	return (user + system) / hertz * 1000, nil
 }
 
-// write updates ConfigMaps: with one caller for the latency, then with many for the rate.
-func write(ctx context.Context, client *kubernetes.Clientset, during time.Duration, used func() (float64, error)) (figures, error) {
-	objects := make([]*corev1.ConfigMap, callers)
+// turn is a node that takes turns.
+type turn struct {
+	client  *kubernetes.Clientset
+	used    func() (float64, error)
+	objects []*corev1.ConfigMap
+}
+
+// begin makes the ConfigMaps that are updated.
+func begin(ctx context.Context, l *lab.Lab, host string) (*turn, error) {
+	client, err := connect(ctx, l, host)
+	if err != nil {
+		return nil, err
+	}
+	t := &turn{client: client, used: func() (float64, error) { return used(ctx, l, host) }}
 	maps := client.CoreV1().ConfigMaps("default")
-	for i := range objects {
+	for i := range callers {
 		name := fmt.Sprintf("bench-%d", i)
 		if err := maps.Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !strings.Contains(err.Error(), "not found") {
-			return figures{}, err
+			return nil, err
 		}
 		made, err := maps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"x": strings.Repeat("x", size)}}, metav1.CreateOptions{})
 		if err != nil {
-			return figures{}, err
+			return nil, err
 		}
-		objects[i] = made
+		t.objects = append(t.objects, made)
 	}
+	return t, nil
+}
+
+// write updates them: with one caller for the latency, then with many for the rate.
+func (t *turn) write(ctx context.Context, during time.Duration) (figures, error) {
+	maps := t.client.CoreV1().ConfigMaps("default")
 	update := func(i, n int) error {
-		objects[i].Data["x"] = fmt.Sprintf("%0*d", size, n)
-		next, err := maps.Update(ctx, objects[i], metav1.UpdateOptions{})
+		t.objects[i].Data["x"] = fmt.Sprintf("%0*d", size, n)
+		next, err := maps.Update(ctx, t.objects[i], metav1.UpdateOptions{})
 		if err == nil {
-			objects[i] = next
+			t.objects[i] = next
 		}
 		return err
 	}
 	var took []float64
-	warm := time.Now().Add(during / 3)
-	for end := time.Now().Add(during/3 + during); time.Now().Before(end); {
+	for end := time.Now().Add(during); time.Now().Before(end); {
 		began := time.Now()
 		if err := update(0, len(took)); err != nil {
 			return figures{}, err
 		}
-		if began.After(warm) {
-			took = append(took, float64(time.Since(began))/float64(time.Millisecond))
-		}
+		took = append(took, float64(time.Since(began))/float64(time.Millisecond))
 	}
 	if len(took) == 0 {
 		return figures{}, errors.New("not one write was done in time; measure longer, with -during")
 	}
 	slices.Sort(took)
-	before, err := used()
+	before, err := t.used()
 	if err != nil {
 		return figures{}, err
 	}
@@ -215,7 +244,7 @@ func write(ctx context.Context, client *kubernetes.Clientset, during time.Durati
 	var first atomic.Pointer[error]
 	var group sync.WaitGroup
 	end := time.Now().Add(during)
-	for i := range objects {
+	for i := range t.objects {
 		group.Go(func() {
 			for n := 0; time.Now().Before(end); n++ {
 				if err := update(i, n); err != nil {
@@ -230,7 +259,7 @@ func write(ctx context.Context, client *kubernetes.Clientset, during time.Durati
 	if err := first.Load(); err != nil {
 		return figures{}, *err
 	}
-	after, err := used()
+	after, err := t.used()
 	if err != nil {
 		return figures{}, err
 	}
