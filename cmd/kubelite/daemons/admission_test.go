@@ -18,6 +18,7 @@ import (
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -291,6 +292,7 @@ func TestAdmission(t *testing.T) {
 		role         = "node-role.microk8s.io"
 		volumes      = "hostpath.microk8s.io"
 		pvcs         = "hostpath-claims.microk8s.io"
+		classes      = "hostpath-classes.microk8s.io"
 	)
 	w1, fresh := kubelet("w1", "join-w1"), kubelet("new", "join-new")
 	table := []attempt{
@@ -354,6 +356,7 @@ func TestAdmission(t *testing.T) {
 			Spec: corev1.PersistentVolumeSpec{
 				AccessModes:                   []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
 				Capacity:                      corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")},
+				StorageClassName:              "microk8s-hostpath",
 				PersistentVolumeReclaimPolicy: corev1.PersistentVolumeReclaimDelete,
 				PersistentVolumeSource:        corev1.PersistentVolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: path, Type: ptr.To(corev1.HostPathDirectory)}},
 			},
@@ -413,6 +416,12 @@ func TestAdmission(t *testing.T) {
 		}
 	}
 	here := []string{"w1"}
+	for name, provisioner := range map[string]string{"ssd": "microk8s.io/hostpath", "other": "example.org/other"} {
+		must(s.StorageV1().StorageClasses().Create(ctx, &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: name}, Provisioner: provisioner}, metav1.CreateOptions{}))
+	}
+	ofClass := func(name string) func(*corev1.PersistentVolume) {
+		return func(v *corev1.PersistentVolume) { v.Spec.StorageClassName = name }
+	}
 	table = append(table, []attempt{
 		{"a volume of its node", provisioner, createPV(pv("pvc-1", root+"/ns-c-pvc-1", here)), "", ""},
 		{"a volume in the closed part of another directory", provisioner, createPV(pv("pvc-1", "/mnt/ssd/microk8s/ns-c-pvc-1", here)), "", ""},
@@ -434,6 +443,9 @@ func TestAdmission(t *testing.T) {
 		{"another kind of volume", provisioner, createPV(pv("pvc-1", "", here, func(v *corev1.PersistentVolume) {
 			v.Spec.PersistentVolumeSource = corev1.PersistentVolumeSource{NFS: &corev1.NFSVolumeSource{Server: "x", Path: "/"}}
 		})), volumes, "directly below its directories"},
+		{"a volume of a class that somebody made for it", provisioner, createPV(pv("pvc-1", root+"/ns-c-pvc-1", here, ofClass("ssd"))), "", ""},
+		{"a volume of another provisioner's class", provisioner, createPV(pv("pvc-1", root+"/ns-c-pvc-1", here, ofClass("other"))), classes, "of its own classes only, not of other"},
+		{"a volume of no class", provisioner, createPV(pv("pvc-1", root+"/ns-c-pvc-1", here, ofClass(""))), classes, "not of no class"},
 		{"a released volume is deleted", provisioner, deletePV("released-w1"), "", ""},
 		{"a released volume of earlier provisioners is deleted", provisioner, deletePV("released"), "", ""},
 		{"a volume in use is deleted", provisioner, deletePV("bound-w1"), volumes, "no volume that is in use"},
