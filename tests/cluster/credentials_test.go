@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -24,6 +25,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
@@ -32,6 +34,7 @@ import (
 
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
+	"microk8s/tests/lab/labtest"
 )
 
 // never are rights that would be a way from a worker to the cluster, asked for one by one: the API
@@ -251,6 +254,63 @@ func (c *cluster) testWorkerRoot(t *testing.T, server, worker string, all bool) 
 	}
 }
 
+const goldenGuest = "testdata/worker-guest.txt"
+
+// testWorkerGuest runs a pod in the network of a worker, and has it look around: which sockets there are, and what each answers
+// it without credentials. A line more than in the golden file is a hole until somebody has looked at it.
+func (c *cluster) testWorkerGuest(t *testing.T, server, worker string) {
+	c.loadWebImage(t, worker)
+	k := c.client(t, server)
+	guest := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "guest"},
+		Spec: corev1.PodSpec{
+			NodeName: worker, HostNetwork: true, AutomountServiceAccountToken: new(bool),
+			Containers: []corev1.Container{{Name: "c", Image: webImage, Command: []string{"/web", "sleep", "forever"}, ImagePullPolicy: corev1.PullNever}},
+		},
+	}
+	if _, err := k.CoreV1().Pods("default").Create(t.Context(), guest, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		now := int64(0)
+		_ = k.CoreV1().Pods("default").Delete(context.WithoutCancel(t.Context()), "guest", metav1.DeleteOptions{GracePeriodSeconds: &now})
+	}()
+	cat := func(files ...string) (out string) {
+		t.Helper()
+		eventually(t, 2*time.Minute, func() error {
+			r := c.try(t, server, slices.Concat([]string{"microk8s", "kubectl", "exec", "guest", "--", "/web", "cat"}, files)...)
+			if out = r.out; r.code != 0 {
+				return errors.New(r.String())
+			}
+			return nil
+		})
+		return out
+	}
+	var got []string
+	for _, l := range labtest.Listeners(t, cat("/proc/net/tcp", "/proc/net/tcp6"), "0A") {
+		got = append(got, labtest.Asked(t, c.dialer(worker), l)...) // the network is the same: these sockets are those of the host
+	}
+	for _, l := range labtest.Listeners(t, cat("/proc/net/udp", "/proc/net/udp6"), "07") {
+		got = append(got, fmt.Sprintf("udp %s", l))
+	}
+	slices.Sort(got)
+	text := strings.Join(slices.Compact(got), "\n") + "\n"
+	text = regexp.MustCompile(`10\.1\.\d+\.`).ReplaceAllString(text, "10.1.N.") // the subnet of the node
+	if *rewrite {
+		if err := os.WriteFile(goldenGuest, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(goldenGuest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), text); diff != "" {
+		t.Errorf("what a pod in a worker's network is answered is not what is in %s (-want +got):\n%s", goldenGuest, diff)
+	}
+}
+
 // tokenOf returns a token of an account, given as a user.
 func (c *cluster) tokenOf(t *testing.T, host, account string) string {
 	t.Helper()
@@ -394,6 +454,7 @@ func (c *cluster) agentCalls(t *testing.T, worker, server string, pair *tls.Cert
 		api.PathConfirm:      api.ConfirmRequest{Token: secret, Hostname: worker},
 		api.PathRelease:      api.ConfirmRequest{Token: secret, Hostname: worker},
 		api.PathRenew:        api.RenewRequest{},
+		api.PathExamine:      struct{}{},
 		"/metrics":           struct{}{},
 		"/debug/pprof/":      struct{}{},
 	} {

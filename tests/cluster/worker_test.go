@@ -91,6 +91,7 @@ func TestWorker(t *testing.T) {
 		}
 	})
 	step("root on the worker", func(t *testing.T) { c.testWorkerRoot(t, "n1", "w1", false) })
+	step("a pod in the worker's network", func(t *testing.T) { c.testWorkerGuest(t, "n1", "w1") })
 	step("leave", func(t *testing.T) {
 		c.testInterruptedLeave(t, "w1")
 		c.run(t, "n1", "microk8s", "remove-node", "w1")
