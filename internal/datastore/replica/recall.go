@@ -29,13 +29,13 @@ const (
 // [*member.Damage] where they have seen it further than its files are: the machine was put back, and the member has forgotten
 // what it acknowledged. It is another one where the datastore was recovered without the member.
 func Recall(ctx context.Context, dir string, minTLS uint16, plain bool, log *slog.Logger) error {
+	members, err := storedir.Dir(dir).Members()
+	if err != nil || len(members) < 2 {
+		return nil //nolint:nilerr // the start says so
+	}
 	self, now, ok := member.ProgressOf(dir)
 	if !ok {
 		return nil
-	}
-	members, err := storedir.Dir(dir).Members()
-	if err != nil {
-		return nil //nolint:nilerr // the start says so
 	}
 	var config *tls.Config
 	if !plain {
