@@ -2,6 +2,7 @@ package cluster
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -144,6 +145,40 @@ func TestRecover(t *testing.T) {
 	})
 }
 
+// TestDamageAlone damages the files of a node that is alone: its status names the newest archive that was proven, and
+// what it says to type brings that one back.
+func TestDamageAlone(t *testing.T) {
+	longtest.Only(t)
+	c := newCluster(t, "n1")
+	c.start(t, "n1")
+	c.mark(t, "n1", "archived")
+	key := strings.TrimSpace(c.run(t, "n1", "microk8s", "backup", "key", "/root/backup.key"))
+	c.run(t, "n1", "microk8s", "backup", "schedule", "--every", "12h", "--keep", "3", "--to", "/root/backups", "--recipient", key[strings.LastIndex(key, "age1"):])
+	known := filepath.Join(c.lab.Root("n1"), "var/snap/microk8s/common/var/kubernetes/newest-archive.json")
+	eventually(t, 3*time.Minute, func() error { _, err := os.Stat(known); return err })
+	c.spoil(t, "n1")
+	var words []string
+	eventually(t, 3*time.Minute, func() error {
+		r := c.status(t, "n1")
+		m := proposed.FindStringSubmatch(r.out)
+		if m == nil || !strings.Contains(r.out, "what was written since then is lost") {
+			return fmt.Errorf("%s", r)
+		}
+		words = []string{"microk8s", "restore", m[1], "--from", m[2], "--identity-file", "/root/backup.key"}
+		return nil
+	})
+	c.run(t, "n1", append(words, "--dry-run")...)
+	c.run(t, "n1", append(words, "--yes")...)
+	c.waitReady(t, "n1", "n1")
+	c.wantMark(t, "n1", "archived")
+	if r := c.status(t, "n1"); strings.Contains(r.out, "is damaged") {
+		t.Errorf("%s", r)
+	}
+}
+
+// proposed is what status says to type where only an archive is left.
+var proposed = regexp.MustCompile(`sudo microk8s restore (\S+) --from '(\S+)' --identity-file FILE --dry-run`)
+
 // keeps waits until the pod on a node has what it had written to its volume.
 func (c *cluster) keeps(t *testing.T, host string, limit time.Duration) {
 	t.Helper()
@@ -160,8 +195,7 @@ func (c *cluster) keeps(t *testing.T, host string, limit time.Duration) {
 // what it was.
 func (c *cluster) testDamage(t *testing.T, host string, status func() result) {
 	t.Helper()
-	c.run(t, host, "sh", "-ec", "cd /var/snap/microk8s/common/var/kubernetes/backend; for f in metadata1 metadata2; do [ ! -e $f ] || printf '\\377' | dd of=$f bs=1 seek=16 conv=notrunc status=none; done; "+
-		"kill -9 $(pgrep -o -x k8s-dqlite)")
+	c.spoil(t, host)
 	eventually(t, 3*time.Minute, func() error {
 		r := status()
 		if !strings.Contains(r.out, "files of the datastore on this node were damaged once since") {
@@ -171,6 +205,13 @@ func (c *cluster) testDamage(t *testing.T, host string, status func() result) {
 	})
 	c.wantHA(t, host, "yes", 3)
 	c.wantMark(t, host, "acknowledged")
+}
+
+// spoil damages what a member knows of its term and vote, and kills it.
+func (c *cluster) spoil(t *testing.T, host string) {
+	t.Helper()
+	c.run(t, host, "sh", "-ec", "cd /var/snap/microk8s/common/var/kubernetes/backend; for f in metadata1 metadata2; do [ ! -e $f ] || printf '\\377' | dd of=$f bs=1 seek=16 conv=notrunc status=none; done; "+
+		"kill -9 $(pgrep -o -x k8s-dqlite)")
 }
 
 // volumeOn is a stateful set of one pod on a node, with a volume there.
