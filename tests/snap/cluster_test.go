@@ -178,7 +178,12 @@ func TestJoinByLaunchConfiguration(t *testing.T) {
 	put(n2, common+".microk8s.yaml", "version: 0.2.0\njoin:\n  url: "+address+"\n")
 	install(n2)
 	joined(n2)
-	n1.waitVoters(t, 2)
+	eventually(t, 3*time.Minute, func() error { // of two members one votes
+		if out, _ := n1.try(t, "env", "MICROK8S_STATUS_BUDGET=5s", "microk8s", "status", "-o", "json"); !strings.Contains(out, "10.77.0.12:19001") {
+			return fmt.Errorf("n2 is not a member of the datastore:\n%s", out)
+		}
+		return nil
+	})
 	n2.connect(t)
 	n2.waitReady(t)
 	n2.testServicesActive(t)
