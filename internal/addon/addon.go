@@ -138,7 +138,7 @@ var parts = map[string]part{
 	},
 	"metallb": {
 		check: check(readMetallb), values: renderMetallb, admit: admitMetallb, ask: metallbQuestion, title: "MetalLB",
-		usage: `metallb:RANGE[,RANGE...] [--bgp]
+		usage: `metallb:RANGE[,RANGE...], metallb RANGE[,RANGE...] --bgp
                 addresses for Services of type LoadBalancer; RANGE is FIRST-LAST or a prefix, of IPv4
                 or IPv6; with --bgp they are announced to peers of yours only, not on the network`,
 		notes: []string{"Nodes must reach each other at 7946, TCP and UDP."},

@@ -93,7 +93,7 @@ type metallbValues struct {
 	ranges []addressRange
 }
 
-// readMetallb reads `enable metallb:RANGE[,RANGE…] [--bgp]`. Without ranges there are none.
+// readMetallb reads `enable metallb:RANGE[,RANGE…]` and `enable metallb RANGE[,RANGE…] --bgp`. Without ranges there are none.
 func readMetallb(words []string) (metallbValues, error) {
 	v := metallbValues{Layer2: true}
 	for _, w := range words {

@@ -59,7 +59,7 @@ func TestBGP(t *testing.T) {
 	step("announcements", func(t *testing.T) {
 		path := c.packOf(t, "n1", "metallb")
 		c.run(t, "n1", "microk8s", "addons", "import", path)
-		c.run(t, "n1", "microk8s", "enable", "metallb:"+pool, "--bgp")
+		c.run(t, "n1", "microk8s", "enable", "metallb", pool, "--bgp")
 		objects := fmt.Sprintf(`apiVersion: metallb.io/v1beta2
 kind: BGPPeer
 metadata: {name: router, namespace: metallb-system}
