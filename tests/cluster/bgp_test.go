@@ -63,7 +63,7 @@ func TestBGP(t *testing.T) {
 		objects := fmt.Sprintf(`apiVersion: metallb.io/v1beta2
 kind: BGPPeer
 metadata: {name: router, namespace: metallb-system}
-spec: {myASN: 64513, peerASN: 64512, peerAddress: %s, holdTime: 9s, keepaliveTime: 3s}
+spec: {myASN: 64513, peerASN: 64512, peerAddress: %s, holdTime: 9s}
 ---
 apiVersion: metallb.io/v1beta1
 kind: BGPAdvertisement
