@@ -20,7 +20,10 @@ import (
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/cluster-agent/addons"
 	"microk8s/cluster-agent/agreement"
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
@@ -202,6 +205,16 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		group.Go(func() error {
 			return (&schedule.Controller{
 				Node: name, Core: core, Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "backup", "run"}, Newest: env.NewestArchive(), Log: log,
+			}).Run(ctx)
+		})
+		group.Go(func() error {
+			host, err := os.Hostname()
+			if err != nil {
+				return err
+			}
+			return (&addons.Controller{
+				Env: env, Host: host, Config: func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", env.AdminKubeconfig()) },
+				Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "addons", "carry-out"}, Log: log,
 			}).Run(ctx)
 		})
 		group.Go(func() error { return (&agreement.Controller{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })

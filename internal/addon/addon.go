@@ -215,6 +215,11 @@ type ArgumentError struct{ what string }
 
 func (e *ArgumentError) Error() string { return e.what }
 
+// Lacking is the error of an addon that is enabled without the arguments which it needs, where nobody can be asked.
+func Lacking(a Addon) error {
+	return &ArgumentError{"it needs arguments: " + strings.Join(strings.Fields(a.part().usage), " ")}
+}
+
 // Set is the addons of one cluster.
 type Set struct {
 	Env snapenv.Env
@@ -226,6 +231,8 @@ type Set struct {
 	Online bool
 	// Everything has Disable delete what stays otherwise, too: kinds with all objects of these, and namespaces.
 	Everything bool
+	// Declare: what is recorded is also what a person wants, whatever the addon's object asks for.
+	Declare bool
 	// Left is called for objects that Disable leaves because others made them; nil logs them.
 	Left func(bootstrap.Foreign)
 
@@ -296,8 +303,11 @@ func (s *Set) Records(ctx context.Context) ([]Record, error) {
 }
 
 // Find returns a core addon by its name.
-func (s *Set) Find(name string) (Addon, error) {
-	a, _, err := Find(s.catalog, CoreRepository+"/"+name)
+func (s *Set) Find(name string) (Addon, error) { return s.FindFull(CoreRepository + "/" + name) }
+
+// FindFull returns an addon by repository/name.
+func (s *Set) FindFull(name string) (Addon, error) {
+	a, _, err := Find(s.catalog, name)
 	return a, err
 }
 
@@ -454,6 +464,7 @@ func (s *Set) left(objects []bootstrap.Foreign) {
 func (s *Set) Disable(ctx context.Context, name string) error {
 	o, err := s.records().Get(ctx, recordName(name), metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
+		s.Show(ctx, name)
 		return nil
 	}
 	if err != nil {
@@ -482,6 +493,7 @@ func (s *Set) Disable(ctx context.Context, name string) error {
 	if err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("cannot record that %s is disabled: %w", name, err)
 	}
+	s.Show(ctx, name)
 	return nil
 }
 
@@ -521,8 +533,9 @@ func (s *Set) deleteKinds(ctx context.Context, set bootstrap.Set) error {
 }
 
 // Reconcile brings the cluster in line with what is written down; on a cluster that was just
-// made it first enables the default addons. It goes on after an addon that failed.
+// made it first enables the default addons. It goes on after an addon that failed. All objects of addons are there then.
 func (s *Set) Reconcile(ctx context.Context) error {
+	defer s.Publish(ctx)
 	fresh, err := s.enableDefaults(ctx)
 	if err != nil {
 		return err
@@ -711,7 +724,11 @@ func (s *Set) write(ctx context.Context, r Record) error {
 	if err != nil {
 		return err
 	}
-	return s.apply(ctx, configMap(recordName(r.Name), map[string]string{RecordLabel: r.Name}, map[string]string{"record": string(data)}))
+	err = s.apply(ctx, configMap(recordName(r.Name), map[string]string{RecordLabel: r.Name}, map[string]string{"record": string(data)}))
+	if err == nil {
+		s.Show(ctx, r.Name)
+	}
+	return err
 }
 
 func readRecord(o *unstructured.Unstructured) (Record, error) {

@@ -16,7 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 )
 
-func object(text map[string]any) *unstructured.Unstructured {
+func anObject(text map[string]any) *unstructured.Unstructured {
 	return &unstructured.Unstructured{Object: text}
 }
 
@@ -94,7 +94,7 @@ func TestAnswers(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), limit)
 			defer cancel()
-			err := s.Answers(ctx, Applied{Objects: []*unstructured.Unstructured{object(tc.object)}}, "n1", func(string) {})
+			err := s.Answers(ctx, Applied{Objects: []*unstructured.Unstructured{anObject(tc.object)}}, "n1", func(string) {})
 			var mute *NoAnswerError
 			switch {
 			case tc.want == "" && err != nil:

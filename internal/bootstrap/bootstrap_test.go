@@ -1,6 +1,7 @@
 package bootstrap
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -13,9 +14,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 	networkingv1 "k8s.io/api/networking/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -65,6 +68,7 @@ var everything = []string{
 	admission + "validatingadmissionpolicybindings/node-registration.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-role.microk8s.io",
 	admission + "validatingadmissionpolicybindings/node-service-addresses.microk8s.io",
+	"apiextensions.k8s.io/v1/customresourcedefinitions/addons.microk8s.io",
 	rbac + "clusterrolebindings/microk8s:network-policy",
 	rbac + "clusterrolebindings/microk8s:pod-network",
 	rbac + "clusterroles/microk8s:network-policy",
@@ -193,7 +197,11 @@ func decode(t *testing.T) map[string]any {
 	if err != nil {
 		t.Fatal(err)
 	}
-	strict := serializer.NewCodecFactory(scheme.Scheme, serializer.EnableStrict).UniversalDeserializer()
+	known := runtime.NewScheme()
+	if err := errors.Join(scheme.AddToScheme(known), apiextensionsv1.AddToScheme(known)); err != nil {
+		t.Fatal(err)
+	}
+	strict := serializer.NewCodecFactory(known, serializer.EnableStrict).UniversalDeserializer()
 	out := map[string]any{}
 	for _, o := range objects {
 		data, err := o.MarshalJSON()

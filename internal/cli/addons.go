@@ -28,7 +28,7 @@ disable. Addons that come with the product are in the repository core.`,
 		Args:  noArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.AddCommand(repo, a.newAddonsImport(), a.newAddonsBundle())
+	root.AddCommand(repo, a.newAddonsImport(), a.newAddonsBundle(), a.newAddonsCarryOut())
 
 	var reference string
 	var force bool

@@ -8,59 +8,34 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
-	"golang.org/x/sys/unix"
 	"k8s.io/client-go/tools/clientcmd"
 
 	"microk8s/cluster-agent/api"
 	"microk8s/internal/addon"
+	"microk8s/internal/addon/control"
 	"microk8s/internal/bootstrap"
 	"microk8s/internal/kube"
-	"microk8s/internal/nodeconfig"
-	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
 )
 
-const (
-	// addonAPIWait is how long enable and disable wait for a node that can be used (cli.md 5.3).
-	addonAPIWait = 30 * time.Second
-	// addonLockWait is how long a command waits for another one that changes addons.
-	addonLockWait = 15 * time.Minute
-
-	// addonReadyWait bounds the wait for an addon's pods. What they wait for is said as soon as
-	// it is known; this is for what does not end by itself.
-	addonReadyWait = 3 * time.Minute
-
-	// addonAnswerWait bounds the wait for answers of an addon whose pods are ready. kube-proxy takes
-	// up to some seconds to let traffic through to them.
-	addonAnswerWait = time.Minute
-
-	// addonGoneWait bounds the wait for the end of a disabled addon's pods, which get 30 s by default.
-	addonGoneWait = time.Minute
-
-	// hookGrace is how long a hook may go on when the command is interrupted.
-	hookGrace = 10 * time.Second
-
-	// skipLockVar is set for what runs inside an enable, which holds the lock already.
-	skipLockVar = "MICROK8S_ADDONS_SKIP_LOCK"
-)
-
-// request is one addon of a command line with its arguments.
+// request is one addon of a command line.
 type request struct {
-	addon    addon.Addon
+	control.Request
 	inferred bool
-	args     []string
 }
+
+// changer is [control.Controller.Enable] or Disable.
+type changer func(*control.Controller, context.Context, control.Request) error
 
 func (a *App) newEnable() *cobra.Command {
 	usages := ""
@@ -86,7 +61,7 @@ Where one is missing, enable names it and changes nothing; with --online the nod
 from the registries that the addon names instead.
 
 Arguments of addons:
-`+usages, a.enable)
+`+usages, (*control.Controller).Enable)
 }
 
 func (a *App) newDisable() *cobra.Command {
@@ -101,10 +76,10 @@ that have not, or with --no-wait at once.
 Disabling an addon that is not enabled does nothing. Data in volumes is kept, unless
 destroy-storage is given or the question is answered with y. Kinds that an addon brought (cert-manager,
 ingress, metallb) are kept with all objects of them, and so is a namespace with Secrets of yours; with
-destroy-objects they are deleted too.`, a.disable)
+destroy-objects they are deleted too.`, (*control.Controller).Disable)
 }
 
-func (a *App) addonCommand(verb, short, long string, run func(context.Context, *addon.Set, request, bool) error) *cobra.Command {
+func (a *App) addonCommand(verb, short, long string, run changer) *cobra.Command {
 	return &cobra.Command{
 		Use:                verb + " [--no-wait]" + map[string]string{"enable": " [--adopt] [--online]"}[verb] + " ADDON [ARGS...]",
 		Short:              short,
@@ -147,7 +122,7 @@ func takeFlag(words []string, flag string) (rest []string, found bool) {
 
 // addons does enable or disable. Everything that a person can get wrong is checked for all
 // addons before the first is touched.
-func (a *App) addons(ctx context.Context, verb string, words []string, wait, adopt, online bool, run func(context.Context, *addon.Set, request, bool) error) error {
+func (a *App) addons(ctx context.Context, verb string, words []string, wait, adopt, online bool, run changer) error {
 	catalog, broken, err := addon.Catalogue(a.Env)
 	if err != nil {
 		return failf("the installation is damaged: reinstall it", "%w", err)
@@ -159,34 +134,35 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 	if err != nil {
 		return err
 	}
+	version, _ := Version(a.Env)
 	for i, r := range requests {
-		if target := addon.Target(catalog, r.addon); target.Name != r.addon.Name {
-			fmt.Fprintf(a.Err, "DEPRECATION WARNING: '%[1]s' is deprecated and will soon be removed. Please use '%[2]s' instead.\n", r.addon.Name, target.Name)
-			r.addon, requests[i].addon = target, target
+		if target := addon.Target(catalog, r.Addon); target.Name != r.Addon.Name {
+			fmt.Fprintf(a.Err, "DEPRECATION WARNING: '%[1]s' is deprecated and will soon be removed. Please use '%[2]s' instead.\n", r.Addon.Name, target.Name)
+			r.Addon, requests[i].Addon = target, target
 		}
 		switch {
-		case r.addon.Repository != addon.CoreRepository: // its hooks check
-		case r.addon.Source != "":
-			if _, _, err := readSource(r); err != nil || verb == "disable" && len(r.args) > 0 {
-				return failf("see microk8s "+verb+" --help", "cannot %s %s: it takes [URL or path] [--reference BRANCH] when it is enabled, and got %q", verb, r.addon.Name, r.args)
+		case r.Addon.Repository != addon.CoreRepository: // its hooks check
+		case r.Addon.Source != "":
+			if _, _, err := readSource(r); err != nil || verb == "disable" && len(r.Args) > 0 {
+				return failf("see microk8s "+verb+" --help", "cannot %s %s: it takes [URL or path] [--reference BRANCH] when it is enabled, and got %q", verb, r.Addon.Name, r.Args)
 			}
-		case verb == "disable" && r.addon.Builtin == "" && len(r.args) > 0:
-			if err := checkDisable(r); err != nil {
-				return failf("see microk8s disable --help", "cannot disable %s: %w", r.addon.Name, err)
+		case verb == "disable" && r.Addon.Builtin == "" && len(r.Args) > 0:
+			if err := control.CheckDisable(r.Request); err != nil {
+				return failf("see microk8s disable --help", "cannot disable %s: %w", r.Addon.Name, err)
 			}
-		case r.addon.Builtin != "" && verb == "disable":
-			return failf("see what can be disabled with: microk8s status", "cannot disable %s: %s", r.addon.FullName(), r.addon.Builtin)
-		case r.addon.Builtin == "" && verb == "enable":
-			if err := addon.Check(r.addon, r.args); err != nil {
-				return failf("see microk8s enable --help", "cannot enable %s: %w", r.addon.Name, err)
+		case r.Addon.Builtin != "" && verb == "disable":
+			return failf("see what can be disabled with: microk8s status", "cannot disable %s: %s", r.Addon.FullName(), r.Addon.Builtin)
+		case r.Addon.Builtin == "" && verb == "enable":
+			if err := addon.Check(r.Addon, r.Args); err != nil {
+				return failf("see microk8s enable --help", "cannot enable %s: %w", r.Addon.Name, err)
 			}
-			if err := a.checkPack(ctx, r, online); err != nil {
-				return err
+			if err := control.CheckPack(ctx, a.Env, version, r.Request, online); err != nil {
+				return refused(err)
 			}
 		}
 	}
 	prober := a.prober()
-	ready, cancel := context.WithTimeout(ctx, addonAPIWait)
+	ready, cancel := context.WithTimeout(ctx, control.APIWait)
 	prober.WaitReady(ready)
 	cancel()
 	if err := ctx.Err(); err != nil {
@@ -197,30 +173,17 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 		return err
 	}
 	defer unlock()
-	cfg, err := clientcmd.BuildConfigFromFlags("", a.Env.AdminKubeconfig())
-	if err != nil {
-		return fmt.Errorf("cannot reach the cluster: %w", err)
-	}
-	cfg.Timeout = addonAPIWait
-	kube.Bound(cfg)
-	set, err := addon.Open(a.Env, cfg, a.log())
+	c, err := a.controller(reporter{a})
 	if err != nil {
 		return err
 	}
-	set.Adopt, set.Online = adopt, online
-	set.Left = func(o bootstrap.Foreign) { fmt.Fprintf(a.Err, "left in the cluster, because others made it: %s\n", o) }
+	c.Wait, c.Set.Adopt, c.Set.Online, c.Set.Declare = wait, adopt, online, true
 	for _, r := range requests {
-		err := error(nil)
-		if r.addon.Source != "" {
+		if r.Addon.Source != "" {
 			if err := a.changeSource(ctx, verb, r); err != nil {
 				return err
 			}
-		} else if r.addon.Hook(verb) != "" {
-			err = a.runHook(ctx, set, verb, r)
-		} else {
-			err = run(ctx, set, r, wait)
-		}
-		if err != nil {
+		} else if err := run(c, ctx, r.Request); err != nil {
 			return a.addonFailure(ctx, prober, verb, r, err)
 		}
 	}
@@ -229,16 +192,16 @@ func (a *App) addons(ctx context.Context, verb string, words []string, wait, ado
 
 // readSource reads the arguments of an addon that stands for a repository: another place of it, and a branch.
 func readSource(r request) (source, reference string, err error) {
-	flags := pflag.NewFlagSet(r.addon.Name, pflag.ContinueOnError)
+	flags := pflag.NewFlagSet(r.Addon.Name, pflag.ContinueOnError)
 	flags.Usage = func() {}
 	flags.StringVar(&reference, "reference", "", "")
-	if err := flags.Parse(r.args); err != nil {
+	if err := flags.Parse(r.Args); err != nil {
 		return "", "", err
 	}
 	if flags.NArg() > 1 {
 		return "", "", fmt.Errorf("unexpected argument %q", flags.Arg(1))
 	}
-	return cmp.Or(flags.Arg(0), r.addon.Source), reference, nil
+	return cmp.Or(flags.Arg(0), r.Addon.Source), reference, nil
 }
 
 // changeSource adds or removes the repository that an addon stands for. The lock is held.
@@ -247,61 +210,32 @@ func (a *App) changeSource(ctx context.Context, verb string, r request) error {
 	if err != nil {
 		return err
 	}
-	_, err = os.Stat(filepath.Join(a.Env.AddonRepository(r.addon.Name), "addons.yaml"))
+	_, err = os.Stat(filepath.Join(a.Env.AddonRepository(r.Addon.Name), "addons.yaml"))
 	if (err == nil) == (verb == "enable") {
-		fmt.Fprintf(a.Out, "Addon %s is already %sd\n", r.addon.FullName(), verb)
+		fmt.Fprintf(a.Out, "Addon %s is already %sd\n", r.Addon.FullName(), verb)
 		return nil
 	}
 	repositories := &addon.Repositories{Env: a.Env, Out: a.Out, Err: a.Err, Term: a.Term}
 	repositories.Clean()
 	if verb == "disable" {
-		if err := repositories.Remove(r.addon.Name); err != nil {
+		if err := repositories.Remove(r.Addon.Name); err != nil {
 			return err
 		}
-		fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
+		fmt.Fprintf(a.Out, "%s is disabled\n", r.Addon.Title())
 		return nil
 	}
-	err = repositories.Add(ctx, r.addon.Name, source, reference, true)
+	err = repositories.Add(ctx, r.Addon.Name, source, reference, true)
 	var refused *addon.RefusedError
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case errors.As(err, &refused):
-		return failf(cmp.Or(refused.Hint, "give another repository: microk8s enable "+r.addon.Name+" URL"), "%s", refused.Text)
+		return failf(cmp.Or(refused.Hint, "give another repository: microk8s enable "+r.Addon.Name+" URL"), "%s", refused.Text)
 	case err != nil:
-		return failf("where there is no way out, bring a clone of it here, and: microk8s enable "+r.addon.Name+" /path/to/the/clone", "cannot get %s: %w", source, err)
+		return failf("where there is no way out, bring a clone of it here, and: microk8s enable "+r.Addon.Name+" /path/to/the/clone", "cannot get %s: %w", source, err)
 	}
-	fmt.Fprintf(a.Out, "%s is enabled; see its addons with: microk8s status\n", r.addon.Title())
+	fmt.Fprintf(a.Out, "%s is enabled; see its addons with: microk8s status\n", r.Addon.Title())
 	return nil
-}
-
-// runHook enables or disables an addon of an added repository: its own program does it.
-func (a *App) runHook(ctx context.Context, set *addon.Set, verb string, r request) error {
-	on, err := set.ForeignOn(ctx, r.addon)
-	if err != nil {
-		return err
-	}
-	if on == (verb == "enable") {
-		fmt.Fprintf(a.Out, "Addon %s is already %sd\n", r.addon.FullName(), verb)
-		return nil
-	}
-	hook := exec.CommandContext(ctx, r.addon.Hook(verb), r.args...)
-	hook.Cancel = func() error { return hook.Process.Signal(os.Interrupt) }
-	hook.WaitDelay = hookGrace
-	// Bash itself reads this file before the hook: hooks without set -e would end well whatever failed in them.
-	hook.Env = append(a.hookEnviron(), skipLockVar+"=1", "BASH_ENV="+a.Env.FirstFailure(), fmt.Sprintf("MICROK8S_HOOK_OF=%d", os.Getpid()))
-	hook.Stdin, hook.Stdout, hook.Stderr = a.In, a.Out, a.Err
-	err = hook.Run()
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return nil
-	case errors.As(err, &exit) && exit.ExitCode() > 0:
-		return exitError(exit.ExitCode()) // it has said why
-	case errors.Is(err, fs.ErrPermission):
-		return failf("set them with: sudo chmod +x "+r.addon.Hook(verb), "%s hook for %s addon needs execute permissions", verb, r.addon.Name)
-	}
-	return fmt.Errorf("its hook %s ended: %w", r.addon.Hook(verb), err)
 }
 
 // hookEnviron is the environment of hooks (cli.md 5.5).
@@ -320,20 +254,6 @@ func (a *App) hookEnviron() []string {
 	return environ
 }
 
-// checkDisable checks the arguments of a disable, which one addon only has.
-func checkDisable(r request) error {
-	switch {
-	case r.addon.Keeps() && len(r.args) == 1 && strings.TrimPrefix(r.args[0], "--") == "destroy-objects":
-		return nil
-	case r.addon.Keeps():
-		return fmt.Errorf("it takes destroy-objects or nothing, and got %q", r.args)
-	case r.addon.Name != storageAddon:
-		return fmt.Errorf("it takes no arguments, and got %q", r.args)
-	}
-	_, err := destroyStorage(r.args)
-	return err
-}
-
 // parseAddons reads the words of a command line (cli.md 5.4): several addons if every word,
 // cut at its first colon, is the name of one, else one addon with its arguments.
 func (a *App) parseAddons(catalog []addon.Addon, words []string) ([]request, error) {
@@ -345,10 +265,10 @@ func (a *App) parseAddons(catalog []addon.Addon, words []string) ([]request, err
 		if err != nil {
 			break
 		}
-		r := request{addon: x, inferred: inferred}
+		r := request{control.Request{Addon: x}, inferred}
 		if ok {
 			colon = true
-			r.args = []string{arg}
+			r.Args = []string{arg}
 		}
 		several = append(several, r)
 	}
@@ -370,14 +290,14 @@ func (a *App) parseAddons(catalog []addon.Addon, words []string) ([]request, err
 	if err != nil {
 		return nil, a.refuseAddon(err)
 	}
-	r := request{addon: x, inferred: inferred, args: words[1:]}
+	r := request{control.Request{Addon: x, Args: words[1:]}, inferred}
 	a.sayInferred(r)
 	return []request{r}, nil
 }
 
 func (a *App) sayInferred(r request) {
 	if r.inferred {
-		fmt.Fprintf(a.Err, "Infer repository %s for addon %s\n", r.addon.Repository, r.addon.Name)
+		fmt.Fprintf(a.Err, "Infer repository %s for addon %s\n", r.Addon.Repository, r.Addon.Name)
 	}
 }
 
@@ -398,19 +318,24 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 	var late *addon.NotReadyError
 	var mute *addon.NoAnswerError
 	var theirs *bootstrap.ForeignError
-	var exit exitError
+	var refusal *control.Refusal
+	var hook *control.HookError
 	switch {
-	case ctx.Err() != nil, errors.As(err, &exit):
+	case ctx.Err() != nil:
 		return err
+	case errors.As(err, &hook):
+		return exitError(hook.Code) // it has said why
+	case errors.As(err, &refusal):
+		return refused(err)
 	case errors.As(err, &wrong):
-		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.addon.Name, err)
+		return failf("see microk8s enable --help", "cannot %s %s: %w", verb, r.Addon.Name, err)
 	case errors.As(err, &mute):
-		return failf("see the pods with microk8s kubectl get pods -A -o wide, or disable it with microk8s disable "+r.addon.Name, "%s is enabled and its pods are ready, but %w", r.addon.Name, err)
+		return failf("see the pods with microk8s kubectl get pods -A -o wide, or disable it with microk8s disable "+r.Addon.Name, "%s is enabled and its pods are ready, but %w", r.Addon.Name, err)
 	case errors.As(err, &late):
-		return failf("see more with microk8s kubectl get events -A, or disable it with microk8s disable "+r.addon.Name, "%s is enabled, but %w", r.addon.Name, err)
+		return failf("see more with microk8s kubectl get events -A, or disable it with microk8s disable "+r.Addon.Name, "%s is enabled, but %w", r.Addon.Name, err)
 	}
 	if verb == "enable" && errors.As(err, &theirs) {
-		f := &Failure{Err: fmt.Errorf("cannot enable %s: objects of that name are there already, and were made by others", r.addon.Name), Code: ExitUsage}
+		f := &Failure{Err: fmt.Errorf("cannot enable %s: objects of that name are there already, and were made by others", r.Addon.Name), Code: ExitUsage}
 		for _, o := range theirs.Objects {
 			f.Hints = append(f.Hints, o.String())
 		}
@@ -418,10 +343,10 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 			f.Hints = append(f.Hints, "nothing was changed; they cannot be changed as the addon needs them, so it cannot take them over: remove them first")
 			return f
 		}
-		f.Hints = append(f.Hints, "nothing was changed; remove them, or let the addon take them over with: microk8s enable "+strings.Join(append([]string{r.addon.Name}, r.args...), " ")+" --adopt")
+		f.Hints = append(f.Hints, "nothing was changed; remove them, or let the addon take them over with: microk8s enable "+strings.Join(append([]string{r.Addon.Name}, r.Args...), " ")+" --adopt")
 		return f
 	}
-	f := &Failure{Err: fmt.Errorf("cannot %s %s: %w", verb, r.addon.Name, err)}
+	f := &Failure{Err: fmt.Errorf("cannot %s %s: %w", verb, r.Addon.Name, err)}
 	for _, p := range prober.Probe(ctx).Problems {
 		f.Hints = append(f.Hints, p.String())
 	}
@@ -429,307 +354,108 @@ func (a *App) addonFailure(ctx context.Context, prober *status.Prober, verb stri
 	return f
 }
 
-func (a *App) enable(ctx context.Context, set *addon.Set, r request, wait bool) error {
-	if r.addon.Builtin != "" {
-		fmt.Fprintln(a.Out, r.addon.Builtin)
-		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
-		return nil
-	}
-	had, on, err := set.Enabled(ctx, r.addon.Name)
-	if err != nil {
-		return err
-	}
-	if on && len(r.args) == 0 {
-		r.args = had.Args
-	}
-	online := set.Online && len(r.addon.Images) > 0
-	if on && had.Complete() && slices.Equal(had.Args, r.args) && had.Online == online && had.Version == r.addon.Version {
-		fmt.Fprintf(a.Out, "Addon %s is already enabled\n", r.addon.FullName())
-		return nil
-	}
-	if question := r.addon.Question(); question != "" && len(r.args) == 0 {
-		if r.args, err = a.askArgument(question); err != nil {
-			return err
-		}
-		if err := addon.Check(r.addon, r.args); err != nil {
-			return err
-		}
-	}
-	if err := a.room(ctx, set, r); err != nil {
-		return err
-	}
-	for _, name := range r.addon.Needs(r.args) {
-		if err := a.enableNeeded(ctx, set, name); err != nil {
-			return err
-		}
-	}
-	p := a.progress()
-	var applied addon.Applied
-	if err := p.step("Enabling "+r.addon.Name, func() error {
-		applied, err = set.Enable(ctx, r.addon, r.args)
-		return err
-	}); err != nil {
-		return err
-	}
-	if ip, domain, ok := applied.DNS(); ok {
-		fmt.Fprintf(a.Out, "CoreDNS service deployed with IP address %s\n", ip)
-		if err := a.kubeletDNS(ctx, p, ip.String(), domain); err != nil {
-			return err
-		}
-		if err := set.Spread(ctx); err != nil {
-			return err
-		}
-	}
-	for _, line := range r.addon.Notes() {
-		fmt.Fprintln(a.Out, line)
-	}
-	if wait {
-		err := p.step("Waiting for the pods of "+r.addon.Name, func() error {
-			wait, cancel := context.WithTimeout(ctx, addonReadyWait)
-			defer cancel()
-			return set.Wait(wait, applied, func(reason string) { fmt.Fprintf(a.Err, "  %s\n", reason) })
-		})
-		if err == nil {
-			err = p.step("Waiting for answers of "+r.addon.Name, func() error {
-				wait, cancel := context.WithTimeout(ctx, addonAnswerWait)
-				defer cancel()
-				return set.Answers(wait, applied, nodeconfig.Load(a.Env).NodeName, func(reason string) { fmt.Fprintf(a.Err, "  %s\n", reason) })
-			})
-		}
-		if err != nil {
-			return err
-		}
-	}
-	fmt.Fprintf(a.Out, "%s is enabled\n", r.addon.Title())
-	return nil
-}
+// reporter shows a person how a change of addons goes, and asks.
+type reporter struct{ a *App }
 
-// kubeletDNS makes the kubelets of all nodes give pods address and domain of the DNS service,
-// where this node's arguments say something else.
-func (a *App) kubeletDNS(ctx context.Context, p *progress, ip, domain string) error {
-	if _, err := os.Stat(a.Env.Args(nodeconfig.Kubelet)); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	changed, err := nodeconfig.SetFlags(a.Env, nodeconfig.Kubelet, map[string]string{"cluster-dns": ip, "cluster-domain": domain})
-	if err != nil {
-		return explain("cannot set --cluster-dns of the kubelet", err)
-	}
-	if !changed {
-		return nil
-	}
-	update := []map[string]string{{"--cluster-dns": ip}, {"--cluster-domain": domain}}
-	if err := a.configureOthers(ctx, "Adding arguments --cluster-dns and --cluster-domain to nodes.",
-		api.ConfigureRequest{Services: []api.ConfigureService{{Name: "kubelet", Update: update, Restart: true}}}); err != nil {
-		return err
-	}
-	return p.step(fmt.Sprintf("Restarting the kubelet with --cluster-dns=%s --cluster-domain=%s", ip, domain), func() error {
-		if err := a.Services.Restart(ctx, "kubelite"); err != nil {
-			return err
-		}
-		ready, cancel := context.WithTimeout(ctx, addonAPIWait) // it was the API server's restart, too
-		defer cancel()
-		a.prober().WaitReady(ready)
-		return ctx.Err()
-	})
-}
+func (r reporter) Step(title string, do func() error) error { return r.a.progress().step(title, do) }
+func (r reporter) Say(line string)                          { fmt.Fprintln(r.a.Out, line) }
+func (r reporter) Note(line string)                         { fmt.Fprintln(r.a.Err, line) }
 
-func (a *App) disable(ctx context.Context, set *addon.Set, r request, wait bool) error {
-	_, on, err := set.Enabled(ctx, r.addon.Name)
-	if err != nil {
-		return err
-	}
-	destroy := false
-	if r.addon.Name == storageAddon {
-		if destroy, err = a.askDestroy(on, r.args); err != nil {
-			return err
-		}
-	}
-	set.Everything = r.addon.Keeps() && len(r.args) > 0
-	left, err := set.Leftover(ctx, r.addon.Name)
-	if err != nil {
-		return err
-	}
-	if err := a.progress().step("Disabling "+r.addon.Name, func() error {
-		return set.Disable(ctx, r.addon.Name) // also finishes one that was interrupted
-	}); err != nil {
-		return err
-	}
-	var ending []string
-	if on && wait {
-		if err := a.progress().step("Waiting for the end of its pods", func() error {
-			wait, cancel := context.WithTimeout(ctx, addonGoneWait)
-			defer cancel()
-			ending = left.Gone(wait)
-			return ctx.Err()
-		}); err != nil {
-			return err
-		}
-	}
-	if destroy {
-		if err := a.progress().step("Deleting "+a.Env.DefaultStorage(), func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
-			return explain("cannot delete the data of volumes", err)
-		}
-		if err := a.sayElsewhere(ctx, set); err != nil {
-			return err
-		}
-	}
-	if !on {
-		fmt.Fprintf(a.Out, "Addon %s is already disabled\n", r.addon.FullName())
-		return nil
-	}
-	if len(ending) > 0 {
-		fmt.Fprintf(a.Err, "still ending: %s\nwatch them with: microk8s kubectl get pods -A -w\n", strings.Join(ending, ", "))
-	}
-	fmt.Fprintf(a.Out, "%s is disabled\n", r.addon.Title())
-	return nil
-}
-
-// sayElsewhere names the nodes that still have data of volumes: a node's is deleted there only.
-func (a *App) sayElsewhere(ctx context.Context, set *addon.Set) error {
-	count, err := set.VolumesElsewhere(ctx, nodeconfig.Load(a.Env).NodeName)
-	if err != nil || len(count) == 0 {
-		return err
-	}
-	var on []string
-	for _, node := range slices.Sorted(maps.Keys(count)) {
-		on = append(on, fmt.Sprintf("%s (%d)", node, count[node]))
-	}
-	fmt.Fprintf(a.Out, "Data of volumes on other nodes is kept: %s\n", strings.Join(on, ", "))
-	fmt.Fprintf(a.Out, "To delete that too, run there: sudo rm -r %s\n", a.Env.DefaultStorage())
-	return nil
-}
-
-// storageAddon is the addon with data of people.
-const storageAddon = "hostpath-storage"
-
-// destroyStorage reads the arguments of its disable.
-func destroyStorage(words []string) (destroy bool, err error) {
-	for _, w := range words {
-		switch w {
-		case "destroy-storage", "--destroy-storage":
-			destroy = true
-		default:
-			return false, fmt.Errorf("unexpected argument %q", w)
-		}
-	}
-	return destroy, nil
-}
-
-// askDestroy finds out whether the data of volumes on this node is to be deleted: by the
-// arguments, or by a question, to which anything but y is no.
-func (a *App) askDestroy(on bool, words []string) (bool, error) {
-	destroy, err := destroyStorage(words)
-	entries, _ := os.ReadDir(a.Env.DefaultStorage())
-	if err != nil || destroy || !on || len(entries) == 0 {
-		return destroy, err
-	}
-	fmt.Fprintf(a.Out, "Remove PVC storage at %s ? (Y/N): ", a.Env.DefaultStorage())
-	line, err := bufio.NewReader(a.In).ReadString('\n')
+// Ask returns the line that answers a question.
+func (r reporter) Ask(question string) (string, error) {
+	fmt.Fprint(r.a.Out, question)
+	line, err := bufio.NewReader(r.a.In).ReadString('\n')
 	if err != nil && !errors.Is(err, io.EOF) {
-		return false, fmt.Errorf("cannot read the answer: %w", err)
-	}
-	answer := strings.ToLower(strings.TrimSpace(line))
-	destroy = answer == "y" || answer == "yes"
-	if !destroy {
-		fmt.Fprintf(a.Out, "\nStorage removal: the data stays\n")
-	}
-	return destroy, nil
-}
-
-// askArgument asks for the argument of an addon.
-func (a *App) askArgument(question string) ([]string, error) {
-	fmt.Fprint(a.Out, question)
-	line, err := bufio.NewReader(a.In).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("cannot read the answer: %w", err)
+		return "", fmt.Errorf("cannot read the answer: %w", err)
 	}
 	if errors.Is(err, io.EOF) {
-		fmt.Fprintln(a.Out)
+		fmt.Fprintln(r.a.Out)
 	}
-	if line = strings.TrimSpace(line); line == "" {
-		return nil, nil
-	}
-	return []string{line}, nil
+	return strings.TrimSpace(line), nil
 }
 
-// enableNeeded enables an addon that another one needs, unless it is on.
-func (a *App) enableNeeded(ctx context.Context, set *addon.Set, name string) error {
-	x, err := set.Find(name)
+// controller makes what changes addons from this node.
+func (a *App) controller(report control.Reporter) (*control.Controller, error) {
+	cfg, err := clientcmd.BuildConfigFromFlags("", a.Env.AdminKubeconfig())
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("cannot reach the cluster: %w", err)
 	}
-	if had, on, err := set.Enabled(ctx, name); err != nil || on && had.Complete() {
-		return err
-	}
-	return a.enable(ctx, set, request{addon: x}, true)
-}
-
-// room refuses an addon that no node has disk for: the kubelet would evict its pods, or take
-// none. Nothing has been changed then.
-func (a *App) room(ctx context.Context, set *addon.Set, r request) error {
-	pressed, roomy, err := set.Disks(ctx)
+	cfg.Timeout = control.APIWait
+	kube.Bound(cfg)
+	set, err := addon.Open(a.Env, cfg, a.log())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	full := status.FullDisk(a.Env)
-	if full != nil {
-		here := nodeconfig.Load(a.Env).NodeName
-		roomy = slices.DeleteFunc(roomy, func(n string) bool { return n == here })
-	}
-	switch {
-	case len(roomy) > 0:
-		return nil
-	case full != nil:
-		return failf("free some space there and run the same command again", "cannot enable %s: %s", r.addon.Name, full.What)
-	case len(pressed) > 0:
-		return failf("free some space there and run the same command again", "cannot enable %s: not enough disk for pods on %s", r.addon.Name, strings.Join(pressed, ", "))
-	}
-	return nil // no node is ready: the wait says so
+	set.Left = func(o bootstrap.Foreign) { report.Note("left in the cluster, because others made it: " + o.String()) }
+	version, _ := Version(a.Env)
+	return &control.Controller{
+		Env: a.Env, Set: set, Report: report, Version: version,
+		Others: func(ctx context.Context, action string, req api.ConfigureRequest) error {
+			return a.configureOthers(ctx, action, req)
+		},
+		Restart: func(ctx context.Context) error {
+			if err := a.Services.Restart(ctx, "kubelite"); err != nil {
+				return err
+			}
+			ready, cancel := context.WithTimeout(ctx, control.APIWait) // it was the API server's restart, too
+			defer cancel()
+			a.prober().WaitReady(ready)
+			return nil
+		},
+		Hook: func(hook *exec.Cmd) {
+			hook.Env = a.hookEnviron()
+			hook.Stdin, hook.Stdout, hook.Stderr = a.In, a.Out, a.Err
+		},
+	}, nil
 }
 
-// lockAddons waits for the lock that lets one enable or disable at a time change this node. It
-// is a POSIX record lock: it goes with the process.
+// refused is an error of package control, with its hints.
+func refused(err error) error {
+	var r *control.Refusal
+	if errors.As(err, &r) {
+		return &Failure{Err: err, Hints: r.Hints}
+	}
+	return err
+}
+
+// lockAddons waits for the lock that lets one enable or disable at a time change this node.
 func (a *App) lockAddons(ctx context.Context) (unlock func(), err error) {
-	if a.getenv(skipLockVar) == "1" {
+	if a.getenv(control.SkipLockVar) == "1" {
 		return func() {}, nil
 	}
-	f, err := os.OpenFile(a.Env.Lock(snapenv.LockAddons), os.O_RDWR|os.O_CREATE, 0o660)
-	if err != nil {
+	unlock, err = control.Lock(ctx, a.Env, a.LockWait, reporter{a}.Note)
+	var file *fs.PathError
+	if errors.As(err, &file) {
 		return nil, explain("cannot open the lock of the addons", err)
 	}
-	lock := unix.Flock_t{Type: unix.F_WRLCK}
-	said := false
-	limit := time.NewTimer(cmp.Or(a.LockWait, addonLockWait))
-	defer limit.Stop()
-	holder := func() string {
-		who := unix.Flock_t{Type: unix.F_WRLCK}
-		if err := unix.FcntlFlock(f.Fd(), unix.F_GETLK, &who); err != nil || who.Pid <= 0 {
-			return "another enable or disable"
-		}
-		return fmt.Sprintf("another enable or disable (process %d)", who.Pid)
-	}
-	for {
-		err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &lock)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, explain("cannot lock the addons", err)
-		}
-		if !said {
-			said = true
-			fmt.Fprintf(a.Err, "waiting for %s to end\n", holder())
-		}
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-limit.C:
-			who := holder()
-			f.Close()
-			return nil, failf("see what that process does, or end it, and run the same command again", "%s did not end within %s", who, cmp.Or(a.LockWait, addonLockWait))
-		case <-ctx.Done():
-			f.Close()
-			return nil, ctx.Err()
-		}
+	return unlock, refused(err)
+}
+
+// quiet is the reporter where nobody reads, and nobody answers.
+type quiet struct{ log *slog.Logger }
+
+func (q quiet) Step(title string, do func() error) error {
+	q.log.Debug(title)
+	return do()
+}
+func (q quiet) Say(line string)          { q.log.Debug(line) }
+func (q quiet) Note(line string)         { q.log.Debug(line) }
+func (quiet) Ask(string) (string, error) { return "", nil }
+
+// newAddonsCarryOut is for the cluster agent, which watches the objects.
+func (a *App) newAddonsCarryOut() *cobra.Command {
+	return &cobra.Command{
+		Use: "carry-out NAME", Short: "Do what the object of an addon asks for", Args: exactly("NAME"), Hidden: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.controller(quiet{a.log()})
+			if err != nil {
+				return err
+			}
+			c.Hook = func(hook *exec.Cmd) {
+				hook.Env = a.hookEnviron()
+				hook.Stdout, hook.Stderr = a.Err, a.Err
+			}
+			return c.CarryOut(cmd.Context(), args[0], a.LockWait)
+		},
 	}
 }

@@ -131,44 +131,6 @@ func attendFile(path string, stall time.Duration, read func(io.Reader) error) er
 	}
 }
 
-// checkPack refuses an addon whose images are not on this node: its pack is missing.
-func (a *App) checkPack(ctx context.Context, r request, online bool) error {
-	if len(r.addon.Images) == 0 || online {
-		return nil
-	}
-	missing := addon.Missing(a.Env, r.addon)
-	for end := time.Now().Add(addonAPIWait); len(missing) > 0 && a.sideloads(missing) && time.Now().Before(end); missing = addon.Missing(a.Env, r.addon) {
-		select { // kubelite takes it from there within seconds, and at a node's start after the images of the snap
-		case <-time.After(time.Second):
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	if len(missing) > 0 { // they may have come in another way
-		if have, err := images.List(ctx, a.Env); err == nil {
-			missing = slices.DeleteFunc(missing, func(name string) bool {
-				return slices.ContainsFunc(have, func(i images.Image) bool { return i.Name == name })
-			})
-		}
-	}
-	if len(missing) == 0 {
-		return nil
-	}
-	version, _ := Version(a.Env)
-	f := &Failure{Err: fmt.Errorf("cannot enable %s: its images are in the pack %s, which is not on this node", r.addon.Name, pack.File(r.addon.Name, version, runtime.GOARCH))}
-	f.Hints = append(f.Hints, "nothing was changed; get that file, or "+pack.File("", version, runtime.GOARCH)+", from where the snap is from, and run: microk8s addons import FILE")
-	if len(r.addon.Online) > 0 {
-		f.Hints = append(f.Hints, "with internet: microk8s enable "+strings.Join(append([]string{r.addon.Name}, r.args...), " ")+" --online")
-	}
-	return f
-}
-
-// sideloads reports whether a pack with one of the images waits in the sideload folder.
-func (a *App) sideloads(names []string) bool {
-	waiting, _ := pack.List(a.Env.SideloadDir())
-	return slices.ContainsFunc(waiting, func(k pack.Kept) bool { return slices.ContainsFunc(names, k.Has) })
-}
-
 func (a *App) newAddonsBundle() *cobra.Command {
 	var names []string
 	var list, file string

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/clientcmd"
 
+	"microk8s/internal/addon/control"
 	"microk8s/internal/cli/reset"
 	"microk8s/internal/kube"
 	"microk8s/internal/snapenv"
@@ -113,7 +114,7 @@ func (a *App) reset(ctx context.Context, destroy, noCopy bool) error {
 		return err
 	}
 	if destroy {
-		if err := p.step("Deleting the data of volumes", func() error { return emptyDir(a.Env.DefaultStorage()) }); err != nil {
+		if err := p.step("Deleting the data of volumes", func() error { return control.EmptyDir(a.Env.DefaultStorage()) }); err != nil {
 			return explain("cannot delete the data of volumes", err)
 		}
 	}
@@ -131,20 +132,4 @@ func (a *App) reset(ctx context.Context, destroy, noCopy bool) error {
 		return exitError(ExitError)
 	}
 	return removeLock(a.Env, snapenv.LockResetting)
-}
-
-// emptyDir deletes what is in a folder, which itself, a mount point maybe, stays.
-func emptyDir(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range entries {
-		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
-	}
-	return errors.Join(errs...)
 }

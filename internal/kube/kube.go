@@ -68,14 +68,23 @@ func (f *File) Core() (*Core, error) {
 
 // New makes a client. The configuration is copied.
 func New(cfg *rest.Config) (*Core, error) {
+	c, err := For(cfg, "/api", corev1.SchemeGroupVersion, corev1.AddToScheme)
+	if err != nil {
+		return nil, err
+	}
+	return &Core{c}, nil
+}
+
+// For makes a client of one group's kinds, which add tells a scheme, below a path of the API. The configuration is copied.
+func For(cfg *rest.Config, path string, group schema.GroupVersion, add func(*runtime.Scheme) error) (rest.Interface, error) {
 	scheme := runtime.NewScheme()
-	if err := corev1.AddToScheme(scheme); err != nil {
+	if err := add(scheme); err != nil {
 		return nil, err
 	}
 	metav1.AddToGroupVersion(scheme, schema.GroupVersion{Version: "v1"})
 	cfg = rest.CopyConfig(cfg)
-	cfg.GroupVersion = &corev1.SchemeGroupVersion
-	cfg.APIPath = "/api"
+	cfg.GroupVersion = &group
+	cfg.APIPath = path
 	cfg.NegotiatedSerializer = serializer.NewCodecFactory(scheme).WithoutConversion()
 	cfg.QPS, cfg.Burst = 50, 100
 	cfg.Timeout = 0 // watches have none; the methods below set theirs
@@ -87,7 +96,7 @@ func New(cfg *rest.Config) (*Core, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot make a client of the API server: %w", err)
 	}
-	return &Core{c}, nil
+	return c, nil
 }
 
 // Nodes lists all nodes.

@@ -67,6 +67,7 @@ var frozenRows = []frozenRow{
 	{command: "addons import", run: "addons import --stall 1s WORK/fifo", says: `its disk or network file system brought nothing for 1s.*dmesg`},
 	{command: "addons import", run: "addons import WORK/pack.tar", says: silentAPI},
 	{command: "addons bundle", run: "addons bundle --images docker.io/library/a:1 -o WORK/bundle.tar", says: silentContainerd},
+	{command: "addons carry-out", run: "addons carry-out dns", says: silentAPI},
 	{command: "addons repo", asks: "help"},
 	{command: "addons repo add", run: "addons repo add x http://FROZEN/x", says: `http://127.0.0.1:\d+/x brought nothing for .*; check the address`},
 	{command: "addons repo list", asks: "files of this node"},

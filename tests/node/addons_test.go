@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/tests/lab/labtest"
+	"microk8s/tests/snippet"
 )
 
 const (
@@ -108,6 +109,7 @@ func TestAddons(t *testing.T) {
 		n.waitLookup(t, "www.example.test", "192.0.2.99")
 		n.waitLookup(t, outsideName, outsideAddr)
 	})
+	step("objects are the same as the commands", n.testAddonObjects)
 	step("reset disables addons", func(t *testing.T) {
 		if out, err := n.tryAll(t, "", "microk8s", "reset"); err != nil {
 			t.Fatalf("reset: %v\n%s", err, out)
@@ -118,6 +120,73 @@ func TestAddons(t *testing.T) {
 		n.startPod(t, "asker")
 		n.waitLookup(t, clusterName, "10.152.183.1")
 	})
+}
+
+// testAddonObjects enables an addon as docs/addons.md has it for GitOps, makes a mistake, and deletes the object.
+func (n *node) testAddonObjects(t *testing.T) {
+	list, err := snippet.Read("../../docs/addons.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kubectl := func(args ...string) string {
+		t.Helper()
+		return n.run(t, append([]string{"microk8s", "kubectl"}, args...)...)
+	}
+	is := func(name, path, want string) {
+		t.Helper()
+		kubectl("wait", "addon", name, "--for=jsonpath="+path+"="+want, "--timeout=2m")
+	}
+	const reason = `{.status.conditions[?(@.type=="Ready")].reason}`
+	is("dns", reason, "Enabled")
+	if out := kubectl("get", "addons.microk8s.io"); !strings.Contains(out, "ENABLED   PHASE") || !strings.Contains(out, "metallb") {
+		t.Errorf("kubectl get addons printed:\n%s", out)
+	}
+	is("hostpath-storage", "{.status.phase}", "Disabled")
+	for _, s := range list {
+		if s.Name == "gitops" {
+			n.runIn(t, s.Text, "microk8s", "kubectl", "apply", "-f", "-")
+		}
+	}
+	kubectl("wait", "addon", "hostpath-storage", "--for=condition=Ready", "--timeout=2m")
+	is("hostpath-storage", "{.status.phase}", "Enabled")
+	n.wantAddon(t, "hostpath-storage", "enabled")
+	if out := n.run(t, "microk8s", "enable", "hostpath-storage", "--reclaim-policy=Retain"); !strings.Contains(out, "already enabled") {
+		t.Errorf("the arguments of the object are not those of the command: %s", out)
+	}
+	kubectl("patch", "addon", "hostpath-storage", "--type=merge", "-p", `{"spec":{"arguments":["--reclaim-policy=Keep"]}}`)
+	is("hostpath-storage", reason, "InvalidArguments")
+	n.wantAddon(t, "hostpath-storage", "enabled")
+	for _, wrong := range []string{`{"spec":{"arguments":["a\nb"]}}`, `{"spec":{"repository":"other"}}`} {
+		if out, err := n.tryAll(t, "", "microk8s", "kubectl", "patch", "addon", "hostpath-storage", "--type=merge", "-p", wrong); err == nil {
+			t.Errorf("%s was taken: %s", wrong, out)
+		}
+	}
+	if out := n.run(t, "microk8s", "enable", "hostpath-storage", "--reclaim-policy=Delete"); !strings.Contains(out, "hostpath-storage is enabled") {
+		t.Errorf("the command printed %s", out)
+	}
+	is("hostpath-storage", reason, "Enabled")
+	if out := kubectl("get", "addon", "hostpath-storage", "-o", "jsonpath={.spec.arguments}"); out != `["--reclaim-policy=Delete"]` {
+		t.Errorf("after the command the object has the arguments %s", out)
+	}
+	// Tenants with every right in their namespace, and those who may edit all namespaces, have none here.
+	kubectl("create", "rolebinding", "tenant", "--clusterrole=admin", "--user=tenant")
+	for _, role := range []string{"admin", "edit", "view"} {
+		kubectl("create", "clusterrolebinding", "all-"+role, "--clusterrole="+role, "--user=all-"+role)
+		for _, verb := range []string{"get", "patch", "create", "delete"} {
+			for _, user := range []string{"tenant", "all-" + role} {
+				if out, err := n.try(t, "microk8s", "kubectl", "auth", "can-i", verb, "addons.microk8s.io", "--as="+user); err == nil || strings.TrimSpace(out) != "no" {
+					t.Errorf("%s may %s addons: %s", user, verb, out)
+				}
+			}
+		}
+	}
+	kubectl("delete", "addon", "hostpath-storage", "--timeout=2m")
+	n.wantAddon(t, "hostpath-storage", "disabled")
+	eventually(t, time.Minute, func() error { // the new object
+		_, err := n.try(t, "microk8s", "kubectl", "get", "addon", "hostpath-storage")
+		return err
+	})
+	is("hostpath-storage", "{.status.phase}", "Disabled")
 }
 
 func (n *node) testAddonRefusals(t *testing.T) {

@@ -23,6 +23,8 @@ import (
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
+
+	addons "microk8s/internal/addon/object"
 )
 
 // Limits. Objects get Patience to end in order (pods to stop, finalizers to be worked off);
@@ -286,7 +288,7 @@ func (c *Cleaner) delete(ctx context.Context, r resource, o *unstructured.Unstru
 			return err
 		}
 	}
-	if !force {
+	if !force && r.gvr != addons.Resource { // of addons nothing is left that its finalizer waits for
 		return nil
 	}
 	if r.gvr.Resource == "namespaces" && r.gvr.Group == "" {

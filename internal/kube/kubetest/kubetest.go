@@ -1,5 +1,5 @@
 // Package kubetest is the far side of clients of an API server in tests: it stores any object of
-// the built-in kinds in version v1, with resource versions, UIDs, label and field selectors, preconditions,
+// the built-in kinds in version v1, and addons, with resource versions, UIDs, label and field selectors, preconditions,
 // watches, merge patches and server-side apply. Objects are in client-go's object tracker, and
 // fields are managed as the API server does it. It is no API server: it knows no authorization, no
 // validation, no defaults and no controllers. Real ones are in tests/node.
@@ -20,6 +20,7 @@ import (
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -39,12 +40,14 @@ import (
 	clienttesting "k8s.io/client-go/testing"
 	apiregistrationv1 "k8s.io/kube-aggregator/pkg/apis/apiregistration/v1"
 	"sigs.k8s.io/structured-merge-diff/v6/fieldpath"
+	"sigs.k8s.io/structured-merge-diff/v6/typed"
 	"sigs.k8s.io/yaml"
 
+	"microk8s/internal/addon/object"
 	"microk8s/internal/kube"
 )
 
-// catalogue is what the server knows: the built-in kinds of version v1, and the API's extensions.
+// catalogue is what the server knows: the built-in kinds of version v1, the API's extensions, and addons.
 type catalogue struct {
 	scheme    *runtime.Scheme
 	codecs    serializer.CodecFactory
@@ -54,14 +57,15 @@ type catalogue struct {
 }
 
 // ofCluster has the kinds that no namespace has.
-var ofCluster = sets.New("APIService", "CertificateSigningRequest", "ClusterRole", "ClusterRoleBinding", "CSIDriver", "CSINode", "DeviceClass",
+var ofCluster = sets.New("Addon", "APIService", "CertificateSigningRequest", "ClusterRole", "ClusterRoleBinding", "CSIDriver", "CSINode",
+	"CustomResourceDefinition", "DeviceClass",
 	"FlowSchema", "IngressClass", "IPAddress", "MutatingWebhookConfiguration", "Namespace", "Node", "PersistentVolume", "PriorityClass",
 	"PriorityLevelConfiguration", "ResourceSlice", "RuntimeClass", "ServiceCIDR", "StorageClass", "ValidatingAdmissionPolicy",
 	"ValidatingAdmissionPolicyBinding", "ValidatingWebhookConfiguration", "VolumeAttachment")
 
 var known = sync.OnceValue(func() catalogue {
 	c := catalogue{scheme: runtime.NewScheme(), mapper: meta.NewDefaultRESTMapper(nil), resources: map[string][]metav1.APIResource{}}
-	for _, add := range []func(*runtime.Scheme) error{scheme.AddToScheme, apiregistrationv1.AddToScheme} {
+	for _, add := range []func(*runtime.Scheme) error{scheme.AddToScheme, apiregistrationv1.AddToScheme, apiextensionsv1.AddToScheme, object.AddToScheme} {
 		if err := add(c.scheme); err != nil {
 			panic(err)
 		}
@@ -90,7 +94,23 @@ var known = sync.OnceValue(func() catalogue {
 	return c
 })
 
-var converter = sync.OnceValue(func() managedfields.TypeConverter { return applyconfigurations.NewTypeConverter(known().scheme) })
+var converter = sync.OnceValue(func() managedfields.TypeConverter {
+	return extensible{applyconfigurations.NewTypeConverter(known().scheme), managedfields.NewDeducedTypeConverter()}
+})
+
+// extensible is a converter for the built-in kinds, and for definitions of kinds and our own, whose fields are as they look.
+type extensible struct {
+	managedfields.TypeConverter
+	deduced managedfields.TypeConverter
+}
+
+func (e extensible) ObjectToTyped(o runtime.Object, options ...typed.ValidationOptions) (*typed.TypedValue, error) {
+	switch o.GetObjectKind().GroupVersionKind().Group {
+	case object.Group.Group, apiextensionsv1.GroupName:
+		return e.deduced.ObjectToTyped(o, options...)
+	}
+	return e.TypeConverter.ObjectToTyped(o, options...)
+}
 
 // Server is the API server. Its fields are set before the first call, or with Lock held, which
 // calls wait for.
