@@ -45,6 +45,7 @@ import (
 	"microk8s/internal/podledger"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/tokenstore"
+	"microk8s/internal/turn"
 )
 
 // Flags are the program's (cluster-agent.md 1.1).
@@ -217,6 +218,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 				Exec: node.Runner(env), Command: []string{env.Bin("microk8s"), "addons", "carry-out"}, Log: log,
 			}).Run(ctx)
 		})
+		group.Go(func() error { return (&turn.Ender{Lease: turn.Lease{Core: core}, Node: name, Log: log}).Run(ctx) })
 		group.Go(func() error { return (&agreement.Controller{Env: env, Node: name, Nodes: registry, Log: log}).Run(ctx) })
 		group.Go(func() error {
 			return (&fanout.Controller{Cluster: &fanout.Cluster{Env: env, Core: core}, Log: log}).Run(ctx)

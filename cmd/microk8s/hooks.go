@@ -18,11 +18,13 @@ import (
 	"microk8s/internal/hostnet"
 	"microk8s/internal/hostprobe"
 	"microk8s/internal/images"
+	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/service"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
 	"microk8s/internal/status"
+	"microk8s/internal/turn"
 )
 
 // runHook runs one of snapd's hooks.
@@ -41,11 +43,16 @@ func hooks(env snapenv.Env, log *slog.Logger) *hook.Runner {
 		Refresh:     setup.Refresh,
 		Remove:      remove,
 		Members:     peers.Members,
+		Turn:        turn.Lease{Core: (&kube.File{Path: env.AdminKubeconfig()}).Core},
+		TurnWait:    turnWait,
 		CheckConfig: func(text []byte, strict bool) error { return checkConfig(env, text, strict, log) },
 		PreInit:     launchconf.PreInit,
 		Health:      func(ctx context.Context) (state, message string) { return health(ctx, env) },
 	}
 }
+
+// turnWait is what snapd's user waits at most when another node is refreshed.
+const turnWait = time.Minute
 
 // checkConfig finds all mistakes in a launch configuration. What is a warning about a file,
 // which may be for a later version, is a slip at a prompt.

@@ -24,6 +24,7 @@ import (
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/turn"
 )
 
 // Runner runs hooks. All fields but Log must be set.
@@ -43,6 +44,12 @@ type Runner struct {
 	// Members says who the members of the datastore are (internal/datastore/peers).
 	Members func(ctx context.Context, dir string) ([]peers.Member, error)
 
+	// Turn has the nodes of the cluster refreshed one after the other (internal/turn).
+	Turn Turn
+	// TurnWait is how long the turn is waited for: the node before may have come back just now, and its refresh
+	// may have interrupted the API server.
+	TurnWait time.Duration
+
 	// CheckConfig looks at a launch configuration: its error holds every mistake in it, for a
 	// strict check also keys that are not known.
 	CheckConfig func(text []byte, strict bool) error
@@ -53,6 +60,12 @@ type Runner struct {
 
 	// Health says how the node is: a word of `snapctl set-health` and why.
 	Health func(ctx context.Context) (state, message string)
+}
+
+// Turn is what internal/turn's Lease does. The error of Take is a *turn.HeldError while another node has it.
+type Turn interface {
+	Take(ctx context.Context, node, why string, limit time.Duration) error
+	End(ctx context.Context, node string) error
 }
 
 // ErrUnknown is wrapped when no hook has that name.
@@ -239,21 +252,70 @@ func (r *Runner) preRefresh(ctx context.Context) error {
 	if !nodeconfig.ReadState(r.Env).Installed {
 		return nil
 	}
-	members, err := r.Members(ctx, r.Env.BackendLive())
-	switch {
-	case errors.Is(err, peers.ErrNotRunning):
-		// A worker, or a node that is stopped: nothing depends on it.
-	case err != nil:
-		r.Log.Warn("cannot find out whether the cluster can do without this node", "err", err)
-	default:
-		if err := quorum(members); err != nil {
-			return err
-		}
+	if err := r.mayGo(ctx); err != nil {
+		return err
 	}
 	if err := setup.NoteIdentity(r.Env); err != nil {
 		return fmt.Errorf("cannot note which cluster this node belongs to: %w", err)
 	}
 	return nil
+}
+
+// mayGo says why this node may not stop now: another one has the turn, or the datastore needs it.
+func (r *Runner) mayGo(ctx context.Context) error {
+	members, err := r.Members(ctx, r.Env.BackendLive())
+	if errors.Is(err, peers.ErrNotRunning) {
+		return nil // a worker, or a node that is stopped: nothing depends on it
+	}
+	if err != nil {
+		r.Log.Warn("cannot find out whether the cluster can do without this node", "err", err)
+		return nil
+	}
+	if len(members) < 2 {
+		return nil
+	}
+	node := nodeconfig.Load(r.Env).NodeName
+	if err := r.take(ctx, node); err != nil {
+		return err
+	}
+	// They are asked again: until now another node had the turn, perhaps.
+	if again, err := r.Members(ctx, r.Env.BackendLive()); err == nil {
+		members = again
+	}
+	err = quorum(members)
+	if err != nil {
+		if endErr := r.Turn.End(ctx, node); endErr != nil {
+			r.Log.Warn("the turn of this node ends by itself", "err", endErr)
+		}
+	}
+	return err
+}
+
+// take takes the turn. Without an API server nobody can be asked; then the quorum alone decides, since
+// the refresh may be what brings the API server back.
+func (r *Runner) take(ctx context.Context, node string) error {
+	limit, cancel := context.WithTimeout(ctx, r.TurnWait)
+	defer cancel()
+	var held *turn.HeldError
+	for {
+		err := r.Turn.Take(limit, node, turn.ForRefresh, turn.RefreshLimit)
+		if err == nil {
+			return nil
+		}
+		var now *turn.HeldError
+		if errors.As(err, &now) {
+			held = now
+		}
+		select {
+		case <-limit.Done():
+			if held != nil {
+				return fmt.Errorf("cannot refresh this node now: %w", held)
+			}
+			r.Log.Warn("the nodes cannot be asked which of them is refreshed; the datastore's quorum alone decides", "err", err)
+			return nil
+		case <-time.After(r.TurnWait / 30):
+		}
+	}
 }
 
 // quorum refuses when the cluster works now and would not without this node. Leadership needs

@@ -10,12 +10,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/setup"
 	"microk8s/internal/snapenv"
+	"microk8s/internal/turn"
 )
 
 // fixture is a runner on a machine in a temporary folder; calls records what it did.
@@ -26,6 +28,7 @@ type fixture struct {
 	members  []peers.Member
 	memErr   error
 	health   [2]string
+	turn     fakeTurn
 	bad      string // what CheckConfig finds in a text that has it
 	log      strings.Builder
 }
@@ -63,6 +66,7 @@ func newFixture(t *testing.T) *fixture {
 			}
 			return f.members, f.memErr
 		},
+		Turn: &f.turn, TurnWait: 300 * time.Millisecond,
 		CheckConfig: func(text []byte, _ bool) error {
 			if strings.Contains(string(text), f.bad) {
 				return fmt.Errorf("there is %q in it", f.bad)
@@ -237,6 +241,102 @@ func TestPreRefreshKeepsTheQuorum(t *testing.T) {
 	f.run(t, "pre-refresh")
 	if !strings.Contains(f.log.String(), "broken") {
 		t.Errorf("nothing is said: %s", &f.log)
+	}
+}
+
+// fakeTurn is the cluster's turn: another node has it, or nobody can be asked, or it is taken.
+type fakeTurn struct {
+	held    *turn.HeldError
+	waiting int // calls after which the other node's turn has ended; 0 for never
+	failing int // calls that fail first; -1 for all
+	calls   []string
+}
+
+func (f *fakeTurn) Take(_ context.Context, node, why string, _ time.Duration) error {
+	if f.failing != 0 {
+		f.failing--
+		return errors.New("no API server")
+	}
+	if call := "take " + node + " " + why; !slices.Contains(f.calls, call) {
+		f.calls = append(f.calls, call)
+	}
+	if f.held == nil {
+		return nil
+	}
+	if f.waiting--; f.waiting == 0 {
+		f.held = nil
+		return nil
+	}
+	return f.held
+}
+
+func (f *fakeTurn) End(_ context.Context, node string) error {
+	f.calls = append(f.calls, "end "+node)
+	return nil
+}
+
+// Two nodes of a cluster are never refreshed at once.
+func TestPreRefreshTakesTheTurn(t *testing.T) {
+	me := peers.Member{Address: "10.0.0.1:19001", Role: storedir.Voter, Self: true, Online: true}
+	up := peers.Member{Address: "10.0.0.2:19001", Role: storedir.Voter, Online: true}
+	down := peers.Member{Address: "10.0.0.9:19001", Role: storedir.Voter}
+	start := func(members ...peers.Member) *fixture {
+		f := newFixture(t)
+		f.run(t, "install")
+		put(t, f.Env.Args("kubelet"), "--hostname-override=n1\n", 0o600)
+		f.members, f.memErr = members, nil
+		return f
+	}
+	want := func(what string, f *fixture, calls ...string) {
+		t.Helper()
+		if !slices.Equal(f.turn.calls, calls) {
+			t.Errorf("%s: %q, want %q", what, f.turn.calls, calls)
+		}
+	}
+	const take = "take n1 " + turn.ForRefresh
+	f := start(me)
+	f.run(t, "pre-refresh")
+	want("alone", f)
+
+	f = start(me, up)
+	f.run(t, "pre-refresh")
+	want("two", f, take)
+
+	f = start(me, up, up)
+	f.turn.held = &turn.HeldError{Turn: turn.Turn{Node: "n2", Why: turn.ForRefresh}}
+	if err := f.Run(t.Context(), "pre-refresh"); err == nil || !strings.Contains(err.Error(), "cannot refresh this node now: n2 has the turn to be refreshed") {
+		t.Errorf("another has the turn: %v", err)
+	}
+	want("another has the turn", f, take)
+
+	f = start(me, up, up)
+	f.turn.held, f.turn.waiting = &turn.HeldError{Turn: turn.Turn{Node: "n2", Why: turn.ForRefresh}}, 3
+	f.run(t, "pre-refresh")
+	want("the other one comes back just now", f, take)
+
+	// Refused by the quorum: the others may have it.
+	f = start(me, up, down)
+	if err := f.Run(t.Context(), "pre-refresh"); err == nil {
+		t.Error("the quorum is lost with it")
+	}
+	want("quorum", f, take, "end n1")
+
+	f = start(me, up, up)
+	f.turn.failing = 2
+	f.run(t, "pre-refresh")
+	want("an API server that comes back", f, take)
+
+	// Without an API server the quorum alone decides.
+	f = start(me, up, up)
+	f.turn.failing = -1
+	f.run(t, "pre-refresh")
+	if !strings.Contains(f.log.String(), "the datastore's quorum alone decides") {
+		t.Errorf("nothing is said: %s", &f.log)
+	}
+	f = start(me, up, down)
+	f.turn.failing = -1
+	if err := f.Run(t.Context(), "pre-refresh"); err == nil {
+		t.Error("the quorum is lost with it, and no API server")
 	}
 }
 

@@ -12,11 +12,13 @@ import (
 	"testing"
 	"time"
 
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"microk8s/internal/longtest"
+	"microk8s/internal/turn"
 )
 
 // Three machines make a cluster and are refreshed one by one, under steady writing through
@@ -72,6 +74,24 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 		m.waitVoters(t, 3)
 	}
 
+	// While another node has the turn, nobody is refreshed, and the refusal says who has it and what to type.
+	holder := "n1-elsewhere"
+	lease := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Name: turn.Name, Namespace: "kube-system"}}
+	now, seconds := metav1.NowMicro(), int32(turn.RefreshLimit/time.Second)
+	lease.Spec = coordinationv1.LeaseSpec{HolderIdentity: &holder, LeaseDurationSeconds: &seconds, RenewTime: &now, AcquireTime: &now}
+	lease.Annotations = map[string]string{"microk8s.io/why": turn.ForRefresh}
+	leases := nodes[0].client.CoordinationV1().Leases("kube-system")
+	if err := leases.Delete(t.Context(), turn.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		t.Fatal(err)
+	}
+	if _, err := leases.Create(t.Context(), lease, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := nodes[2].try(t, "snap", "install", "--dangerous", "--classic", next); code == 0 || !strings.Contains(out, holder+" has the turn") {
+		t.Fatalf("a refresh while another node is refreshed: exit code %d\n%s", code, out)
+	}
+	nodes[2].run(t, "microk8s", "kubectl", "-n", "kube-system", "delete", "lease", turn.Name)
+
 	for _, m := range nodes {
 		written := tr.written()
 		m.run(t, "snap", "install", "--dangerous", "--classic", next)
@@ -82,6 +102,13 @@ func TestClusterIsRefreshedNodeByNode(t *testing.T) {
 		for _, other := range nodes {
 			other.waitVoters(t, 3)
 		}
+		eventually(t, 2*time.Minute, func() error { // the next revision's agent ends the turn
+			l, err := leases.Get(t.Context(), turn.Name, metav1.GetOptions{})
+			if err == nil && l.Spec.HolderIdentity != nil && *l.Spec.HolderIdentity != "" {
+				err = fmt.Errorf("%s has the turn yet", *l.Spec.HolderIdentity)
+			}
+			return err
+		})
 		if tr.written() == written {
 			t.Errorf("nothing was written while %s was refreshed", m.name)
 		}
