@@ -25,6 +25,7 @@ import (
 
 	"microk8s/cluster-agent/addons"
 	"microk8s/cluster-agent/agreement"
+	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/broker"
 	"microk8s/cluster-agent/callback"
 	"microk8s/cluster-agent/fanout"
@@ -132,7 +133,15 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	here := &node.Node{Env: env, Services: services, Limit: limiter, Log: log, Run: node.Runner(env)}
 	here.Remove = func(ctx context.Context, address string) error { return peers.Remove(ctx, env.Backend(), address) }
 	here.Examine = func(ctx context.Context) (*peers.Examined, error) { return examine(ctx, env) }
+	store := certs.New(env, certs.Options{Log: log})
+	here.Certificates = store.List
 	remote := &worker.Controller{Env: env, Node: name, Restart: services.Restart, Log: log}
+	here.ChangeCertificates = func(ctx context.Context, change api.CertificateChange) error {
+		if isWorker {
+			return remote.Change(ctx, change)
+		}
+		return changeCertificates(ctx, store, change)
+	}
 	here.Fresh = remote.Callback
 	if !isWorker {
 		here.Fresh = func(ctx context.Context) ([]string, error) {
@@ -171,7 +180,7 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return srv.Serve(ctx, listener) })
 	group.Go(func() error {
-		keeper := &renewal.Controller{Env: env, Store: certs.New(env, certs.Options{Log: log}), Restart: services.Restart, Log: log}
+		keeper := &renewal.Controller{Env: env, Store: store, Restart: services.Restart, Log: log}
 		return keeper.Run(ctx)
 	})
 	if f.Launch {
@@ -228,6 +237,24 @@ func Run(ctx context.Context, env snapenv.Env, f Flags, services Restarter, log 
 		})
 	}
 	return group.Wait()
+}
+
+// changeCertificates does what is asked of a control-plane node's certificates and keys.
+func changeCertificates(ctx context.Context, store *certs.Store, change api.CertificateChange) error {
+	if len(change.Leaves) > 0 {
+		if _, err := store.ReplaceLeaves(ctx, change.Leaves); err != nil {
+			return err
+		}
+	}
+	if change.FrontProxy != "" {
+		if err := store.FrontProxy(change.FrontProxy, change.FrontProxyOld); err != nil {
+			return err
+		}
+	}
+	if change.SigningKeys != "" {
+		return store.SetSigningKeys([]byte(change.SigningKeys))
+	}
+	return nil
 }
 
 // examine asks k8s-dqlite how far this node's storage directory has come.

@@ -29,6 +29,7 @@ const (
 	PathRelease   = "/cluster/api/v2.0/join/release"      // ours
 	PathExamine   = "/cluster/api/v2.0/datastore/examine" // ours, with a client certificate
 	PathRenew     = "/cluster/api/v2.0/renew"             // ours, with a client certificate
+	PathCerts     = "/cluster/api/v2.0/certificates"      // ours, with a client certificate
 )
 
 // Headers that carry secrets.
@@ -288,6 +289,21 @@ type ConfigureRequest struct {
 	// Encryption replaces the keys of encryption at rest of a control-plane node, before its services are
 	// restarted; see internal/encryption. It is never kept for a node that is not reached. Ours.
 	Encryption string `json:"encryption,omitempty"`
+	// Certificates is one step of a change of certificates and keys, done before services are restarted.
+	// It is never kept for a node that is not reached. Ours.
+	Certificates *CertificateChange `json:"certificates,omitempty"`
+}
+
+// CertificateChange is what one node is to do in a change of the cluster's certificates and keys
+// (internal/keyrotation). Each may be repeated.
+type CertificateChange struct {
+	// Leaves are the IDs of public keys (certs.KeyID) in whose place new keys and certificates are made.
+	Leaves []string `json:"leaves,omitempty"`
+	// FrontProxy is a step of replacing the front proxy's CA whose key has the ID FrontProxyOld.
+	FrontProxy    string `json:"front_proxy,omitempty"`
+	FrontProxyOld string `json:"front_proxy_old,omitempty"`
+	// SigningKeys are the keys of service account tokens, in PEM: the first one signs.
+	SigningKeys string `json:"signing_keys,omitempty"`
 }
 
 // ConfigureService is one argument file and its service.

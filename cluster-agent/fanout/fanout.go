@@ -179,12 +179,17 @@ func (c *Cluster) Configure(ctx context.Context, req api.ConfigureRequest, names
 }
 
 // Encryption hands the named control-plane nodes their keys of encryption at rest and restarts the API
-// server of each, one after the other, so that one of them always answers. It stops at the first node
-// that fails: the others keep the keys that they have. Nothing is kept for a node that is not
-// reached, because keys are not written down where they could be read.
+// server of each.
 func (c *Cluster) Encryption(ctx context.Context, content string, names ...string) error {
+	return c.Roll(ctx, api.ConfigureRequest{Encryption: content, Services: []api.ConfigureService{{Name: "kube-apiserver", Restart: true}}}, names...)
+}
+
+// Roll asks the named nodes for the same, one after the other, and waits for the API server of each that is
+// restarted, so that one of them always answers. It stops at the first node that fails: the others keep what
+// they have. Nothing is kept for a node that is not reached, because keys are not written down where
+// they could be read.
+func (c *Cluster) Roll(ctx context.Context, req api.ConfigureRequest, names ...string) error {
 	var stopped error
-	req := api.ConfigureRequest{Encryption: content, Services: []api.ConfigureService{{Name: "kube-apiserver", Restart: true}}}
 	results, err := c.each(ctx, callTimeout, 1, names, func(ctx context.Context, http *http.Client, t Target, secret string) error {
 		if stopped != nil {
 			return stopped
@@ -192,11 +197,13 @@ func (c *Cluster) Encryption(ctx context.Context, content string, names ...strin
 		mine := req
 		mine.Callback = secret
 		body, err := json.Marshal(mine)
+		server := c.apiServer(t)
+		served := err == nil && restarts(req) && (req.Encryption != "" || ready(ctx, http, server))
 		if err == nil {
 			_, err = post(ctx, http, t, api.PathConfigure, "", bytes.NewReader(body))
 		}
-		if err == nil {
-			err = c.waitReady(ctx, http, c.apiServer(t))
+		if err == nil && served {
+			err = c.waitReady(ctx, http, server)
 		}
 		if err != nil {
 			stopped = fmt.Errorf("it was left as it is, because of %s", t.Name)
@@ -207,7 +214,7 @@ func (c *Cluster) Encryption(ctx context.Context, content string, names ...strin
 		return err
 	}
 	if len(results) != len(names) {
-		return fmt.Errorf("of the control-plane nodes %s only %d are nodes of the cluster", strings.Join(names, ", "), len(results))
+		return fmt.Errorf("of %s only %d are nodes of the cluster", strings.Join(names, ", "), len(results))
 	}
 	return Failed(results)
 }

@@ -32,6 +32,7 @@ import (
 	"microk8s/cluster-agent/limit"
 	"microk8s/cluster-agent/server"
 	"microk8s/internal/args"
+	"microk8s/internal/certs"
 	"microk8s/internal/coalesce"
 	"microk8s/internal/datastore/peers"
 	"microk8s/internal/encryption"
@@ -68,6 +69,12 @@ type Node struct {
 	// Examine says how far this node's copy of the datastore has come. It may take minutes.
 	Examine func(ctx context.Context) (*peers.Examined, error)
 
+	// Certificates says which certificates and keys this node has, without the keys.
+	Certificates func() (certs.Inventory, error)
+
+	// ChangeCertificates does what is asked of this node's certificates and keys.
+	ChangeCertificates func(ctx context.Context, change api.CertificateChange) error
+
 	// Fresh asks the control plane for the callback secrets that this node takes, when a caller shows
 	// another one than the node has: it may have changed just now. nil means not to ask.
 	Fresh func(ctx context.Context) ([]string, error)
@@ -94,6 +101,7 @@ func (n *Node) Register(s *server.Server, controlPlane bool) {
 	n.fresh.Every = freshEvery
 	s.HandleSized(http.MethodPost, api.PathConfigure, maxConfigure, server.BusyFirst(n.Limit, http.HandlerFunc(n.configure)))
 	s.HandleStream(http.MethodPost, api.PathImageImport, server.BusyFirst(n.Limit, http.HandlerFunc(n.importImage)))
+	s.Handle(http.MethodPost, api.PathCerts, server.BusyFirst(n.Limit, http.HandlerFunc(n.certificates)))
 	if controlPlane {
 		s.HandleAny(api.PathDqliteRemove, http.HandlerFunc(n.dqliteRemove))
 		s.Handle(http.MethodPost, api.PathExamine, server.BusyFirst(n.Limit, http.HandlerFunc(n.examine)))
@@ -184,6 +192,17 @@ func changes(req api.ConfigureRequest) (out []string) {
 		}
 		if s.Restart {
 			out = append(out, name+": restart")
+		}
+	}
+	if c := req.Certificates; c != nil {
+		if len(c.Leaves) > 0 {
+			out = append(out, "certificates: new keys")
+		}
+		if c.FrontProxy != "" {
+			out = append(out, "front proxy: "+shorten(c.FrontProxy))
+		}
+		if c.SigningKeys != "" {
+			out = append(out, "keys of service account tokens")
 		}
 	}
 	for _, a := range req.Addons {
@@ -294,6 +313,11 @@ func (n *Node) apply(ctx context.Context, req api.ConfigureRequest) (self bool, 
 	}
 	if err := n.encryption(req.Encryption); err != nil {
 		return false, err
+	}
+	if req.Certificates != nil {
+		if err := n.ChangeCertificates(ctx, *req.Certificates); err != nil {
+			return false, fmt.Errorf("Failed to change certificates: %w", err) //nolint:staticcheck // as the other texts of this call
+		}
 	}
 	for _, s := range req.Services {
 		if err := n.update(s); err != nil {
@@ -509,6 +533,25 @@ func (n *Node) examine(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	server.WriteJSON(w, http.StatusOK, x)
+}
+
+// certificates says which certificates and keys this node has, to a control-plane node. As for an examination
+// the certificate is all that is shown: a node whose callback secret is not in order is looked at too.
+func (n *Node) certificates(w http.ResponseWriter, r *http.Request) {
+	caller, err := n.certified(r)
+	if err != nil {
+		n.Limit.Failed(r.Context(), server.Source(r))
+		n.audit(r, "certificates", err)
+		answerRefusal(w, http.StatusUnauthorized, err)
+		return
+	}
+	list, err := n.Certificates()
+	n.audit(r, "certificates", err, "by", caller)
+	if err != nil {
+		server.WriteFailure(w, http.StatusInternalServerError, api.CodeInternal, err.Error())
+		return
+	}
+	server.WriteJSON(w, http.StatusOK, list)
 }
 
 // capiToken is where a Cluster API provider leaves its token.

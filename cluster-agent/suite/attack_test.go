@@ -1142,6 +1142,9 @@ func wrongCaller(t *testing.T, s *site) {
 		if status, answer, _ := s.call(f, api.PathExamine, struct{}{}); status == http.StatusOK {
 			t.Errorf("examine with %s: %s", what, answer)
 		}
+		if status, answer, _ := s.call(f, api.PathCerts, struct{}{}); status == http.StatusOK {
+			t.Errorf("certificates with %s: %s", what, answer)
+		}
 	}
 	s.nothingDone()
 	// The broker signs no such certificate.

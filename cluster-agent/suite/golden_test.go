@@ -81,6 +81,7 @@ func TestWorkerGolden(t *testing.T) {
 			return api.ConfigureRequest{Callback: s, Services: []api.ConfigureService{{Name: "kubelet", Restart: true}}}
 		}},
 		{"image/import", api.PathImageImport, func(string) any { return "an archive" }},
+		{"certificates", api.PathCerts, func(string) any { return struct{}{} }},
 		{"dqlite/remove", api.PathDqliteRemove, func(string) any { return api.RemoveRequest{Endpoint: here + ":19001"} }},
 	}
 	var lines []string

@@ -229,6 +229,9 @@ func newSite(t testing.TB) *site {
 		},
 		Remove:  remove,
 		Examine: func(context.Context) (*peers.Examined, error) { return &peers.Examined{}, nil },
+		Certificates: func() (certs.Inventory, error) {
+			return certs.Inventory{Node: "n1", Items: []certs.Listed{{Name: certs.CA}}}, nil
+		},
 		Import: func(_ context.Context, archive io.Reader) (images.Imported, error) {
 			text, err := io.ReadAll(archive)
 			s.mu.Lock()

@@ -8,6 +8,7 @@ package worker
 import (
 	"context"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -29,6 +30,7 @@ import (
 	"microk8s/cluster-agent/client"
 	"microk8s/internal/atomicfile"
 	"microk8s/internal/backoff"
+	"microk8s/internal/certs"
 	"microk8s/internal/filewatch"
 	"microk8s/internal/hostinfo"
 	"microk8s/internal/kubeconfig"
@@ -177,7 +179,7 @@ func (k *Controller) Look(ctx context.Context) (time.Duration, error) {
 		if one.text == "" {
 			continue
 		}
-		if err := k.install(one.name, []byte(one.text)); err != nil {
+		if err := k.install(one.name, []byte(one.text), nil); err != nil {
 			return 0, err
 		}
 		k.Log.Info("renewed a certificate", "name", one.name)
@@ -224,9 +226,14 @@ func (k *Controller) request(p pair) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("cannot renew %s.crt: %w", p.name, err)
 	}
+	return k.requestWith(p, key)
+}
+
+func (k *Controller) requestWith(p pair, key *rsa.PrivateKey) (string, error) {
 	template := &x509.CertificateRequest{Subject: pkix.Name{CommonName: p.user, Organization: p.org}}
 	if p.names {
 		template.DNSNames = []string{k.Node}
+		var err error
 		if template.IPAddresses, err = k.addresses(); err != nil {
 			return "", err
 		}
@@ -238,12 +245,15 @@ func (k *Controller) request(p pair) (string, error) {
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: der})), nil
 }
 
-// install puts a certificate into its file, and into the kubeconfig that holds it. What was
-// there before is replaced only by one for the same key.
-func (k *Controller) install(name string, text []byte) error {
-	keyText, err := os.ReadFile(k.Env.Cert(name + ".key"))
-	if err != nil {
-		return err
+// install puts a certificate into its file, and into the kubeconfig that holds it, with its key where that is a
+// new one. What was there before is replaced only by one that fits its key.
+func (k *Controller) install(name string, text, keyText []byte) error {
+	fresh := keyText != nil
+	if !fresh {
+		var err error
+		if keyText, err = os.ReadFile(k.Env.Cert(name + ".key")); err != nil {
+			return err
+		}
 	}
 	if _, err := tls.X509KeyPair(text, keyText); err != nil {
 		return fmt.Errorf("the control plane answered with a certificate that does not fit %s.key: %w", name, err)
@@ -262,6 +272,9 @@ func (k *Controller) install(name string, text []byte) error {
 	if err != nil {
 		return err
 	}
+	if fresh {
+		return certs.ReplacePair(k.Env, name, text, keyText, out)
+	}
 	if err := replace(path, out); err != nil {
 		return err
 	}
@@ -275,6 +288,65 @@ func replace(path string, data []byte) error {
 		return err
 	}
 	return atomicfile.Write(path, data, st.Mode().Perm(), nil)
+}
+
+// Change makes new keys in place of those with the IDs in a change of certificates, and has the control plane
+// sign them. It may be repeated: what is replaced has another ID. The caller restarts the services.
+func (k *Controller) Change(ctx context.Context, change api.CertificateChange) error {
+	if change.FrontProxy != "" || change.SigningKeys != "" {
+		return errors.New("this node is a worker: it has no front proxy, and signs no tokens")
+	}
+	if err := certs.Finish(k.Env); err != nil {
+		return err
+	}
+	req := api.RenewRequest{Secrets: 2}
+	keys := map[string]*rsa.PrivateKey{}
+	for _, p := range k.pairs() {
+		text, err := os.ReadFile(k.Env.Cert(p.name + ".crt"))
+		if err != nil {
+			return fmt.Errorf("cannot read a certificate of this worker: %w", err)
+		}
+		cert, err := pki.ParseCert(text)
+		if err != nil {
+			return fmt.Errorf("cannot read %s: %w", k.Env.Cert(p.name+".crt"), err)
+		}
+		if !slices.Contains(change.Leaves, certs.KeyID(cert.PublicKey)) {
+			continue
+		}
+		key, err := pki.Maker{}.Key(2048)
+		if err != nil {
+			return err
+		}
+		if text, err := k.requestWith(p, key); err != nil {
+			return err
+		} else if p.name == "kubelet" {
+			req.Kubelet = text
+		} else {
+			req.Proxy = text
+		}
+		keys[p.name] = key
+	}
+	if len(keys) == 0 {
+		return nil
+	}
+	answer, err := k.ask(ctx, req)
+	if err != nil {
+		return err
+	}
+	for _, one := range []struct{ name, text string }{{"proxy", answer.Proxy}, {"kubelet", answer.Kubelet}} {
+		key := keys[one.name]
+		if key == nil {
+			continue
+		}
+		if one.text == "" {
+			return fmt.Errorf("the control plane did not sign %s.crt", one.name)
+		}
+		if err := k.install(one.name, []byte(one.text), pki.EncodeKey(key)); err != nil {
+			return err
+		}
+		k.Log.Info("replaced a certificate and its key", "name", one.name)
+	}
+	return nil
 }
 
 // Callback asks the control plane for the callback secrets that this node takes: its own and, where

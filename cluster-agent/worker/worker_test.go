@@ -24,6 +24,7 @@ import (
 	"microk8s/apiserver-proxy/config"
 	"microk8s/cluster-agent/api"
 	"microk8s/cluster-agent/callback"
+	"microk8s/internal/certs"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
@@ -427,5 +428,57 @@ func TestRunRetries(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// A change of keys makes new ones, which the control plane signs, for the pairs that are named, once.
+func TestChangeMakesNewKeys(t *testing.T) {
+	k, c, _ := newWorker(t, 30)
+	id := func(name string) string {
+		t.Helper()
+		text, err := os.ReadFile(k.Env.Cert(name + ".crt"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		cert, err := pki.ParseCert(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tls.LoadX509KeyPair(k.Env.Cert(name+".crt"), k.Env.Cert(name+".key")); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		config, err := os.ReadFile(k.Env.Credential(name + ".config"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if decoded, err := kubeconfig.Decode(config); err != nil || !slices.Equal(decoded.Cert, text) {
+			t.Errorf("%s.config has another certificate: %v", name, err)
+		}
+		return certs.KeyID(cert.PublicKey)
+	}
+	kubelet, proxy := id("kubelet"), id("proxy")
+	change := api.CertificateChange{Leaves: []string{kubelet, proxy, "of another node"}}
+	c.junk = true
+	if err := k.Change(t.Context(), change); err == nil {
+		t.Error("a certificate for another key was taken")
+	}
+	c.junk = false
+	if id("kubelet") != kubelet || id("proxy") != proxy {
+		t.Error("a refused change has changed something")
+	}
+	if err := k.Change(t.Context(), change); err != nil {
+		t.Fatal(err)
+	}
+	if id("kubelet") == kubelet || id("proxy") == proxy {
+		t.Error("the keys are those of before")
+	}
+	asked := c.asked
+	if err := k.Change(t.Context(), change); err != nil || c.asked != asked {
+		t.Errorf("again: %v, asked %d times more", err, c.asked-asked)
+	}
+	for _, wrong := range []api.CertificateChange{{FrontProxy: certs.FrontProxyAdd}, {SigningKeys: "x"}} {
+		if err := k.Change(t.Context(), wrong); err == nil {
+			t.Errorf("a worker took %+v", wrong)
+		}
 	}
 }

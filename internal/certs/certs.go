@@ -24,6 +24,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -95,6 +96,9 @@ type Options struct {
 type Store struct {
 	env  snapenv.Env
 	opts Options
+
+	mu      sync.Mutex // one change at a time in this process
+	between func()     // called in tests between files that are replaced together
 }
 
 // New returns the Store of env.
@@ -143,6 +147,9 @@ func (s *Store) key(name string) string { return s.env.Cert(name + ".key") }
 // be interrupted and run again. Files that contradict each other are an error that names them,
 // and stay as they are.
 func (s *Store) Ensure(ctx context.Context) (Change, error) {
+	if err := Finish(s.env); err != nil {
+		return Change{}, err
+	}
 	if err := fileaccess.For(s.env).SharedDir(s.env.CertsDir()); err != nil {
 		return Change{}, err
 	}
@@ -306,7 +313,12 @@ func (s *Store) ensureDatastorePair() error {
 // name or address it should have, or has passed two thirds of its life, and rewrites kubeconfigs
 // that hold another one. While the lock no-cert-reissue is there, addresses alone are no reason.
 func (s *Store) Renew(ctx context.Context) (Change, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	var change Change
+	if err := Finish(s.env); err != nil {
+		return change, err
+	}
 	want, err := s.names()
 	if err != nil {
 		return change, err
@@ -516,11 +528,7 @@ func (s *Store) issue(sp spec, want wanted) error {
 	if err != nil {
 		return err
 	}
-	req := pki.Request{Subject: sp.subject, Days: sp.days, ClientAuth: true, ServerAuth: sp.server}
-	if sp.server {
-		req.Subject, req.DNSNames, req.IPs = want.subject, want.dns, want.ips
-	}
-	der, err := s.opts.Maker.Issue(req, key.Public(), ca, caKey)
+	der, err := s.opts.Maker.Issue(request(sp, want), key.Public(), ca, caKey)
 	if err != nil {
 		return err
 	}

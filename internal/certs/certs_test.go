@@ -426,7 +426,7 @@ func TestBackupsAreKept(t *testing.T) {
 	if text, err := os.ReadFile(filepath.Join(kept[0], "certs", "ca.key")); err != nil || !bytes.Equal(text, first) {
 		t.Errorf("the key of the first CA is not in %s: %v", kept[0], err)
 	}
-	if ca, err := n.BackedUp(); err != nil || len(ca) == 0 {
+	if ca, err := n.BackedUp("ca.crt"); err != nil || len(ca) == 0 {
 		t.Errorf("the last backup has no CA: %v", err)
 	}
 	one, err := n.Backup()

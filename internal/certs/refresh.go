@@ -181,9 +181,9 @@ const KeptBackups = 5
 // made behind the name.
 func (s *Store) BackupDir() string { return filepath.Join(s.env.Data, "certs-backup") }
 
-// BackedUp returns the CA's certificate of the last backup.
-func (s *Store) BackedUp() ([]byte, error) {
-	return os.ReadFile(filepath.Join(s.BackupDir(), "certs", "ca.crt"))
+// BackedUp returns a file of the last backup, such as ca.crt.
+func (s *Store) BackedUp(name string) ([]byte, error) {
+	return os.ReadFile(filepath.Join(s.BackupDir(), "certs", name))
 }
 
 // Backup copies certificates and credentials aside. The backup of before is kept, and its new path
@@ -298,9 +298,9 @@ func copyFiles(from, to string) error {
 }
 
 // Check reads every certificate that is there with its key and says which do not belong
-// together or cannot be read. It changes nothing.
+// together or cannot be read. It changes nothing, but finishes a replacement that was interrupted.
 func Check(env snapenv.Env) error {
-	var errs []error
+	errs := []error{Finish(env)}
 	for _, name := range []string{CA, FrontProxyCA, Server, FrontProxyClient, Kubelet, "apiserver-kubelet-client"} {
 		crt, keyFile := env.Cert(name+".crt"), env.Cert(name+".key")
 		cert, _, err := readCert(crt)

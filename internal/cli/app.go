@@ -162,6 +162,7 @@ var nextSteps = map[string]string{
 	"addons":          "see the repositories with: microk8s addons repo list; what is wrong with: microk8s status",
 	"backup":          "see the archives with: microk8s backup list; what is wrong with: microk8s status; more in docs/operations.md",
 	"completion":      "see the shells with: microk8s completion --help",
+	"certs":           "see the certificates of this node alone with: sudo microk8s refresh-certs --check; what is wrong with: microk8s status",
 	"config":          "see what there is with: microk8s config --help; what is wrong with: microk8s status",
 	"ctr":             "see what is wrong with: microk8s status; the log of containerd with: microk8s logs containerd",
 	"dashboard-proxy": "see what it takes with: microk8s dashboard-proxy --help; what is wrong with: microk8s status",

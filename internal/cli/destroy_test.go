@@ -79,11 +79,13 @@ func TestDestructiveCommands(t *testing.T) {
 		{"join, others have joined and the API server is down", []string{"join", line}, nil, false, true, ExitUsage,
 			[]string{"other nodes have joined this one", "microk8s start", "with --force"}},
 		{"a new CA, with a worker", []string{"refresh-certs", "--cert", "ca.crt"}, member, false, true, ExitUsage,
-			[]string{"cannot replace the CA", "n2", "microk8s leave", "with --force"}},
+			[]string{"cannot replace the CA or the keys of tokens", "n2", "microk8s leave", "with --force"}},
 		{"a CA of one's own, on a member", []string{"refresh-certs", "CA_DIR"}, nil, true, true, ExitUsage,
 			[]string{"cannot replace the CA", "192.0.2.2:19001", "with --force"}},
 		{"the CA before the last, with a worker", []string{"refresh-certs", "--undo"}, member, false, true, ExitUsage,
 			[]string{"cannot replace the CA", "n2", "with --force"}},
+		{"the keys of tokens before the last, with a worker", []string{"refresh-certs", "--undo"}, member, false, true, ExitUsage,
+			[]string{"or the keys of tokens", "n2", "with --force"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a := newApp(t)
@@ -95,7 +97,13 @@ func TestDestructiveCommands(t *testing.T) {
 			a.write(t, a.Env.Lock(snapenv.LockInstalled), "")
 			a.write(t, a.Env.Lock(snapenv.LockHA), "")
 			a.write(t, a.Env.Cert("ca.crt"), "now")
-			a.write(t, filepath.Join(a.Env.Data, "certs-backup/certs/ca.crt"), "before")
+			a.write(t, a.Env.Cert("serviceaccount.key"), "now")
+			backup := filepath.Join(a.Env.Data, "certs-backup/certs")
+			a.write(t, filepath.Join(backup, "ca.crt"), "before")
+			if strings.HasPrefix(tc.name, "the keys of tokens") {
+				a.write(t, filepath.Join(backup, "ca.crt"), "now")
+				a.write(t, filepath.Join(backup, "serviceaccount.key"), "before")
+			}
 			if tc.joined {
 				a.write(t, a.Env.Lock(snapenv.LockNoReissue), "")
 			}

@@ -112,12 +112,17 @@ func (a *App) refreshOptionsOK(cmd *cobra.Command, o refreshOptions) error {
 
 func (a *App) refreshCerts(ctx context.Context, o refreshOptions) error {
 	store := certs.New(a.Env, certs.Options{Log: a.log()})
-	if o.caDir != "" || o.cert == "ca.crt" || o.undo && a.undoesCA(store) {
-		err := a.soleNode(ctx, o.force, "replace the CA", "they would not trust this node, nor it them: logs, Services and joins would fail here and there",
+	if o.caDir != "" || o.cert == "ca.crt" || o.undo && a.undoesShared(store) {
+		err := a.soleNode(ctx, o.force, "replace the CA or the keys of tokens", "they would not trust this node, nor it them: logs, Services and joins would fail here and there",
 			"then each of them must leave and join again")
 		if err != nil {
 			return err
 		}
+	}
+	if kind, err := a.interruptedRotation(); kind != "" && !o.check {
+		return failf("go on with it first: sudo microk8s certs rotate "+kind, "a rotation of %s was interrupted, whose old and new keys must both stay", kind)
+	} else if err != nil && !o.check {
+		return err
 	}
 	switch {
 	case o.check:
@@ -139,14 +144,19 @@ See when they expire with: microk8s refresh-certs --check
 	return exitError(exitNothingChosen)
 }
 
-// undoesCA reports whether the last backup has another CA than this node.
-func (a *App) undoesCA(store *certs.Store) bool {
-	old, err := store.BackedUp()
-	if err != nil {
-		return false // there is none
+// undoesShared reports whether the last backup has another CA than this node, or other keys of service account
+// tokens, which all nodes of a cluster must have the same.
+func (a *App) undoesShared(store *certs.Store) bool {
+	for _, name := range []string{"ca.crt", "serviceaccount.key"} {
+		old, err := store.BackedUp(name)
+		if err != nil {
+			continue // there is none
+		}
+		if now, err := os.ReadFile(a.Env.Cert(name)); err == nil && !bytes.Equal(old, now) {
+			return true
+		}
 	}
-	now, err := os.ReadFile(a.Env.Cert("ca.crt"))
-	return err == nil && !bytes.Equal(old, now)
+	return false
 }
 
 // listedCert is one item of the kind CertificateList.

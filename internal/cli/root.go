@@ -51,6 +51,7 @@ func (a *App) commands() []command {
 		{name: "add-node", group: groupCluster, usage: ExitUsage, gates: []gate{a.worker("Please use the microk8s add-node on the master.", ExitError), perm, a.stopped}, build: a.newAddNode},
 		{name: "addons", group: groupWorkloads, usage: ExitUsage, exits: []exitCode{{ExitRoot, "update needs root"}}, gates: []gate{a.perm(a.Out)}, build: a.newAddons},
 		{name: "backup", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, sudo: true, exits: exitsBackup, build: a.newBackup},
+		{name: "certs", group: groupCluster, usage: ExitUsage, gates: []gate{perm, a.worker("\nPlease use the master node.", ExitError), a.stopped}, sudo: true, build: a.newCerts},
 		{name: "completion", group: groupTools, usage: ExitUsage, build: a.newCompletion},
 		{name: "config", group: groupTools, usage: ExitError, gates: []gate{a.worker("Please use the microk8s config on the master.", ExitOK)}, build: a.newConfig},
 		{name: "ctr", group: groupTools, raw: true, gates: []gate{perm}, sudo: true, exits: exitsPassed, build: a.newCtr},

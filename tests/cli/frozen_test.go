@@ -80,6 +80,8 @@ var frozenRows = []frozenRow{
 	{command: "backup schedule", says: silentAPI},
 	{command: "backup key", run: "backup key WORK/backup.key", asks: "nobody"},
 	{command: "backup run", says: silentAPI},
+	{command: "certs", says: silentAPI},
+	{command: "certs rotate", says: silentAPI},
 	{command: "completion", run: "completion bash", asks: "nobody"},
 	{command: "config", asks: "files of this node"},
 	{command: "config", run: "config --user ann", says: silentAPI},
