@@ -252,7 +252,12 @@ func changeCertificates(ctx context.Context, store *certs.Store, change api.Cert
 		}
 	}
 	if change.SigningKeys != "" {
-		return store.SetSigningKeys([]byte(change.SigningKeys))
+		if err := store.SetSigningKeys([]byte(change.SigningKeys)); err != nil {
+			return err
+		}
+	}
+	if change.DatastoreCert != "" {
+		return store.SetDatastorePair([]byte(change.DatastoreCert), []byte(change.DatastoreKey))
 	}
 	return nil
 }

@@ -304,6 +304,10 @@ type CertificateChange struct {
 	FrontProxyOld string `json:"front_proxy_old,omitempty"`
 	// SigningKeys are the keys of service account tokens, in PEM: the first one signs.
 	SigningKeys string `json:"signing_keys,omitempty"`
+	// DatastoreCert and DatastoreKey are the pair of the datastore's members, in PEM: the certificate of the
+	// key, and others that are taken from members too.
+	DatastoreCert string `json:"datastore_cert,omitempty"`
+	DatastoreKey  string `json:"datastore_key,omitempty"`
 }
 
 // ConfigureService is one argument file and its service.

@@ -204,6 +204,9 @@ func changes(req api.ConfigureRequest) (out []string) {
 		if c.SigningKeys != "" {
 			out = append(out, "keys of service account tokens")
 		}
+		if c.DatastoreCert != "" {
+			out = append(out, "the datastore's pair")
+		}
 	}
 	for _, a := range req.Addons {
 		switch {

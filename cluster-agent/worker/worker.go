@@ -293,8 +293,8 @@ func replace(path string, data []byte) error {
 // Change makes new keys in place of those with the IDs in a change of certificates, and has the control plane
 // sign them. It may be repeated: what is replaced has another ID. The caller restarts the services.
 func (k *Controller) Change(ctx context.Context, change api.CertificateChange) error {
-	if change.FrontProxy != "" || change.SigningKeys != "" {
-		return errors.New("this node is a worker: it has no front proxy, and signs no tokens")
+	if change.FrontProxy != "" || change.SigningKeys != "" || change.DatastoreCert != "" {
+		return errors.New("this node is a worker: it has no front proxy and no datastore, and signs no tokens")
 	}
 	if err := certs.Finish(k.Env); err != nil {
 		return err

@@ -476,7 +476,7 @@ func TestChangeMakesNewKeys(t *testing.T) {
 	if err := k.Change(t.Context(), change); err != nil || c.asked != asked {
 		t.Errorf("again: %v, asked %d times more", err, c.asked-asked)
 	}
-	for _, wrong := range []api.CertificateChange{{FrontProxy: certs.FrontProxyAdd}, {SigningKeys: "x"}} {
+	for _, wrong := range []api.CertificateChange{{FrontProxy: certs.FrontProxyAdd}, {SigningKeys: "x"}, {DatastoreCert: "x"}} {
 		if err := k.Change(t.Context(), wrong); err == nil {
 			t.Errorf("a worker took %+v", wrong)
 		}

@@ -83,8 +83,11 @@ var trusted = map[string]string{
 	ServiceAccount:             "API servers, for tokens of service accounts",
 }
 
-// NextFrontProxy is the name in a list of a CA that is trusted beside [FrontProxyCA], while one replaces the other.
-const NextFrontProxy = "front-proxy-ca.other"
+// Names in a list of what is trusted beside [FrontProxyCA] and [Datastore], while one replaces the other.
+const (
+	NextFrontProxy = "front-proxy-ca.other"
+	OtherDatastore = "cluster.other"
+)
 
 // nodeCalls is written by cluster-agent/callback.
 const nodeCalls = "node-calls.pem"
@@ -114,13 +117,8 @@ func (s *Store) List() (Inventory, error) {
 	for _, name := range []string{CA, FrontProxyCA} {
 		inv.Items = append(inv.Items, s.listed(name, KindCA, s.crt(name), s.key(name), "", own(trusted[name])))
 	}
-	if bundle, err := readBundle(s.crt(FrontProxyCA)); err == nil && len(bundle) > 1 && !worker {
-		for _, cert := range bundle[1:] { // while it is replaced
-			inv.Items = append(inv.Items, Listed{
-				Name: NextFrontProxy, Kind: KindCA, File: s.crt(FrontProxyCA), Subject: cert.Subject.String(), Issuer: cert.Issuer.String(),
-				Expires: cert.NotAfter.UTC().Format(time.RFC3339), ID: KeyID(cert.PublicKey), TrustedBy: trusted[FrontProxyCA] + ", while it is replaced",
-			})
-		}
+	if !worker {
+		inv.Items = append(inv.Items, others(NextFrontProxy, KindCA, s.crt(FrontProxyCA), trusted[FrontProxyCA])...)
 	}
 	for _, sp := range specs(node) {
 		issuer, who := sp.issuer, own(trusted[sp.name])
@@ -139,8 +137,24 @@ func (s *Store) List() (Inventory, error) {
 	if !worker && nodeconfig.Load(s.env).Datastore.Own() {
 		dir := storedir.Dir(s.env.BackendLive())
 		inv.Items = append(inv.Items, s.listed(Datastore, KindCertificate, dir.File(storedir.CertFile), dir.File(storedir.KeyFile), "", trusted[Datastore]))
+		inv.Items = append(inv.Items, others(OtherDatastore, KindCertificate, dir.File(storedir.CertFile), trusted[Datastore])...)
 	}
 	return inv, nil
+}
+
+// others are what a file has beside its first certificate: what is trusted while one replaces another.
+func others(name, kind, file, who string) (out []Listed) {
+	bundle, err := readBundle(file)
+	if err != nil {
+		return nil // the first one says it
+	}
+	for _, cert := range bundle[1:] {
+		out = append(out, Listed{
+			Name: name, Kind: kind, File: file, Subject: cert.Subject.String(), Issuer: cert.Issuer.String(),
+			Expires: cert.NotAfter.UTC().Format(time.RFC3339), ID: KeyID(cert.PublicKey), TrustedBy: who + ", while it is replaced",
+		})
+	}
+	return out
 }
 
 // listed looks at one certificate, with its key where there should be one.
@@ -282,11 +296,8 @@ func Compare(nodes []Inventory) {
 		for j := range nodes[i].Items {
 			l := &nodes[i].Items[j]
 			what := ""
-			switch {
-			case l.Name == "ca.remote", l.Name == CA && !worker:
+			if l.Name == "ca.remote" || l.Name == CA && !worker {
 				what = "the CA"
-			case l.Name == Datastore && !worker:
-				what = "the datastore's pair"
 			}
 			if what == "" || l.ID == "" {
 				continue
@@ -309,32 +320,33 @@ func Compare(nodes []Inventory) {
 			}
 		}
 	}
-	compareSigners(nodes)
+	compareTaken(nodes, ServiceAccount, ServiceAccount, "the API server of %s does not take tokens of this key")
+	compareTaken(nodes, Datastore, OtherDatastore, "the datastore of %s does not take this certificate")
 }
 
-// compareSigners notes keys of service account tokens that one API server signs with and another one
-// does not take.
-func compareSigners(nodes []Inventory) {
+// compareTaken notes what one control-plane node shows to others and another one does not take. The first item
+// with the name is what it shows; that and those called other are what it takes.
+func compareTaken(nodes []Inventory, name, other, says string) {
 	taken := map[string][]string{} // key IDs by node
+	var order []string
 	for _, n := range nodes {
 		for _, l := range n.Items {
-			if l.Name == ServiceAccount && n.Role != "worker" {
+			if n.Role != "worker" && l.ID != "" && (l.Name == name || l.Name == other) {
+				if taken[n.Node] == nil {
+					order = append(order, n.Node)
+				}
 				taken[n.Node] = append(taken[n.Node], l.ID)
 			}
 		}
 	}
 	for i := range nodes {
-		first := true
-		for j := range nodes[i].Items {
-			l := &nodes[i].Items[j]
-			if l.Name != ServiceAccount || nodes[i].Role == "worker" || !first {
-				continue
-			}
-			first = false
-			for node, ids := range taken {
-				if !slices.Contains(ids, l.ID) && l.Problem == "" {
-					l.Problem = "the API server of " + node + " does not take tokens of this key"
-				}
+		j := slices.IndexFunc(nodes[i].Items, func(l Listed) bool { return l.Name == name })
+		if j < 0 || nodes[i].Role == "worker" {
+			continue
+		}
+		for _, node := range order {
+			if l := &nodes[i].Items[j]; !slices.Contains(taken[node], l.ID) && l.Problem == "" && l.ID != "" {
+				l.Problem = fmt.Sprintf(says, node)
 			}
 		}
 	}

@@ -10,9 +10,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"slices"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/kubeconfig"
 	"microk8s/internal/nodeconfig"
@@ -327,4 +329,126 @@ func (s *Store) SetSigningKeys(text []byte) error {
 		return fmt.Errorf("tokens are signed with the key %s here, which is not among the new keys", have.IDs()[0])
 	}
 	return fileaccess.For(s.env).WriteSecret(s.env.Cert(serviceAccountKey), keys.Encode())
+}
+
+// Pair is that of the datastore's members: the certificate that this node shows, others that it takes from
+// members, and the key of the first one. Each signs itself.
+type Pair struct {
+	Certs []*x509.Certificate
+	Key   *rsa.PrivateKey
+}
+
+// ParsePair reads the texts of the two files.
+func ParsePair(crt, key []byte) (Pair, error) {
+	list, err := Bundle(crt)
+	if err != nil {
+		return Pair{}, err
+	}
+	k, err := pki.ParseKey(key)
+	if err != nil {
+		return Pair{}, err
+	}
+	return Pair{list, k}, pki.Matches(list[0], k.Public())
+}
+
+// Encode returns the texts of the two files.
+func (p Pair) Encode() (crt, key []byte) {
+	for _, c := range p.Certs {
+		crt = append(crt, pki.EncodeCert(c.Raw)...)
+	}
+	return crt, pki.EncodeKey(p.Key)
+}
+
+// DatastorePair reads the pair of this node.
+func (s *Store) DatastorePair() (Pair, error) {
+	dir := storedir.Dir(s.env.BackendLive())
+	crt, err1 := os.ReadFile(dir.File(storedir.CertFile))
+	key, err2 := os.ReadFile(dir.File(storedir.KeyFile))
+	if err := errors.Join(err1, err2); err != nil {
+		return Pair{}, fmt.Errorf("cannot read the datastore's pair: %w", err)
+	}
+	p, err := ParsePair(crt, key)
+	if err != nil {
+		return Pair{}, fmt.Errorf("cannot read the datastore's pair: %w", err)
+	}
+	return p, nil
+}
+
+// SetDatastorePair replaces the pair of this node, which its datastore uses from its next start on. What this
+// node shows to others now must be among what it takes then, and under the same name: members know
+// each other by it.
+func (s *Store) SetDatastorePair(crt, key []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if nodeconfig.ReadState(s.env).Worker || !nodeconfig.Load(s.env).Datastore.Own() {
+		return errors.New("this node is no member of the datastore")
+	}
+	if err := Finish(s.env); err != nil {
+		return err
+	}
+	p, err := ParsePair(crt, key)
+	if err != nil {
+		return fmt.Errorf("cannot replace the datastore's pair: %w", err)
+	}
+	have, err := s.DatastorePair()
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(p.Certs, have.Certs[0].Equal) {
+		return fmt.Errorf("the datastore of this node shows the certificate of the key %s, which is not among the new ones", KeyID(have.Key.Public()))
+	}
+	if !slices.Equal(p.Certs[0].DNSNames, have.Certs[0].DNSNames) {
+		return fmt.Errorf("the new certificate of the datastore has the names %q, and members look for %q", p.Certs[0].DNSNames, have.Certs[0].DNSNames)
+	}
+	crt, key = p.Encode()
+	return s.replaceTogether([]newFile{
+		{Folder: "datastore", Name: storedir.KeyFile, Text: key}, {Folder: "datastore", Name: storedir.CertFile, Shared: true, Text: crt},
+	})
+}
+
+// nextPair has the pair of the datastore that is to come, on the node where its replacement was begun.
+const nextPair = "cluster.next.pem"
+
+// NextDatastorePair returns the pair that is to come, and makes it where there is none.
+func (s *Store) NextDatastorePair() (Pair, error) {
+	text, err := os.ReadFile(s.env.Cert(nextPair))
+	if err == nil {
+		return ParsePair(text, text)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return Pair{}, err
+	}
+	have, err := s.DatastorePair()
+	if err != nil {
+		return Pair{}, err
+	}
+	p, err := s.newPair(have.Certs[0].DNSNames, have.Certs[0].IPAddresses)
+	if err != nil {
+		return Pair{}, err
+	}
+	crt, key := p.Encode()
+	return p, fileaccess.For(s.env).WriteSecret(s.env.Cert(nextPair), slices.Concat(crt, key))
+}
+
+func (s *Store) newPair(dns []string, ips []net.IP) (Pair, error) {
+	key, err := s.opts.Maker.Key(4096)
+	if err != nil {
+		return Pair{}, err
+	}
+	der, err := s.opts.Maker.Issue(pki.Request{
+		Subject: pkix.Name{CommonName: "k8s"}, DNSNames: dns, IPs: ips, Days: caDays, ServerAuth: true, ClientAuth: true,
+	}, key.Public(), nil, key)
+	if err != nil {
+		return Pair{}, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	return Pair{[]*x509.Certificate{cert}, key}, err
+}
+
+// ForgetNextPair removes the pair that was to come, when it is in use.
+func (s *Store) ForgetNextPair() error {
+	if err := os.Remove(s.env.Cert(nextPair)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }

@@ -185,3 +185,46 @@ func TestWorkersSignNothing(t *testing.T) {
 		t.Error("leaves of a CA that it has not got")
 	}
 }
+
+// The datastore's pair is replaced only by one that others' members know, under the name that they look for.
+func TestDatastorePairStaysKnown(t *testing.T) {
+	n := newNode(t)
+	n.ensure(t)
+	have := must(n.DatastorePair())
+	next := must(n.NextDatastorePair())
+	if again := must(n.NextDatastorePair()); !again.Certs[0].Equal(next.Certs[0]) {
+		t.Error("the pair that is to come is another one each time")
+	}
+	set := func(p Pair) error { return n.SetDatastorePair(p.Encode()) }
+	if err := set(next); err == nil || !strings.Contains(err.Error(), "not among the new ones") {
+		t.Errorf("others would refuse what this node shows: %v", err)
+	}
+	stranger := must(n.newPair([]string{"another"}, nil))
+	if err := set(Pair{append(stranger.Certs, have.Certs...), stranger.Key}); err == nil || !strings.Contains(err.Error(), "look for") {
+		t.Errorf("another name: %v", err)
+	}
+	if err := set(Pair{next.Certs, have.Key}); err == nil {
+		t.Error("a certificate with the key of another one")
+	}
+	if err := set(Pair{append(slices.Clone(have.Certs), next.Certs...), have.Key}); err != nil {
+		t.Fatal(err)
+	}
+	if err := set(Pair{append(slices.Clone(next.Certs), have.Certs...), next.Key}); err != nil {
+		t.Fatal(err)
+	}
+	n.ensure(t)
+	if got := find(t, n.list(t), OtherDatastore); len(got) != 1 || got[0].ID != KeyID(have.Key.Public()) {
+		t.Errorf("%+v", got)
+	}
+	if err := set(next); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.ForgetNextPair(); err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range n.list(t).Items {
+		if l.Name == OtherDatastore || l.Problem != "" {
+			t.Errorf("%+v", l)
+		}
+	}
+}

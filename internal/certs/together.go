@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"microk8s/internal/datastore/storedir"
 	"microk8s/internal/fileaccess"
 	"microk8s/internal/snapenv"
 )
@@ -24,7 +25,7 @@ const replacing = ".replacing"
 // newFile is one file of a replacement. Folders are named, not given as paths: a refresh of the
 // snap in between changes those.
 type newFile struct {
-	Folder string `json:"folder"` // certs or credentials
+	Folder string `json:"folder"` // certs, credentials or datastore
 	Name   string `json:"name"`
 	Shared bool   `json:"shared,omitempty"` // readable by the group
 	Text   []byte `json:"text"`             // none: the file is removed
@@ -39,6 +40,8 @@ func (f newFile) path(env snapenv.Env) (string, error) {
 		return env.Cert(f.Name), nil
 	case "credentials":
 		return env.Credential(f.Name), nil
+	case "datastore":
+		return storedir.Dir(env.BackendLive()).File(f.Name), nil
 	}
 	return "", fmt.Errorf("%q is no folder of certificates", f.Folder)
 }

@@ -22,7 +22,6 @@ import (
 	"microk8s/internal/kube"
 	"microk8s/internal/nodeconfig"
 	"microk8s/internal/pki"
-	"microk8s/internal/service"
 	"microk8s/internal/turn"
 )
 
@@ -42,6 +41,7 @@ kind all of these are replaced:
 
     leaves            what the CA has signed for nodes: API servers, kubelets, the administrator
     front-proxy       the CA and the certificate with which API servers call extension API servers
+    datastore         the pair of key and certificate that the datastore's members share
     service-account   the key that signs the tokens of service accounts; two are valid until no pod
                       has a token of the old one
 
@@ -152,6 +152,9 @@ func (a *App) rotateCerts(ctx context.Context, o rotateOptions) error {
 	j.At = a.dieAt
 	var fetch []string
 	for _, kind := range kinds {
+		if _, names := c.Steps(kind, nodes); len(names) == 0 && o.kind == "" {
+			continue // the datastore is an etcd of its own
+		}
 		if kind == begun {
 			p.say("Going on with the rotation of %s that was interrupted", kind)
 		}
@@ -249,14 +252,15 @@ func (a *App) rotationCluster() (*keyrotation.Cluster, error) {
 			}
 			return nodes, nil
 		},
-		Change: func(ctx context.Context, node string, change api.CertificateChange, restart bool) error {
+		Change: func(ctx context.Context, node string, change api.CertificateChange, restart string) error {
 			req := api.ConfigureRequest{Certificates: &change}
-			if restart {
-				req.Services = []api.ConfigureService{{Name: service.Kubelite, Restart: true}}
+			if restart != "" {
+				req.Services = []api.ConfigureService{{Name: restart, Restart: true}}
 			}
 			return cluster.Roll(ctx, req, node)
 		},
 		SigningKeys: store.SigningKeys, NewKey: keyrotation.NewSigningKey,
+		Pair: store.DatastorePair, NextPair: store.NextDatastorePair, ForgetPair: store.ForgetNextPair,
 		TrustedProxies: proxies.trusted, KeepProxies: proxies.keep,
 		Resign: func(ctx context.Context, ids []string) ([]string, error) { return resign(ctx, core, ids) },
 		Pause: func(ctx context.Context, d time.Duration) error {

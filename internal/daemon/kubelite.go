@@ -344,6 +344,9 @@ func (p *Preparer) k8sDqlite(context.Context, *Command) error {
 		return nothingToDo(p.Env.Args("k8s-dqlite") + " does not exist")
 	}
 	p.limits(config)
+	if err := certs.Finish(p.Env); err != nil {
+		return err
+	}
 	if err := p.readdress(); err != nil {
 		return err
 	}

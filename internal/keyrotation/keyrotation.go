@@ -6,6 +6,7 @@ package keyrotation
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,17 +18,19 @@ import (
 	"microk8s/internal/certs"
 	"microk8s/internal/journal"
 	"microk8s/internal/pki"
+	"microk8s/internal/service"
 )
 
 // Kinds of what can be rotated, in the order in which all are.
 const (
 	Leaves         = "leaves"
 	FrontProxy     = "front-proxy"
+	Datastore      = "datastore"
 	ServiceAccount = "service-account"
 )
 
 // Kinds lists them.
-func Kinds() []string { return []string{Leaves, FrontProxy, ServiceAccount} }
+func Kinds() []string { return []string{Leaves, FrontProxy, Datastore, ServiceAccount} }
 
 const operation = "certs-"
 
@@ -49,13 +52,17 @@ type Cluster struct {
 	Self string
 	// List has the certificates of every node. A node that does not answer is an error that names it.
 	List func(ctx context.Context) ([]certs.Inventory, error)
-	// Change has one node do something and, if asked, restart its Kubernetes. It returns when its API
+	// Change has one node do something and restart a service, "" for none. It returns when the node's API
 	// server, if it has one, is ready again.
-	Change func(ctx context.Context, node string, change api.CertificateChange, restart bool) error
+	Change func(ctx context.Context, node string, change api.CertificateChange, restart string) error
 	// SigningKeys are those of this node.
 	SigningKeys func() (certs.SigningKeys, error)
 	// NewKey makes a key of tokens.
 	NewKey func() (certs.SigningKeys, error)
+	// Pair and NextPair are those of the datastore on this node: the present one, and the one to come, which is
+	// made where there is none. ForgetPair forgets that it was to come.
+	Pair, NextPair func() (certs.Pair, error)
+	ForgetPair     func() error
 	// TrustedProxies are the IDs of the CAs of front proxies that extension API servers are told to trust.
 	TrustedProxies func(ctx context.Context) ([]string, error)
 	// KeepProxies has them told to trust no others than these.
@@ -137,6 +144,8 @@ func olds(kind string, nodes []certs.Inventory) map[string][]string {
 			ids = certs.Leaves(n)
 		case FrontProxy:
 			ids = named(n, certs.FrontProxyCA)
+		case Datastore:
+			ids = named(n, certs.Datastore)
 		case ServiceAccount:
 			ids = named(n, certs.ServiceAccount)
 		}
@@ -166,7 +175,7 @@ func sorted(m map[string][]string) []string {
 }
 
 func (c *Cluster) plan(kind string, p params, done *Done) journal.Plan {
-	steps := map[string]func(params, *Done) []journal.Step{Leaves: c.leaves, FrontProxy: c.frontProxy, ServiceAccount: c.serviceAccount}[kind](p, done)
+	steps := map[string]func(params, *Done) []journal.Step{Leaves: c.leaves, FrontProxy: c.frontProxy, Datastore: c.datastore, ServiceAccount: c.serviceAccount}[kind](p, done)
 	return journal.Plan{Operation: operation + kind, Commit: steps[0].ID, Steps: steps}
 }
 
@@ -218,7 +227,7 @@ func (c *Cluster) leaves(p params, done *Done) []journal.Step {
 	return []journal.Step{{ID: "leaves", Title: "Replace keys and certificates, and restart Kubernetes, one node after the other", Do: func(ctx context.Context) error {
 		done.Nodes = names
 		return c.on(ctx, names, func(name string) error {
-			return c.Change(ctx, name, api.CertificateChange{Leaves: p.Old[name]}, true)
+			return c.Change(ctx, name, api.CertificateChange{Leaves: p.Old[name]}, service.Kubelite)
 		})
 	}}}
 }
@@ -229,7 +238,7 @@ func (c *Cluster) frontProxy(p params, done *Done) []journal.Step {
 	names := sorted(p.Old)
 	step := func(ctx context.Context, what string) error {
 		return c.on(ctx, names, func(name string) error {
-			return c.Change(ctx, name, api.CertificateChange{FrontProxy: what, FrontProxyOld: p.Old[name][0]}, false)
+			return c.Change(ctx, name, api.CertificateChange{FrontProxy: what, FrontProxyOld: p.Old[name][0]}, "")
 		})
 	}
 	present := func(ctx context.Context) (ids []string, err error) {
@@ -289,16 +298,64 @@ func (c *Cluster) frontProxy(p params, done *Done) []journal.Step {
 	}
 }
 
-// serviceAccount: API servers take tokens of both keys until no pod has one of the old key.
-func (c *Cluster) serviceAccount(p params, done *Done) []journal.Step {
+// selfFirst are the nodes with this one first, whose files say which the new keys are.
+func (c *Cluster) selfFirst(p params) []string {
 	names := sorted(p.Old)
-	if i := slices.Index(names, c.Self); i > 0 { // whose file says which the new key is
+	if i := slices.Index(names, c.Self); i > 0 {
 		names = append([]string{c.Self}, slices.Delete(names, i, i+1)...)
 	}
+	return names
+}
+
+// datastore: all members have one pair, which is what they trust as well. The file of the certificate may have
+// several: the first one is shown, all are taken.
+func (c *Cluster) datastore(p params, done *Done) []journal.Step {
+	names := c.selfFirst(p)
+	// spread has the members use the present pair, or the next one, and take those of both, or of the next alone.
+	spread := func(ctx context.Context, useNext, both bool) error {
+		have, err := c.Pair()
+		if err != nil {
+			return err
+		}
+		next, err := c.NextPair()
+		if err != nil {
+			return err
+		}
+		use := next
+		i := slices.IndexFunc(have.Certs, func(cert *x509.Certificate) bool { return slices.Contains(p.Old[c.Self], certs.KeyID(cert.PublicKey)) })
+		switch {
+		case !both:
+		case i < 0:
+			return errors.New("the present certificate of the datastore is not on this node any more; its files were restored")
+		case useNext:
+			use.Certs = []*x509.Certificate{next.Certs[0], have.Certs[i]}
+		default:
+			use = certs.Pair{Certs: []*x509.Certificate{have.Certs[i], next.Certs[0]}, Key: have.Key}
+		}
+		crt, key := use.Encode()
+		return c.on(ctx, names, func(name string) error {
+			return c.Change(ctx, name, api.CertificateChange{DatastoreCert: string(crt), DatastoreKey: string(key)}, service.Datastore)
+		})
+	}
+	return []journal.Step{
+		{ID: "add", Title: "Have the datastore's members take a new certificate beside the present one", Do: func(ctx context.Context) error {
+			done.Nodes = names
+			return spread(ctx, false, true)
+		}},
+		{ID: "use", Title: "Use the new one", Do: func(ctx context.Context) error { return spread(ctx, true, true) }},
+		{ID: "drop", Title: "Take the other one no more", Do: func(ctx context.Context) error { return spread(ctx, true, false) }},
+		// A step of its own: what was dropped must not be followed by a third pair.
+		{ID: "forget", Title: "Forget that it was to come", Do: func(context.Context) error { return c.ForgetPair() }},
+	}
+}
+
+// serviceAccount: API servers take tokens of both keys until no pod has one of the old key.
+func (c *Cluster) serviceAccount(p params, done *Done) []journal.Step {
+	names := c.selfFirst(p)
 	old := p.Old[c.Self]
 	spread := func(ctx context.Context, keys certs.SigningKeys) error {
 		return c.on(ctx, names, func(name string) error {
-			return c.Change(ctx, name, api.CertificateChange{SigningKeys: string(keys.Encode())}, true)
+			return c.Change(ctx, name, api.CertificateChange{SigningKeys: string(keys.Encode())}, service.Kubelite)
 		})
 	}
 	// split returns the present keys: those of before, and the new ones.
@@ -355,7 +412,7 @@ func (c *Cluster) serviceAccount(p params, done *Done) []journal.Step {
 					stale = append(stale, n.Node)
 				}
 			}
-			err = c.on(ctx, stale, func(name string) error { return c.Change(ctx, name, api.CertificateChange{}, true) })
+			err = c.on(ctx, stale, func(name string) error { return c.Change(ctx, name, api.CertificateChange{}, service.Kubelite) })
 			if err != nil {
 				return err
 			}

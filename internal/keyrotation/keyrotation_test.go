@@ -19,6 +19,7 @@ import (
 	"microk8s/internal/journal"
 	"microk8s/internal/pki"
 	"microk8s/internal/pki/pkitest"
+	"microk8s/internal/service"
 	"microk8s/internal/snapenv"
 )
 
@@ -34,13 +35,14 @@ type cluster struct {
 	tokens map[string]string   // the key that signed the tokens of a node's pods
 	told   map[string]bool     // CAs of front proxies in the ConfigMap
 	loaded map[string][]string // keys of tokens that an API server has read at its start
+	shown  map[string][]string // certificates that a datastore has read at its start: the first is shown, all are taken
 	left   int                 // changes of nodes until the power goes; -1 for never
 }
 
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
 	c := &cluster{
-		t: t, envs: map[string]snapenv.Env{}, stores: map[string]*certs.Store{}, tokens: map[string]string{}, told: map[string]bool{}, loaded: map[string][]string{}, left: -1,
+		t: t, envs: map[string]snapenv.Env{}, stores: map[string]*certs.Store{}, tokens: map[string]string{}, told: map[string]bool{}, loaded: map[string][]string{}, shown: map[string][]string{}, left: -1,
 	}
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, os.DirFS(template(t))); err != nil {
@@ -55,7 +57,8 @@ func newCluster(t *testing.T) *cluster {
 		}
 	}
 	for name := range c.stores {
-		c.restart(name)
+		c.restart(name, service.Kubelite)
+		c.restart(name, service.Datastore)
 		c.reload(name)
 	}
 	c.tokens["w1"] = c.loaded["n1"][0]
@@ -65,6 +68,7 @@ func newCluster(t *testing.T) *cluster {
 			key, err := keys.Key(2048)
 			return certs.SigningKeys{key}, err
 		},
+		Pair: c.stores["n2"].DatastorePair, NextPair: c.stores["n2"].NextDatastorePair, ForgetPair: c.stores["n2"].ForgetNextPair,
 		TrustedProxies: func(context.Context) ([]string, error) { return slices.Collect(maps.Keys(c.told)), nil },
 		KeepProxies: func(_ context.Context, ids []string) error {
 			maps.DeleteFunc(c.told, func(id string, _ bool) bool { return !slices.Contains(ids, id) })
@@ -161,8 +165,20 @@ func (c *cluster) list(context.Context) ([]certs.Inventory, error) {
 	}), nil
 }
 
-// restart is that of a node's Kubernetes: its API server reads the keys of tokens, its kubelet asks for new tokens.
-func (c *cluster) restart(name string) {
+// restart is that of a node's Kubernetes: its API server reads the keys of tokens, its kubelet asks for new tokens;
+// or of its datastore, which reads its pair.
+func (c *cluster) restart(name, what string) {
+	if what == service.Datastore {
+		pair, err := c.stores[name].DatastorePair()
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		c.shown[name] = nil
+		for _, cert := range pair.Certs {
+			c.shown[name] = append(c.shown[name], certs.KeyID(cert.PublicKey))
+		}
+		return
+	}
 	if s := c.stores[name]; s != nil {
 		keys, err := s.SigningKeys()
 		if err != nil {
@@ -188,7 +204,7 @@ func (c *cluster) reload(name string) {
 	}
 }
 
-func (c *cluster) change(ctx context.Context, name string, change api.CertificateChange, restart bool) error {
+func (c *cluster) change(ctx context.Context, name string, change api.CertificateChange, restart string) error {
 	if c.left == 0 {
 		return errKilled
 	}
@@ -208,9 +224,14 @@ func (c *cluster) change(ctx context.Context, name string, change api.Certificat
 				return err
 			}
 		}
+		if change.DatastoreCert != "" {
+			if err := s.SetDatastorePair([]byte(change.DatastoreCert), []byte(change.DatastoreKey)); err != nil {
+				return err
+			}
+		}
 	}
-	if restart {
-		c.restart(name)
+	if restart != "" {
+		c.restart(name, restart)
 	}
 	c.sound(name + " was changed")
 	return nil
@@ -219,6 +240,13 @@ func (c *cluster) change(ctx context.Context, name string, change api.Certificat
 // sound checks that everybody takes what everybody shows.
 func (c *cluster) sound(when string) {
 	c.t.Helper()
+	for name, shows := range c.shown {
+		for other, takes := range c.shown {
+			if !slices.Contains(takes, shows[0]) {
+				c.t.Errorf("%s: the datastore of %s does not take the certificate of %s", when, other, name)
+			}
+		}
+	}
 	for name, env := range c.envs {
 		if err := certs.Check(env); err != nil {
 			c.t.Errorf("%s: %s: %v", when, name, err)
@@ -293,6 +321,16 @@ func (c *cluster) finish(path, kind string, old map[string][]string) {
 			if len(ids) != 1 || slices.Contains(old[name], ids[0]) {
 				c.t.Errorf("the API server of %s takes tokens of %v", name, ids)
 			}
+		}
+	}
+	if kind == Datastore {
+		for name, ids := range c.shown {
+			if len(ids) != 1 || slices.Contains(old[name], ids[0]) || ids[0] != c.shown["n1"][0] {
+				c.t.Errorf("the datastore of %s takes %v", name, ids)
+			}
+		}
+		if _, err := os.Lstat(c.envs["n2"].Cert("cluster.next.pem")); !errors.Is(err, os.ErrNotExist) {
+			c.t.Errorf("the pair that was to come is left: %v", err)
 		}
 	}
 	if kind == FrontProxy && len(c.told) != 3 {
@@ -389,9 +427,11 @@ func TestOldTokensAreWaitedFor(t *testing.T) {
 	c := newCluster(t)
 	old := c.loaded["n1"][0]
 	change := c.Change
-	c.Change = func(ctx context.Context, node string, ch api.CertificateChange, restart bool) error {
-		err := change(ctx, node, ch, restart && node != "w1")
-		return err
+	c.Change = func(ctx context.Context, node string, ch api.CertificateChange, restart string) error {
+		if node == "w1" {
+			restart = ""
+		}
+		return change(ctx, node, ch, restart)
 	}
 	c.Patience = 50 * time.Millisecond
 	path := filepath.Join(t.TempDir(), "journal")

@@ -27,14 +27,13 @@ import (
 )
 
 // TestKeys replaces the keys of a cluster of three and a worker while a pod's token writes, without a
-// write that fails. The command is killed at every point of its journal. It takes a quarter of an hour, so
+// write that fails. The command is killed at every step of its journal. It takes a quarter of an hour, so
 // the gate leaves it out (scripts/test); internal/keyrotation has every point with real files.
 func TestKeys(t *testing.T) {
 	longtest.Only(t)
 	nodes := []string{"n1", "n2", "n3", "w1"}
 	c := newCluster(t, nodes...)
 	step := steps(t)
-	var w *reloading
 	step("start", func(t *testing.T) {
 		c.start(t, "n1")
 		c.join(t, "n1", "n2")
@@ -44,8 +43,8 @@ func TestKeys(t *testing.T) {
 			c.waitReady(t, "n1", h)
 		}
 		c.wantHA(t, "n1", "yes", 3)
-		w = c.reloadingWriter(t, "w1", nodes[:3])
 	})
+	w := c.reloadingWriter(t, "w1", nodes[:3])
 	step("what the runbook says", func(t *testing.T) {
 		out := c.runbook(t, "n2", "certs look")
 		for _, want := range append(slices.Clone(nodes), "serviceaccount", "front-proxy-ca", "the members of the datastore") {
@@ -69,11 +68,12 @@ func TestKeys(t *testing.T) {
 	for _, kind := range keyrotation.Kinds() {
 		step(kind, func(t *testing.T) {
 			w.goOn(t, 20)
-			for _, id := range keyrotation.IDs(kind) {
-				for _, at := range []string{"begin", "end"} {
-					c.wantKilled(t, "n2", "certs-"+kind+"/"+id+"/"+at, "microk8s", "certs", "rotate", kind, "--yes")
-					w.goOn(t, 5)
-				}
+			for i, id := range keyrotation.IDs(kind) {
+				began := time.Now()
+				at := []string{"end", "begin"}[i%2]
+				c.wantKilled(t, "n2", "certs-"+kind+"/"+id+"/"+at, "microk8s", "certs", "rotate", kind, "--yes")
+				t.Logf("killed at %s %s after %s", id, at, time.Since(began).Round(time.Second))
+				w.goOn(t, 5)
 			}
 			r := c.try(t, "n2", "microk8s", "certs", "rotate", kind, "--yes")
 			if r.code != 0 {
@@ -141,7 +141,7 @@ func (c *cluster) wantReplaced(t *testing.T, kind string, before, now []certs.In
 	t.Helper()
 	of := map[string][]string{
 		keyrotation.Leaves:     {certs.Server, certs.Kubelet, "proxy", certs.Admin, "controller", "scheduler", "apiserver-kubelet-client"},
-		keyrotation.FrontProxy: {certs.FrontProxyCA, certs.FrontProxyClient}, keyrotation.ServiceAccount: {certs.ServiceAccount},
+		keyrotation.FrontProxy: {certs.FrontProxyCA, certs.FrontProxyClient}, keyrotation.Datastore: {certs.Datastore}, keyrotation.ServiceAccount: {certs.ServiceAccount},
 	}[kind]
 	old := map[string]bool{}
 	for _, n := range before {
@@ -169,6 +169,7 @@ type reloading struct {
 
 	mu      sync.Mutex
 	written int
+	last    error // why a write was tried again
 	failed  error
 	gap     time.Duration
 }
@@ -197,7 +198,7 @@ func (c *cluster) reloadingWriter(t *testing.T, worker string, servers []string)
 		t.Fatal(err)
 	}
 	read := func() (string, error) {
-		r := c.try(t, worker, "sh", "-c", "cat /var/snap/microk8s/common/var/lib/kubelet/pods/"+string(pod.UID)+"/volumes/kubernetes.io~projected/*/token")
+		r := c.tryContext(context.WithoutCancel(t.Context()), t, worker, "sh", "-c", "cat /var/snap/microk8s/common/var/lib/kubelet/pods/"+string(pod.UID)+"/volumes/kubernetes.io~projected/*/token")
 		if r.code != 0 || r.out == "" {
 			return "", fmt.Errorf("there is no token: %s", r)
 		}
@@ -264,6 +265,9 @@ func (w *reloading) run(ctx context.Context, clients []*kubernetes.Clientset) {
 			w.mu.Unlock()
 			last = time.Now()
 		} else {
+			w.mu.Lock()
+			w.last = err
+			w.mu.Unlock()
 			if (apierrors.IsUnauthorized(err) || apierrors.IsForbidden(err)) && ctx.Err() == nil {
 				w.mu.Lock()
 				w.failed = errors.Join(w.failed, err)
@@ -292,7 +296,9 @@ func (w *reloading) goOn(t *testing.T, n int) {
 			t.Fatalf("a token that is read again each minute is refused: %v", err)
 		}
 		if got-from < n {
-			return fmt.Errorf("%d writes of %d", got-from, n)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return fmt.Errorf("%d writes of %d, the last error: %w", got-from, n, w.last)
 		}
 		return nil
 	})
