@@ -18,18 +18,18 @@ type Kind int
 
 // Kinds of changes.
 const (
-	Lost     Kind = iota // events were lost: anything may have changed; goes to every owner
-	Link                 // an interface
-	Address              // an address of an interface
-	Route                // a route
-	Neighbor             // an entry of a neighbour table, or of the forwarding table of a bridge or a VXLAN tunnel
-	Setting              // a sysctl below net.ipv4.conf or net.ipv6.conf that the kernel announces, such as forwarding
-	Table                // an nftables table
-	Chain                // an nftables chain
-	Rule                 // an nftables rule
-	Set                  // an nftables set or map
-	Element              // elements of an nftables set or map
-	Transaction          // the end of an nftables transaction: the changes since the one before were all made by Program
+	Lost        Kind = iota // events were lost: anything may have changed; goes to every owner
+	Link                    // an interface
+	Address                 // an address of an interface
+	Route                   // a route
+	Neighbor                // an entry of a neighbour table, or of the forwarding table of a bridge or a VXLAN tunnel
+	Setting                 // a sysctl below net.ipv4.conf or net.ipv6.conf that the kernel announces, such as forwarding
+	Table                   // an nftables table
+	Chain                   // an nftables chain
+	Rule                    // an nftables rule
+	Set                     // an nftables set or map
+	Element                 // elements of an nftables set or map
+	Transaction             // the end of an nftables transaction: the changes since the one before were all made by Program
 )
 
 // Change is one event of the kernel.

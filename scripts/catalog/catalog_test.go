@@ -43,10 +43,10 @@ func TestTheTableAndTheModulesAgree(t *testing.T) {
 // TestRuleForModules: one name, one go line, no folder without an entry.
 func TestRuleForModules(t *testing.T) {
 	for name, tc := range map[string]struct{ folder, mod, want string }{
-		"another name":     {"helm", "module microk8s/components/helm\n\ngo " + goLine + "\n", "the module is called microk8s/components/helm"},
-		"another go line":  {"helm", "module " + ModulePrefix + "helm\n\ngo 1.26\n", "its go line is not go " + goLine},
+		"another name":      {"helm", "module microk8s/components/helm\n\ngo " + goLine + "\n", "the module is called microk8s/components/helm"},
+		"another go line":   {"helm", "module " + ModulePrefix + "helm\n\ngo 1.26\n", "its go line is not go " + goLine},
 		"inside of another": {"cert-manager", "module " + ModulePrefix + "cert-manager\n\ngo " + goLine + "\n", ", not github.com/cert-manager/cert-manager/cert-manager"},
-		"not in the table": {"other", "module " + ModulePrefix + "other\n\ngo " + goLine + "\n", `there is no component "other"`},
+		"not in the table":  {"other", "module " + ModulePrefix + "other\n\ngo " + goLine + "\n", `there is no component "other"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
