@@ -88,6 +88,9 @@ func (p *Provisioner) Provision(_ context.Context, o controller.ProvisionOptions
 	if o.PVC.Spec.Selector != nil {
 		return refuse("claims with a selector get no volume made: leave it out, or make the volume by hand")
 	}
+	if from := source(o.PVC); from != "" {
+		return refuse("a volume of class %s is made empty, and not from a %s: there are no snapshots and no clones of it. Leave dataSource out and copy the files with a pod that mounts both claims, on node %s", class.Name, from, p.Node)
+	}
 	dir, err := p.dir(class)
 	if err != nil {
 		return refuse("%w", err)
@@ -122,6 +125,17 @@ func (p *Provisioner) Provision(_ context.Context, o controller.ProvisionOptions
 			}}}},
 		},
 	}, controller.ProvisioningFinished, nil
+}
+
+// source is the kind of what a claim is to be a copy of, "" for nothing.
+func source(claim *corev1.PersistentVolumeClaim) string {
+	switch {
+	case claim.Spec.DataSource != nil:
+		return claim.Spec.DataSource.Kind
+	case claim.Spec.DataSourceRef != nil:
+		return claim.Spec.DataSourceRef.Kind
+	}
+	return ""
 }
 
 // reclaimPolicy is the class's, or the one that Kubernetes gives a class without.

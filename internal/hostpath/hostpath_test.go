@@ -106,6 +106,12 @@ func TestRefusals(t *testing.T) {
 		{"parameter", func(o *controller.ProvisionOptions) {
 			o.StorageClass.Parameters = map[string]string{"size": "1"}
 		}, "parameter size"},
+		{"snapshot", func(o *controller.ProvisionOptions) {
+			o.PVC.Spec.DataSource = &corev1.TypedLocalObjectReference{Kind: "VolumeSnapshot", Name: "s"}
+		}, "not from a VolumeSnapshot: there are no snapshots"},
+		{"clone", func(o *controller.ProvisionOptions) {
+			o.PVC.Spec.DataSourceRef = &corev1.TypedObjectReference{Kind: "PersistentVolumeClaim", Name: "c"}
+		}, "not from a PersistentVolumeClaim"},
 		{"link", func(o *controller.ProvisionOptions) { o.PVC.Name = "link" }, "no directory"},
 		{"name with a way out", func(o *controller.ProvisionOptions) { o.PVName = "../../x" }, ""},
 		{"no directory", func(o *controller.ProvisionOptions) { p.Dirs[0] += "-gone" }, "no such file"},

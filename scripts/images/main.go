@@ -74,7 +74,7 @@ var images = []image{
 	{
 		archive: "hostpath-provisioner",
 		// The number changes with the program, so that pods are renewed.
-		refs:    []string{"microk8s.io/hostpath-provisioner:2"},
+		refs:    []string{"microk8s.io/hostpath-provisioner:3"},
 		program: "/hostpath-provisioner",
 		user:    "0:0", // the volumes of all users
 		title:   "hostpath-provisioner",
