@@ -164,7 +164,7 @@ func TestStartOfAWorker(t *testing.T) {
 	} {
 		t.Run(tc.what, func(t *testing.T) {
 			a := newApp(t)
-			a.ReadyWait = 300 * time.Millisecond
+			a.ReadyWait = time.Second
 			a.write(t, a.Env.Lock(snapenv.LockWorker), "")
 			a.write(t, a.Env.HostPath("proc/sys/kernel/random/boot_id"), "b1\n")
 			a.write(t, a.Env.Credential("kubelet.config"), fakeAPIWith(t, tc.node))

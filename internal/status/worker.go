@@ -37,6 +37,11 @@ func (p *Prober) WaitWorker(ctx context.Context) (why string) {
 	name := nodeconfig.Load(p.Env).NodeName
 	file := &kube.File{Path: p.Env.Credential("kubelet.config")}
 	last := "the cluster was not asked in time"
+	// A client's rate limiter refuses what is past the deadline, whose timer may still have to fire.
+	ended := func() bool {
+		deadline, limited := ctx.Deadline()
+		return ctx.Err() != nil || limited && !time.Now().Before(deadline)
+	}
 	for {
 		if gone := Removed(p.Env); gone != "" {
 			return gone
@@ -49,12 +54,12 @@ func (p *Prober) WaitWorker(ctx context.Context) (why string) {
 		switch {
 		case err == nil && why == "":
 			return ""
-		case err != nil && ctx.Err() == nil:
+		case err != nil && !ended():
 			last = "no API server of the cluster answers: " + err.Error()
 		case err == nil:
 			last = why
 		}
-		if ctx.Err() != nil {
+		if ended() {
 			return last
 		}
 		p.awaitWorker(ctx, core, name, version)
