@@ -121,7 +121,7 @@ func examine(ctx context.Context, dir string, x *peers.Examined) error {
 		stop()
 		return fmt.Errorf("it cannot be started: %w", errors.Join(err, ctx.Err()))
 	}
-	defer func() { stop(); _ = <-ended }()
+	defer func() { stop(); <-ended }()
 	client, err := migrator.Connect(ctx, c.Listen)
 	if err != nil {
 		return err

@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"slices"
@@ -91,10 +90,9 @@ func (d directory) restoreIdentity(log *slog.Logger) error {
 		log.Warn("a damaged file was replaced by its copy", "file", d.File(name), "kept", kept, "reason", why)
 		return nil
 	}
-	info, copied := storedir.Member{}, storedir.Member{}
-	var err, copyErr error
-	if info, err = d.Self(); err != nil || errors.Is(err, fs.ErrNotExist) {
-		if _, copyErr = c.Self(); copyErr == nil {
+	info, err := d.Self()
+	if err != nil {
+		if _, copyErr := c.Self(); copyErr == nil {
 			if err := put(storedir.InfoFile, 0o660, err); err != nil {
 				return err
 			}
@@ -102,6 +100,7 @@ func (d directory) restoreIdentity(log *slog.Logger) error {
 	}
 	members, err := d.Members()
 	if err != nil {
+		var copyErr error
 		if members, copyErr = c.Members(); copyErr == nil {
 			if err := put(storedir.ClusterFile, 0o660, err); err != nil {
 				return err
@@ -109,7 +108,7 @@ func (d directory) restoreIdentity(log *slog.Logger) error {
 		}
 	}
 	// An ID with another digit is an ID, too. The list of members knows this one's.
-	if copied, copyErr = c.Self(); copyErr == nil && info.ID != 0 && copied.Address == info.Address && copied.ID != info.ID &&
+	if copied, copyErr := c.Self(); copyErr == nil && info.ID != 0 && copied.Address == info.Address && copied.ID != info.ID &&
 		listed(members, copied) && !listed(members, info) {
 		if err := put(storedir.InfoFile, 0o660, fmt.Errorf("it says ID %d, and %s has %d at that address", info.ID, storedir.ClusterFile, copied.ID)); err != nil {
 			return err
